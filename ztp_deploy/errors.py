@@ -1,0 +1,72 @@
+"""The one error tree: every refusal says what was asked or found, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from collections.abc import Iterable
+
+GATE_FAILED = 1
+BAD_REQUEST = 2
+MISSING = 3
+INTERRUPTED = 130
+
+
+class ZtpError(Exception):
+    """A refusal that ends the command.
+
+    `problem` states what was asked and what was found, `fix` what to type or change next; both are
+    whole sentences. `exit_code` is what the command line returns (DESIGN: 1 gate failed,
+    2 bad request, 3 missing software or device).
+    """
+
+    exit_code = BAD_REQUEST
+
+    def __init__(self, problem: str, fix: str = "") -> None:
+        super().__init__(f"{problem} {fix}".strip())
+        self.problem = problem
+        self.fix = fix
+
+
+class BadRequest(ZtpError):
+    """What was asked cannot be done: a wrong name, number, shape, file or combination."""
+
+
+class DamagedFiles(ZtpError):
+    """An artifact or engine folder is incomplete or differs from what its manifest records."""
+
+
+class WriteFailed(ZtpError):
+    """The operating system refused a write (full disk, no permission); nothing partial is left."""
+
+
+class MissingSoftware(ZtpError):
+    """A package, a device or a download that the request needs is not there."""
+
+    exit_code = MISSING
+
+
+class GateFailed(ZtpError):
+    """A check ran and what it checks does not hold."""
+
+    exit_code = GATE_FAILED
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """Up to `count` of the known names that look like `name`, as readable text; all if none do."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.55)
+    return ", ".join(close or names[:12])
+
+
+def write_failed(what: str, error: OSError) -> WriteFailed:
+    """The `WriteFailed` that says why the operating system refused to write `what`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return WriteFailed(
+            f"{what} could not be written: the disk (or its quota) is full.",
+            "Free some space or choose another folder, then run the same command again; nothing partial was left.",
+        )
+    return WriteFailed(
+        f"{what} could not be written: {error.strerror or error}.",
+        "Choose a folder you may write to, then run the same command again; nothing partial was left.",
+    )

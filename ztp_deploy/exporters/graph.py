@@ -1,0 +1,67 @@
+"""The module that exporters trace: one image input, logits, what was kept, and the audit scores."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ztp_deploy import methods
+from ztp_deploy.plan import Plan
+from ztp_deploy.pruning.prune import PrunedModel
+
+
+def output_names(plan: Plan) -> tuple[str, ...]:
+    """`logits`, then `kept_1`, `kept_2` … one per stage."""
+    return ("logits", *(f"kept_{index}" for index in range(1, len(plan.stages) + 1)))
+
+
+class InferenceGraph(nn.Module):
+    """Images → (logits, kept_1 …, scores …): what a graph file computes.
+
+    With `input="uint8"` pixels [B, 3, H, W] are normalised here, as timm's transform does it.
+    """
+
+    def __init__(self, pruned: PrunedModel, input: Literal["float32", "uint8"]) -> None:
+        super().__init__()
+        self.pruned = pruned
+        self.input = input
+        preprocessing = pruned.source.preprocessing
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(1, 3, 1, 1), persistent=False)
+        plan = pruned.plan
+        self.output_names = output_names(plan)
+        names = methods.get(plan.method).SCORES if plan.stages else ()
+        present = [self._present(stage_index, name) for stage_index in range(len(plan.stages)) for name in names]
+        self.audit_names = tuple(name for name in present if name)
+
+    def _present(self, index: int, name: str) -> str | None:
+        static = self.pruned.plan.stages[index].static
+        if not static.get("similar", 1) and name in ("pre_score", "pre_variance", "similarity"):
+            return None
+        return f"{name}_{index + 1}"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """All outputs in the order of `output_names`, then `audit_names`."""
+        outputs = self.pruned.run(self.normalise(images))
+        scores = {
+            f"{name}_{index}": value
+            for index, stage in enumerate(outputs.scores, start=1)
+            for name, value in stage.items()
+        }
+        return (outputs.logits, *outputs.kept, *(scores[name] for name in self.audit_names))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Float input as it is; uint8 pixels scaled to [0, 1], then (x − mean) / std."""
+        if self.input == "float32":
+            return images
+        return (images.to(torch.float32) / 255 - self.mean) / self.std
+
+    def example(self, batch: int) -> Tensor:
+        """A traceable example batch: noise, the same on every machine."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, 3, self.pruned.plan.image_size, self.pruned.plan.image_size)
+        if self.input == "uint8":
+            return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return torch.randn(shape, generator=generator)

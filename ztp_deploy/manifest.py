@@ -1,0 +1,246 @@
+"""Manifests: what a folder holds, hashed; and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ztp_deploy.errors import BadRequest, DamagedFiles, write_failed
+from ztp_deploy.models.base import Source
+from ztp_deploy.plan import Plan
+
+MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+
+
+class FileRecord(BaseModel):
+    """Size and sha256 of one file a build wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    sha256: str
+
+
+class ImageInput(BaseModel):
+    """The image input: uint8 pixels, or float32 already normalised; [B, 3, size, size]."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "images"
+    dtype: Literal["float32", "uint8"]
+    size: int
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    source: Source
+    plan: Plan
+    precision: str
+    input: ImageInput
+    outputs: tuple[str, ...]
+    audit: tuple[str, ...]
+    versions: dict[str, str]
+    recipe: str
+    files: dict[str, FileRecord]
+
+    @property
+    def random_weights(self) -> bool:
+        """Whether predictions mean nothing."""
+        return self.source.weights.kind == "random"
+
+
+class ArtifactManifest(_Manifest):
+    """What an export wrote. `audit` names the score tensors of the stages; `recipe` hashes all that decided it."""
+
+    schema_: Literal["ztp.artifact/1"] = Field(default="ztp.artifact/1", alias="schema")
+    format: str
+    opset: int | None = None
+
+
+class BatchRange(BaseModel):
+    """Smallest, optimal and largest batch of an engine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @classmethod
+    def parse(cls, value: str | tuple[int, int, int]) -> BatchRange:
+        """`"1:8:64"`, one number, or a triple; raises BadRequest unless 1 ≤ min ≤ opt ≤ max."""
+        try:
+            parts = [int(part) for part in value.split(":")] if isinstance(value, str) else [int(v) for v in value]
+        except ValueError:
+            parts = []
+        if len(parts) == 1:
+            parts = parts * 3
+        if len(parts) != 3 or not 1 <= parts[0] <= parts[1] <= parts[2]:
+            raise BadRequest(f"batch={value!r} is no range.", "Give min:opt:max with 1 ≤ min ≤ opt ≤ max, such as 1:8:64.")
+        return cls(min=parts[0], opt=parts[1], max=parts[2])
+
+    def __str__(self) -> str:
+        return f"{self.min}-{self.opt}-{self.max}"
+
+
+class EngineManifest(_Manifest):
+    """What a build wrote, for one back end, device, precision and batch range."""
+
+    schema_: Literal["ztp.engine/1"] = Field(default="ztp.engine/1", alias="schema")
+    backend: str
+    backend_version: str
+    device: str
+    provider: str
+    batch: BatchRange
+    settings: dict[str, Any] = {}
+    format: str
+    artifact: str
+    artifact_sha256: str
+
+
+M = TypeVar("M", ArtifactManifest, EngineManifest)
+
+
+def hash_file(path: Path) -> FileRecord:
+    """Size and sha256 of a file."""
+    sha = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            sha.update(chunk)
+    return FileRecord(bytes=path.stat().st_size, sha256=sha.hexdigest())
+
+
+def hash_files(directory: Path) -> dict[str, FileRecord]:
+    """All files directly in a folder, the manifest excepted."""
+    return {path.name: hash_file(path) for path in sorted(directory.iterdir()) if path.is_file() and path.name != MANIFEST}
+
+
+def recipe_hash(**ingredients: object) -> str:
+    """One hash over everything that decides a result, for finding a finished one again."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def manifest_sha256(directory: Path) -> str:
+    """The hash evidence files quote: that of the folder's manifest."""
+    return hash_file(directory / MANIFEST).sha256
+
+
+def write_manifest(manifest: _Manifest, directory: Path) -> None:
+    """Writes `manifest.json` into a folder that is still being made."""
+    text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path, kind: type[M]) -> M:
+    """Reads a folder's manifest. Raises BadRequest (not such a folder) and DamagedFiles (unreadable)."""
+    path = directory / MANIFEST
+    noun = "engine" if kind is EngineManifest else "artifact"
+    verb = "engine" if kind is EngineManifest else "export"
+    if not path.is_file():
+        raise BadRequest(f"{directory} is no {noun} folder: it has no {MANIFEST}.", f"Make one with `ztp {verb} …`.")
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise DamagedFiles(
+            f"{path} is not a valid {noun} manifest: {where}: {first['msg']}.", f"Run `ztp {verb} …` again."
+        ) from error
+
+
+def verify_files(directory: Path, manifest: _Manifest) -> None:
+    """Checks every recorded file's size and hash. Raises DamagedFiles that names the first that differs."""
+    for name, record in manifest.files.items():
+        path = directory / name
+        if Path(name).name != name:
+            raise DamagedFiles(f"{directory / MANIFEST} names {name!r}, outside its folder.", "Load only what you built.")
+        if not path.is_file():
+            raise DamagedFiles(f"{path} is missing.", "Build it again.")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise DamagedFiles(f"{path} has {size} bytes, the manifest says {record.bytes}.", "Build it again.")
+        if hash_file(path).sha256 != record.sha256:
+            raise DamagedFiles(
+                f"{path} is not what was built: its sha256 differs from the manifest's.",
+                "Build it again, and load only what you built.",
+            )
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A scratch folder beside `final` that takes its place when the block ends well, else disappears.
+
+    A finished folder of that name stays usable until it is replaced. Raises WriteFailed.
+    """
+    scratch = final.parent / f".{final.name}.{os.getpid()}.partial"
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        sweep(final.parent)
+        scratch.mkdir()
+    except OSError as error:
+        raise write_failed(str(final), error) from error
+    try:
+        yield scratch
+        _replace(scratch, final)
+    except OSError as error:
+        raise write_failed(str(final), error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all. Raises WriteFailed."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        raise write_failed(str(path), error) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def sweep(parent: Path) -> None:
+    """Removes what killed runs left in `parent`; runs that still live keep theirs."""
+    for left in parent.glob(".*.partial"):
+        owner = left.name.split(".")[-2]
+        if owner.isdigit() and not _alive(int(owner)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _replace(scratch: Path, final: Path) -> None:
+    if not final.exists():
+        scratch.rename(final)
+        return
+    old = final.parent / f".{final.name}-old.{os.getpid()}.partial"
+    final.rename(old)
+    try:
+        scratch.rename(final)
+    except OSError:
+        old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

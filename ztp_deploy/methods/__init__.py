@@ -1,0 +1,39 @@
+"""Pruning methods, one file each; a method knows no backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from ztp_deploy.errors import BadRequest, nearest
+from ztp_deploy.methods.base import Method, MethodOptions
+
+METHODS: dict[str, str] = {
+    "zero_tprune": "ztp_deploy.methods.zero_tprune",
+    "slice": "ztp_deploy.methods.slice",
+}
+
+
+def get(name: str) -> Method:
+    """The method of that name. Raises BadRequest with the nearest names."""
+    if name not in METHODS:
+        known = [*METHODS, "dense"]
+        raise BadRequest(f"There is no method {name!r}.", f"Did you mean: {nearest(name, known)}? `ztp list` shows all.")
+    return cast(Method, import_module(METHODS[name]))
+
+
+def parse_options(name: str, options: Mapping[str, Any]) -> MethodOptions:
+    """The method's options with defaults filled in. Raises BadRequest that names the wrong one."""
+    schema = get(name).Options
+    try:
+        return schema.model_validate(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "options"
+        raise BadRequest(
+            f"Method {name} does not take {where}={first.get('input')!r}: {first['msg']}.",
+            f"Its options are: {', '.join(schema.model_fields) or 'none'}.",
+        ) from error

@@ -1,0 +1,112 @@
+"""What a method is: a rule for counts, fixed numbers per stage, and the stage that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ztp_deploy.plan import Geometry, Place, Stage
+
+if TYPE_CHECKING:
+    from ztp_deploy.models.base import Attention
+    from ztp_deploy.pruning.tokens import TokenState
+
+
+class MethodOptions(BaseModel):
+    """Base of every method's options: frozen, unknown names refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage hands on: tokens [B, S + k, C], their state, and the scores behind the choice.
+
+    `scores` belong to the audit graph: names to float32 tensors whose first axis is the batch.
+    """
+
+    tokens: Tensor
+    state: TokenState
+    scores: dict[str, Tensor]
+
+
+class StageModule(nn.Module):
+    """A stage at work; subclasses implement `forward`."""
+
+    needs_attention: bool = False
+
+    def forward(self, tokens: Tensor, state: TokenState, attention: Attention | None) -> StageOutput:
+        """Selects tokens [B, S + n, C] → [B, S + k, C]; `attention` is set where `needs_attention`."""
+        raise TypeError(f"{type(self).__name__} does not implement forward")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One discrete choice of a stage over M candidates, for every image.
+
+    `margin` [B, M] is each candidate's relative distance from the cut, positive on the chosen side;
+    its sign is the choice, its size says how near the choice was to flipping.
+    """
+
+    name: str
+    margin: Tensor
+
+    @property
+    def chosen(self) -> Tensor:
+        """[B, M] bool."""
+        return self.margin > 0
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A selection recomputed from audit scores: kept slots [B, k] and the decisions on the way, in order."""
+
+    kept: Tensor
+    decisions: tuple[Decision, ...]
+
+
+class Method(Protocol):
+    """The face of a module in `methods/`."""
+
+    PLACE: Place
+    SUMMARY: str
+    SCORES: tuple[str, ...]
+    Options: type[MethodOptions]
+
+    def counts(self, geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
+        """Tokens kept by the stage at each of `blocks` for one ratio."""
+
+    def schedule(
+        self, geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions
+    ) -> list[Stage]:
+        """The stages for these counts, with the method's fixed numbers."""
+
+    def build_stage(self, stage: Stage, geometry: Geometry, options: MethodOptions) -> StageModule:
+        """The module that runs one stage."""
+
+    def replay(self, stage: Stage, scores: Mapping[str, Tensor], geometry: Geometry, options: MethodOptions) -> Replay:
+        """Recomputes the selection from the scores an engine reported (audit graph)."""
+
+
+def top_k_margin(scores: Tensor, k: int) -> Tensor:
+    """Relative distance [B, M] of each score from the middle between the k-th and the (k + 1)-th largest.
+
+    Positive for the k best, ties resolved towards the lower index as the selection does.
+    """
+    from ztp_deploy.pruning.tokens import membership, top_k
+
+    count = scores.shape[-1]
+    chosen = membership(top_k(scores, k), count) > 0
+    if k >= count or k == 0:
+        return torch.where(chosen, torch.inf, -torch.inf)
+    ranked = scores.sort(dim=-1, descending=True).values
+    cut = (ranked[:, k - 1 : k] + ranked[:, k : k + 1]) / 2
+    distance = (scores - cut).abs() / cut.abs().clamp_min(torch.finfo(scores.dtype).tiny)
+    # A cut at −∞ (everything that takes part is kept) is infinitely far away.
+    distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp_min(torch.finfo(scores.dtype).tiny)
+    return torch.where(chosen, distance, -distance)

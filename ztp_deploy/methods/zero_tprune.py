@@ -1,0 +1,322 @@
+"""Zero-TPrune (Wang, Dedhia, Jha, CVPR 2024, arXiv:2305.17328): training-free token pruning on the attention graph.
+
+Importance is attention received: a weighted PageRank (WPR, section 3.2) votes along A, per head;
+heads are combined by the emphasising root mean square (EIR) over those whose score variance lies in
+bounds (VHF). One stage runs I′ → S → I (section 3.3): I′ ranks, S drops tokens that resemble more
+important ones, I votes again among the survivors and keeps the best.
+
+Scores are float32 and scaled to mean 1 over the tokens that take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.models.base import Attention
+from ztp_deploy.plan import Geometry, Place, Stage, share_of
+from ztp_deploy.pruning.tokens import TokenState, keep_tokens, membership, take, top_k
+
+PLACE: Place = "after_block"
+SUMMARY = "training-free: weighted PageRank on attention, then similarity, then importance (CVPR 2024)"
+SCORES = ("pre_score", "pre_variance", "similarity", "score", "variance")
+
+EARLY_ROUNDS, MIDDLE_ROUNDS, LATE_ROUNDS = 30, 8, 1
+
+
+class Options(MethodOptions):
+    """Choices of Zero-TPrune; the defaults are the published method.
+
+    `rounds`: voting rounds of the I-stage, one number or one per stage; by default 30 in blocks 1–3,
+    1 in the last three, else 8 (paper: 30–50, 1, 5–10). `similar`: share of the removed tokens that
+    the S-stage removes, rounded down (0: no S-stage). `start`: "class" gives the class token √N times
+    the others, "uniform" does not. `variance_bounds`: heads outside are left out (VHF), null for all heads.
+    `heads`: "rms" (EIR) or "mean". `temperature`: of the softmax whose rows vote.
+    """
+
+    rounds: int | list[int] | None = None
+    similar: float = Field(default=0.5, ge=0, le=1)
+    start: Literal["class", "uniform"] = "class"
+    variance_bounds: tuple[float, float] | None = (0.01, 0.7)
+    heads: Literal["rms", "mean"] = "rms"
+    temperature: float = Field(default=1.0, gt=0)
+
+    @field_validator("rounds")
+    @classmethod
+    def _positive(cls, rounds: int | list[int] | None) -> int | list[int] | None:
+        given = rounds if isinstance(rounds, list) else [1 if rounds is None else rounds]
+        if any(number < 1 for number in given):
+            raise ValueError("voting rounds are at least 1")
+        return rounds
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores [B, N] of all tokens (0 for those that take no part) and the heads' variances [B, H]."""
+
+    score: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kept patch slots [B, k], best first, and the scores that decided (names as in SCORES)."""
+
+    kept: Tensor
+    scores: dict[str, Tensor]
+
+
+# --- counts ------------------------------------------------------------------------------------
+
+
+def counts(geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
+    """n ← ⌊ρn⌋ per stage (196 at 0.7: 137, 95, 66)."""
+    kept, tokens = [], geometry.patch_tokens
+    for _ in blocks:
+        tokens = share_of(ratio, tokens)
+        kept.append(tokens)
+    return kept
+
+
+def schedule(
+    geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions
+) -> list[Stage]:
+    """One stage after each of `blocks`, with `similar` (tokens S drops) and `rounds` (votes of I)."""
+    assert isinstance(options, Options)
+    if isinstance(options.rounds, list) and len(options.rounds) != len(blocks):
+        raise BadRequest(
+            f"rounds={options.rounds} has {len(options.rounds)} entries for {len(blocks)} stages.",
+            "Give one number, or one per stage.",
+        )
+    stages = []
+    before = geometry.patch_tokens
+    for index, (block, after) in enumerate(zip(blocks, counts, strict=True)):
+        if isinstance(options.rounds, list):
+            rounds = options.rounds[index]
+        else:
+            rounds = options.rounds or default_rounds(block, geometry.depth)
+        # S can drop no more than the less important half.
+        similar = min(int((before - after) * options.similar), before // 2)
+        static = {"similar": similar, "rounds": rounds}
+        stages.append(Stage(block=block, place=PLACE, tokens_in=before, tokens_out=after, static=static))
+        before = after
+    return stages
+
+
+def default_rounds(block: int, depth: int) -> int:
+    """Voting rounds of the I-stage by depth: 30 in blocks 1–3, 1 in the last three, else 8."""
+    if block <= 3:
+        return EARLY_ROUNDS
+    return LATE_ROUNDS if block > depth - 3 else MIDDLE_ROUNDS
+
+
+# --- pure scores -------------------------------------------------------------------------------
+
+
+def start_scores(count: int, participants: int, class_token: int | None) -> Tensor:
+    """Start vector [N] of the vote, mean 1 over `participants`: √participants times the others for the class token."""
+    start = torch.ones(count, dtype=torch.float32)
+    total = float(participants)
+    if class_token is not None:
+        boost = participants**0.5
+        start[class_token] = boost
+        total += boost - 1
+    return start * (participants / total)
+
+
+def vote(attention: Tensor, start: Tensor, rounds: int, survivors: Tensor | None = None) -> Tensor:
+    """Weighted PageRank: s ← Aᵀs, `rounds` times, on the graph restricted to the survivors.
+
+    attention [B, H, N, N] with rows that sum to 1, start [N], survivors [B, N] of 0 and 1 (None: all)
+    → scores [B, H, N], 0 outside the survivors. With row sums q = A m over the survivors m, one round is
+    s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered (DESIGN section 5).
+    """
+    score = start.to(attention).reshape(1, 1, 1, -1)
+    if survivors is None:
+        for _ in range(rounds):
+            score = score @ attention
+        return score.squeeze(2)
+    mask = survivors.to(attention)
+    row_sums = attention @ mask.unsqueeze(1).unsqueeze(-1)  # [B, H, N, 1]
+    # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
+    weight = mask.unsqueeze(1).unsqueeze(1) / row_sums.transpose(-1, -2).clamp_min(1e-30)  # [B, H, 1, N]
+    for _ in range(rounds):
+        score = (score * weight) @ attention
+    return score.squeeze(2) * mask.unsqueeze(1)
+
+
+def score_variance(scores: Tensor, participants: int, survivors: Tensor | None = None) -> Tensor:
+    """Population variance [B, H] of mean-1 scores [B, H, N] over the tokens that take part."""
+    deviation = (scores - 1).square()
+    if survivors is not None:
+        deviation = deviation * survivors.to(scores).unsqueeze(1)
+    return deviation.sum(-1) / participants
+
+
+def counted_heads(variance: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """VHF: 1.0 for heads whose variance [B, H] lies in the bounds; all heads where none does."""
+    if bounds is None:
+        return torch.ones_like(variance)
+    inside = ((variance >= bounds[0]) & (variance <= bounds[1])).to(variance.dtype)
+    none = (inside.sum(-1, keepdim=True) < 0.5).to(variance.dtype)
+    return inside + none
+
+
+def combine_heads(scores: Tensor, counted: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
+    """EIR: root of the mean square over the counted heads, scores [B, H, N] and counted [B, H] → [B, N]."""
+    weight = (counted / counted.sum(-1, keepdim=True)).unsqueeze(-1)
+    if how == "mean":
+        return (scores * weight).sum(1)
+    return (scores.square() * weight).sum(1).sqrt()
+
+
+def importance(
+    attention: Tensor,
+    rounds: int,
+    *,
+    participants: int,
+    class_token: int | None,
+    options: Options,
+    survivors: Tensor | None = None,
+) -> Importance:
+    """WPR, VHF and EIR in one: attention [B, H, N, N] → scores [B, N] and head variances [B, H]."""
+    boosted = class_token if options.start == "class" else None
+    start = start_scores(attention.shape[-1], participants, boosted).to(attention.device)
+    per_head = vote(attention, start, rounds, survivors)
+    variance = score_variance(per_head, participants, survivors)
+    counted = counted_heads(variance, options.variance_bounds)
+    return Importance(combine_heads(per_head, counted, options.heads), variance)
+
+
+def head_features(keys: Tensor) -> Tensor:
+    """Unit-length features [B, N, H·d] from the keys of all heads [B, H, N, d], concatenated."""
+    features = keys.float().transpose(1, 2).flatten(2)
+    return features / features.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+def best_match(less: Tensor, more: Tensor) -> Tensor:
+    """Largest cosine [B, a] of each less important feature [B, a, D] with any more important one [B, b, D]."""
+    return (less @ more.transpose(1, 2)).amax(-1)
+
+
+def split(pre_score: Tensor) -> tuple[Tensor, Tensor]:
+    """Patch slots by I′ score [B, n]: the more important [B, n − n//2] and the less important [B, n//2], best first."""
+    order = top_k(pre_score, pre_score.shape[1])
+    half = pre_score.shape[1] - pre_score.shape[1] // 2
+    return order[:, :half], order[:, half:]
+
+
+def select(
+    attention: Tensor, keys: Tensor, stage: Stage, *, special_tokens: int, class_token: int | None, options: Options
+) -> Selection:
+    """One stage, I′ → S → I: attention [B, H, N, N] and keys [B, H, N, d] → kept patch slots [B, k].
+
+    Special tokens come first, are always kept, vote, and take no part in S.
+    """
+    similar, rounds = stage.static["similar"], stage.static["rounds"]
+    everyone = attention.shape[-1]
+    scores: dict[str, Tensor] = {}
+    survivors = None
+    if similar:
+        ranking = importance(attention, 1, participants=everyone, class_token=class_token, options=options)
+        pre_score = ranking.score[:, special_tokens:]
+        more, less = split(pre_score)
+        ordered = take(head_features(keys), torch.cat([more, less], dim=1) + special_tokens)
+        match = best_match(ordered[:, more.shape[1] :], ordered[:, : more.shape[1]])
+        dropped = take(less, top_k(match, similar))
+        survivors = 1 - membership(dropped + special_tokens, everyone)
+        scores |= {"pre_score": pre_score, "pre_variance": ranking.variance, "similarity": match}
+    final = importance(
+        attention,
+        rounds,
+        participants=everyone - similar,
+        class_token=class_token,
+        options=options,
+        survivors=survivors,
+    )
+    score = final.score[:, special_tokens:]
+    if survivors is not None:
+        score = score + (survivors[:, special_tokens:] - 1)  # dropped tokens rank below a survivor's 0
+    scores |= {"score": score, "variance": final.variance}
+    return Selection(top_k(score, stage.tokens_out), scores)
+
+
+# --- the stage ---------------------------------------------------------------------------------
+
+
+class ZeroTPruneStage(StageModule):
+    """Runs `select` on the block's attention and keys, then keeps the chosen tokens."""
+
+    needs_attention = True
+
+    def __init__(self, stage: Stage, geometry: Geometry, options: Options) -> None:
+        super().__init__()
+        self.stage = stage
+        self.special_tokens = geometry.special_tokens
+        self.class_token = geometry.class_token
+        self.options = options
+
+    def forward(self, tokens: Tensor, state: TokenState, attention: Attention | None) -> StageOutput:
+        assert attention is not None
+        probabilities = attention.probabilities.float()
+        if self.options.temperature != 1:
+            probabilities = (attention.logits.float() / self.options.temperature).softmax(-1)
+        chosen = select(
+            probabilities,
+            attention.keys,
+            self.stage,
+            special_tokens=self.special_tokens,
+            class_token=self.class_token,
+            options=self.options,
+        )
+        tokens, state = keep_tokens(tokens, state, chosen.kept, self.special_tokens)
+        return StageOutput(tokens, state, chosen.scores)
+
+
+def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions) -> StageModule:
+    """The stage for `stage`."""
+    assert isinstance(options, Options)
+    return ZeroTPruneStage(stage, geometry, options)
+
+
+# --- replay ------------------------------------------------------------------------------------
+
+
+def replay(stage: Stage, scores: Mapping[str, Tensor], geometry: Geometry, options: MethodOptions) -> Replay:
+    """Recomputes a stage's selection from its own audit scores, with every decision and its margin."""
+    assert isinstance(options, Options)
+    decisions: list[Decision] = []
+    score, taking_part = scores["score"], None
+    if stage.static["similar"]:
+        pre_score, similarity = scores["pre_score"], scores["similarity"]
+        more, less = split(pre_score)
+        dropped = take(less, top_k(similarity, stage.static["similar"]))
+        taking_part = 1 - membership(dropped, stage.tokens_in)
+        # Positive for what stays, and in slot order, so that two replays compare token by token.
+        stays = -top_k_margin(similarity, stage.static["similar"])
+        by_slot = torch.full_like(score, torch.inf).scatter(1, less, stays.to(score))
+        decisions += _head_decisions("pre_heads", scores["pre_variance"], options)
+        decisions.append(Decision("split", top_k_margin(pre_score, more.shape[1])))
+        decisions.append(Decision("similarity", by_slot))
+        score = torch.where(taking_part > 0, score, -torch.inf)
+    decisions += _head_decisions("heads", scores["variance"], options)
+    decisions.append(Decision("importance", top_k_margin(score, stage.tokens_out)))
+    return Replay(kept=top_k(score, stage.tokens_out), decisions=tuple(decisions))
+
+
+def _head_decisions(name: str, variance: Tensor, options: Options) -> list[Decision]:
+    """VHF as two threshold decisions per head."""
+    if options.variance_bounds is None:
+        return []
+    low, high = options.variance_bounds
+    return [
+        Decision(f"{name}_above", (variance - low) / low if low else variance + 1),
+        Decision(f"{name}_below", (high - variance) / high),
+    ]

@@ -1,0 +1,257 @@
+"""Backbones: families adapted once each, and `load_model`, which gives a model its weights and its source."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import nn
+
+from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
+from ztp_deploy.models import weights as weights_module
+from ztp_deploy.models.base import Host, ModelSize, Preprocessing, Source, Weights
+from ztp_deploy.plan import Geometry
+
+FAMILIES: dict[str, str] = {
+    "timm_vit": "ztp_deploy.models.timm_vit",
+}
+
+
+class RandomWeightsWarning(UserWarning):
+    """The model has random weights: its latency is real, its predictions mean nothing."""
+
+
+class Family(Protocol):
+    """The face of a module in `models/` that adapts one family of backbones."""
+
+    SUMMARY: str
+    NAMES: dict[str, str]
+
+    def architecture_of(self, name: str) -> str | None:
+        """The timm architecture behind a name of this family, else None."""
+
+    def build(self, architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
+        """The untrained model."""
+
+    def adapts(self, model: nn.Module) -> bool:
+        """Whether the family's host is the one for this module."""
+
+    def host(self, model: nn.Module) -> Host:
+        """The module taken apart; raises BadRequest with the reason where it cannot be."""
+
+
+def family(name: str) -> Family:
+    """The family module registered under that name."""
+    return cast(Family, import_module(FAMILIES[name]))
+
+
+def model_names() -> dict[str, str]:
+    """Our model names and the timm architectures behind them, over all families."""
+    return {name: architecture for key in FAMILIES for name, architecture in family(key).NAMES.items()}
+
+
+def host_of(model: nn.Module) -> Host:
+    """The host that takes this module apart. Raises BadRequest where no family carries it."""
+    for key in FAMILIES:
+        if family(key).adapts(model):
+            return family(key).host(model)
+    raise BadRequest(
+        f"No family here carries a {type(model).__name__}.", "`ztp list` shows the families; a timm ViT works."
+    )
+
+
+def describe(model_or_name: nn.Module | str, overrides: ModelSize | None = None) -> tuple[str, Geometry]:
+    """Name and geometry of a model; a name is built without memory for its weights."""
+    if isinstance(model_or_name, str):
+        key, architecture = _resolve(model_or_name)
+        skeleton = family(key).build(architecture, overrides or ModelSize(), device="meta")
+        return model_or_name, family(key).host(skeleton).geometry
+    source = getattr(model_or_name, "source", None)
+    name = source.name if isinstance(source, Source) else type(model_or_name).__name__
+    return name, host_of(model_or_name).geometry
+
+
+def load_model(
+    name_or_module: str | nn.Module,
+    weights: str | Path | Mapping[str, Any] = "auto",
+    overrides: ModelSize | None = None,
+) -> nn.Module:
+    """A model in evaluation mode with a frozen `.source`.
+
+    `name_or_module`: a name of ours, a timm ViT's name, or a timm module of your own (copied; it keeps
+    its weights). `weights`: "auto" (pre-trained where they can be had, else random with a
+    RandomWeightsWarning), "pretrained" (refuses otherwise), "random" (seeded), the path of a
+    checkpoint, or a state dict with official keys. `overrides` change sizes.
+    Raises BadRequest (unknown name, weights that do not fit) and MissingSoftware (no pre-trained weights).
+    """
+    if isinstance(name_or_module, nn.Module):
+        if overrides is not None or weights != "auto":
+            raise BadRequest("A module of your own comes with its weights and sizes.", "Leave weights and overrides out.")
+        return _own_module(name_or_module)
+    key, architecture = _resolve(name_or_module)
+    size = overrides or ModelSize()
+    model = family(key).build(architecture, size)
+    host_of(model)
+    record = _give_weights(model, architecture, size, weights)
+    preprocessing = _preprocessing(model)
+    labels = _labels(model) if not (set(size.given()) & {"num_classes"}) else None
+    model.source = Source(  # type: ignore[assignment]
+        name=name_or_module,
+        family=key,
+        architecture=architecture,
+        size=size,
+        weights=record,
+        preprocessing=preprocessing,
+        labels=labels,
+    )
+    return model
+
+
+def reload_model(source: Source) -> nn.Module:
+    """The model a manifest's source describes, with the very same weights.
+
+    Raises BadRequest where they cannot be had again (a state dict or module given in Python) or differ.
+    """
+    kind = source.weights.kind
+    if kind == "given" or source.architecture is None:
+        raise BadRequest(
+            f"The weights of {source.name} were handed over in Python and are not on disk.",
+            "Check from Python: ztp.check_parity(engine, model, images).",
+        )
+    model = load_model(source.name, source.weights.origin if kind == "file" else kind, source.size)
+    found = source_of(model).weights.sha256
+    if found != source.weights.sha256:
+        raise BadRequest(
+            f"The weights of {source.name} ({source.weights.origin}) are not the ones this was built from.",
+            "Rebuild, or put the old weights back.",
+        )
+    return model
+
+
+def source_of(model: nn.Module) -> Source:
+    """The model's `.source`; for a timm module without one, a source of kind "given"."""
+    source = getattr(model, "source", None)
+    if isinstance(source, Source):
+        return source
+    return Source(
+        name=type(model).__name__,
+        family=_family_of(model),
+        architecture=None,
+        weights=Weights(kind="given", origin="in memory", sha256=weights_module.digest(model.state_dict())),
+        preprocessing=_preprocessing(model),
+        labels=_labels(model),
+    )
+
+
+def _own_module(module: nn.Module) -> nn.Module:
+    host_of(module)
+    model = copy.deepcopy(module).eval()
+    model.source = source_of(module)  # type: ignore[assignment]
+    return model
+
+
+def _family_of(model: nn.Module) -> str:
+    return next(key for key in FAMILIES if family(key).adapts(model))
+
+
+def _resolve(name: str) -> tuple[str, str]:
+    for key in FAMILIES:
+        architecture = family(key).architecture_of(name)
+        if architecture:
+            return key, architecture
+    import timm
+
+    known = [*model_names(), *timm.list_models()]
+    raise BadRequest(f"There is no model {name!r}.", f"Did you mean: {nearest(name, known)}? `ztp list` shows all.")
+
+
+def _give_weights(
+    model: nn.Module, architecture: str, size: ModelSize, weights: str | Path | Mapping[str, Any]
+) -> Weights:
+    if isinstance(weights, Mapping):
+        weights_module.load_given(model, weights, "The state dict")
+        return Weights(kind="given", origin="state dict", sha256=weights_module.digest(model.state_dict()))
+    if weights in ("auto", "pretrained"):
+        try:
+            return _pretrained(model, architecture, size)
+        except MissingSoftware as missing:
+            if weights == "pretrained":
+                raise
+            warnings.warn(
+                f"{missing.problem} Random weights are used: latency is real, predictions mean nothing.",
+                RandomWeightsWarning,
+                stacklevel=3,
+            )
+            weights = "random"
+    if weights == "random":
+        weights_module.fill_random(model)
+        return Weights(
+            kind="random",
+            origin=f"seed {weights_module.RANDOM_SEED}",
+            sha256=weights_module.digest(model.state_dict()),
+        )
+    path = Path(weights).expanduser()
+    if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
+        cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
+    else:
+        weights_module.load_given(model, weights_module.read_file(path), str(path))
+    return Weights(kind="file", origin=str(path.resolve()), sha256=weights_module.digest(model.state_dict()))
+
+
+def _pretrained(model: nn.Module, architecture: str, size: ModelSize) -> Weights:
+    if size.given():
+        raise MissingSoftware(
+            f"There are no pre-trained weights for {architecture} with sizes {json.dumps(size.given())}.",
+            "Leave the overrides out, or use weights='random'.",
+        )
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    repository = config.get("hf_hub_id")
+    if not repository:
+        raise MissingSoftware(f"timm knows no pre-trained weights for {architecture}.", "Give a checkpoint file.")
+    path = weights_module.find_pretrained(str(repository))
+    weights_module.load_given(model, weights_module.read_file(path), str(repository))
+    return Weights(
+        kind="pretrained",
+        origin=str(repository),
+        licence=config.get("license"),
+        sha256=weights_module.digest(model.state_dict()),
+    )
+
+
+def _preprocessing(model: nn.Module) -> Preprocessing:
+    import timm.data
+
+    geometry = host_of(model).geometry
+    config = timm.data.resolve_data_config({}, model=model)
+    config["input_size"] = (3, geometry.image_size, geometry.image_size)
+    return Preprocessing(**{key: config[key] for key in Preprocessing.model_fields})
+
+
+def _labels(model: nn.Module) -> tuple[str, ...] | None:
+    import timm.data
+
+    geometry = host_of(model).geometry
+    subset = timm.data.infer_imagenet_subset(model)
+    if subset is None:
+        return None
+    names = tuple(timm.data.ImageNetInfo(subset).label_descriptions())
+    return names if len(names) == geometry.num_classes else None
+
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "RandomWeightsWarning",
+    "describe",
+    "family",
+    "host_of",
+    "load_model",
+    "model_names",
+    "reload_model",
+    "source_of",
+]

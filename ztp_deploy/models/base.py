@@ -1,0 +1,105 @@
+"""What pruning needs to know of a backbone, and where a model came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ztp_deploy.plan import Geometry
+from ztp_deploy.pruning.tokens import TokenState
+
+
+class ModelSize(BaseModel):
+    """Sizes that override those of a named model; None keeps its own. Image and patch sides in pixels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    img_size: int | None = None
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float | None = None
+    num_classes: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The sizes that were set."""
+        return self.model_dump(exclude_none=True)
+
+
+class Preprocessing(BaseModel):
+    """How an image becomes the model's input, in timm's terms (`timm.data.create_transform`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[int, int, int]
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+
+class Weights(BaseModel):
+    """Where the weights came from; `sha256` is over names, shapes and bytes of the state dict."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["pretrained", "random", "file", "given"]
+    origin: str
+    licence: str | None = None
+    sha256: str
+
+
+class Source(BaseModel):
+    """What a model is: its name here, its timm architecture, weights, preprocessing, class names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    family: str
+    architecture: str | None
+    size: ModelSize = ModelSize()
+    weights: Weights
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One block's self-attention, heads first after the batch.
+
+    logits and probabilities [B, H, N, N] (rows sum to 1), queries, keys and values [B, H, N, d].
+    """
+
+    logits: Tensor
+    probabilities: Tensor
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Host(Protocol):
+    """A backbone taken apart at the places where methods act; knows no method."""
+
+    geometry: Geometry
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] → tokens [B, S + n, C] as they enter the first block, special tokens first."""
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks in order; each maps tokens to tokens by itself."""
+
+    def attend(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Attention]:
+        """The attention half of a block with its residual, and the attention behind it."""
+
+    def transform(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """The MLP half of a block with its residual."""
+
+    def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
+        """Tokens after the last block → logits [B, classes]."""

@@ -1,0 +1,148 @@
+"""Plain timm Vision Transformers: DeiT, distilled DeiT, AugReg, and any timm ViT of the same build."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention as TimmAttention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.models.base import Attention, ModelSize
+from ztp_deploy.plan import Geometry
+from ztp_deploy.pruning.tokens import TokenState
+
+SUMMARY = "DeiT, AugReg and any timm ViT made of plain blocks"
+
+NAMES: dict[str, str] = {
+    "deit_t": "deit_tiny_patch16_224.fb_in1k",
+    "deit_s": "deit_small_patch16_224.fb_in1k",
+    "deit_b": "deit_base_patch16_224.fb_in1k",
+    "deit_b_384": "deit_base_patch16_384.fb_in1k",
+    "deit_t_distilled": "deit_tiny_distilled_patch16_224.fb_in1k",
+    "deit_s_distilled": "deit_small_distilled_patch16_224.fb_in1k",
+    "deit_b_distilled": "deit_base_distilled_patch16_224.fb_in1k",
+    "deit_b_distilled_384": "deit_base_distilled_patch16_384.fb_in1k",
+    "augreg_vit_t": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    "augreg_vit_s": "vit_small_patch16_224.augreg_in21k_ft_in1k",
+    "augreg_vit_b": "vit_base_patch16_224.augreg_in21k_ft_in1k",
+    "augreg_vit_l": "vit_large_patch16_224.augreg_in21k_ft_in1k",
+    "augreg_vit_t_384": "vit_tiny_patch16_384.augreg_in21k_ft_in1k",
+    "augreg_vit_s_384": "vit_small_patch16_384.augreg_in21k_ft_in1k",
+    "augreg_vit_b_384": "vit_base_patch16_384.augreg_in21k_ft_in1k",
+    "augreg_vit_l_384": "vit_large_patch16_384.augreg_in21k_ft_in1k",
+}
+
+
+def architecture_of(name: str) -> str | None:
+    """The timm name behind one of our names or a timm ViT's own name, else None."""
+    if name in NAMES:
+        return NAMES[name]
+    return name if timm.is_model(name) else None
+
+
+def build(architecture: str, size: ModelSize, device: str = "cpu") -> VisionTransformer:
+    """The untrained model in evaluation mode. Raises BadRequest for sizes that do not fit together."""
+    sizes = size.given()
+    heads = sizes.get("num_heads")
+    if heads and "embed_dim" in sizes and sizes["embed_dim"] % heads:
+        raise BadRequest(
+            f"embed_dim={sizes['embed_dim']} is no multiple of num_heads={heads}.", "Choose sizes that divide."
+        )
+    with torch.device(device):
+        try:
+            model = timm.create_model(architecture, pretrained=False, **sizes)
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise BadRequest(
+                f"timm could not build {architecture} with {sizes or 'its own sizes'}: {error}.",
+                "Check the name and the sizes.",
+            ) from error
+    return model.eval()
+
+
+def adapts(model: nn.Module) -> bool:
+    """Whether this family's host carries the model; `TimmVitHost` says why where it does not."""
+    return isinstance(model, VisionTransformer)
+
+
+class TimmVitHost:
+    """A timm VisionTransformer (optionally distilled) taken apart; shares the model's parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, VisionTransformer):
+            raise BadRequest(f"{type(model).__name__} is no timm VisionTransformer.", "See `ztp list`.")
+        for number, block in enumerate(model.blocks, start=1):
+            if type(block) is not Block or type(block.attn) is not TimmAttention:
+                raise BadRequest(
+                    f"Block {number} is a {type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}; "
+                    "pruning knows timm's plain Block with Attention.",
+                    "Choose a model whose blocks are plain (`ztp list`).",
+                )
+        if getattr(model, "dynamic_img_size", False):
+            raise BadRequest("Models with dynamic_img_size have no fixed token count.", "Build it without that option.")
+        self.model = model
+        self.geometry = _geometry(model)
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.blocks)
+
+    def embed(self, images: Tensor) -> Tensor:
+        model = self.model
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    def attend(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Attention]:
+        attn = block.attn
+        normed = block.norm1(tokens)
+        batch, count, _ = normed.shape
+        qkv = attn.qkv(normed).reshape(batch, count, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+        queries, keys, values = qkv.unbind(0)
+        queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+        logits = (queries * attn.scale) @ keys.transpose(-2, -1)
+        probabilities = logits.softmax(dim=-1)
+        mixed = (probabilities @ values).transpose(1, 2).flatten(2)
+        # Normalisation and gate of the attention output exist in newer timm releases only.
+        if getattr(attn, "norm", None) is not None:
+            mixed = attn.norm(mixed)
+        if getattr(attn, "gate", None) is not None:
+            mixed = mixed * attn.gate(normed).sigmoid()
+        tokens = tokens + block.ls1(attn.proj(mixed))
+        return tokens, Attention(logits, probabilities, queries, keys, values)
+
+    def transform(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        return tokens + block.ls2(block.mlp(block.norm2(tokens)))
+
+    def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
+        return self.model.forward_head(self.model.norm(tokens))
+
+
+host = TimmVitHost
+
+
+def _geometry(model: VisionTransformer) -> Geometry:
+    patches = model.patch_embed
+    height, width = patches.img_size
+    if height != width:
+        raise BadRequest(f"The model takes {height} × {width} images.", "Only square inputs are carried so far.")
+    attn = model.blocks[0].attn
+    mlp = sum(m.in_features * m.out_features for m in model.blocks[0].mlp.modules() if isinstance(m, nn.Linear))
+    heads = 2 if isinstance(model, VisionTransformerDistilled) else 1
+    projection = patches.proj
+    return Geometry(
+        image_size=height,
+        patch_tokens=patches.num_patches,
+        special_tokens=model.num_prefix_tokens,
+        class_token=0 if model.cls_token is not None else None,
+        depth=len(model.blocks),
+        embed_dim=model.embed_dim,
+        attention_dim=attn.num_heads * attn.head_dim,
+        num_heads=attn.num_heads,
+        mlp_macs_per_token=mlp,
+        num_classes=model.num_classes,
+        embed_macs=patches.num_patches * projection.weight.numel(),
+        head_macs=heads * model.embed_dim * model.num_classes,
+    )

@@ -1,0 +1,170 @@
+"""Where weights come from: the hub, a file, the caller, or a seeded draw that behaves like a trained model."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ztp_deploy.errors import BadRequest, MissingSoftware
+
+RANDOM_SEED = 0
+HUB_TIMEOUT_SECONDS = 5.0
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+_CONTAINERS = ("model", "state_dict", "state_dict_ema")
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes, in name order."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        sha.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        sha.update(value.view(torch.uint8).numpy().data if value.numel() and value.dim() else value.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def fill_random(model: nn.Module, seed: int = RANDOM_SEED) -> None:
+    """Draws all parameters in place from `seed`, each from its own name, the same on every machine.
+
+    Unlike a fresh initialisation the attention has contrast (queries and keys are scaled up, more so
+    towards the last heads) and positions matter, so that token scores spread as in a trained model.
+    """
+    filled = {name: _draw(name, tuple(value.shape), seed) for name, value in model.state_dict().items()}
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in filled.items()})
+
+
+def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dtype[Any]]:
+    last = name.rsplit(".", 1)[-1]
+    if last == "num_batches_tracked":
+        return np.zeros(shape, np.int64)
+    normal = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+    if last == "running_var":
+        scale, shift = 0.2, 1.0
+        normal = np.abs(normal)
+    elif last == "bias" or last == "running_mean":
+        scale, shift = 0.02, 0.0
+    elif last.endswith(("_token", "pos_embed")):
+        scale, shift = 0.5, 0.0
+    elif len(shape) <= 1:
+        scale, shift = 0.1, 1.0
+    else:
+        scale, shift = float(np.prod(shape[1:])) ** -0.5, 0.0
+    drawn = normal * np.float32(scale) + np.float32(shift)
+    if name.endswith("qkv.weight"):
+        third = shape[0] // 3
+        contrast = np.linspace(0.9, 1.5, third, dtype=np.float32)[:, None]
+        drawn[: 2 * third] *= np.concatenate([contrast, contrast])
+    if name.split(".")[0].startswith("head"):
+        drawn *= np.float32(2)
+    return drawn
+
+
+def load_given(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
+    """Loads a state dict in an official layout: flat, or under `model`, `state_dict` or `state_dict_ema`.
+
+    `module.` prefixes are stripped. Raises BadRequest that lists missing, unexpected and misshapen keys.
+    """
+    for container in _CONTAINERS:
+        if isinstance(state.get(container), Mapping):
+            state = state[container]
+            break
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not isinstance(value, (Tensor, np.ndarray)):
+            raise BadRequest(
+                f"{origin} holds {type(value).__name__} under {name!r}, not a tensor.", "Give a plain state dict."
+            )
+        found[name.removeprefix("module.")] = torch.as_tensor(value)
+    expected = model.state_dict()
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "misshapen": [
+            f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+            for name in sorted(expected.keys() & found.keys())
+            if found[name].shape != expected[name].shape
+        ],
+    }
+    listed = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+    if listed:
+        raise BadRequest(
+            f"{origin} does not fit the model. {'; '.join(listed)}.",
+            "Check the model name, or give the sizes as overrides.",
+        )
+    model.load_state_dict(found)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A state dict from `.safetensors`, or from a torch file read without running any code in it."""
+    if not path.is_file():
+        raise BadRequest(
+            f"weights={str(path)!r} is no file.", "Give auto, pretrained, random, or the path of a checkpoint."
+        )
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise BadRequest(f"{path} cannot be read as safetensors: {error}.", "Is the file complete?") from error
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+        raise BadRequest(
+            f"{path} cannot be read as a plain torch checkpoint: {str(error).splitlines()[0]}.",
+            "Save its state dict alone with torch.save or safetensors.",
+        ) from error
+    if not isinstance(loaded, dict):
+        raise BadRequest(f"{path} holds a {type(loaded).__name__}, not a state dict.", "Save model.state_dict().")
+    return loaded
+
+
+def cache_directory() -> Path | None:
+    """Where downloaded weights are kept: `$ZTP_CACHE/weights`, or None for the hub's own cache."""
+    root = os.environ.get("ZTP_CACHE")
+    return Path(root) / "weights" if root else None
+
+
+def find_pretrained(repository: str) -> Path:
+    """The weights file of a hub repository: from the cache, else downloaded.
+
+    A look-up that cannot succeed gives up after `HUB_TIMEOUT_SECONDS`. Raises MissingSoftware.
+    """
+    import huggingface_hub as hub
+
+    cache = cache_directory()
+    for filename in HUB_FILES:
+        cached = hub.try_to_load_from_cache(repository, filename, cache_dir=cache)
+        if isinstance(cached, str):
+            return Path(cached)
+    try:
+        for filename in HUB_FILES:
+            if _exists(repository, filename):
+                return Path(hub.hf_hub_download(repository, filename, cache_dir=cache))
+    except Exception as error:  # the client's transport errors changed class with each of its HTTP libraries
+        raise MissingSoftware(
+            f"The weights {repository} are not in the cache and the hub did not give them ({type(error).__name__}).",
+            "Connect and try again, give a checkpoint file (WEIGHTS=path), or use WEIGHTS=random.",
+        ) from error
+    raise MissingSoftware(f"The hub has no weights under {repository}.", "Give a checkpoint file, or WEIGHTS=random.")
+
+
+def _exists(repository: str, filename: str) -> bool:
+    import huggingface_hub as hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, filename), timeout=HUB_TIMEOUT_SECONDS)
+    except EntryNotFoundError:
+        return False
+    return True

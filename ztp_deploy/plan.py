@@ -1,0 +1,336 @@
+"""The plan: every number that decides a tensor shape, fixed before the model runs, with its FLOP count.
+
+Nothing here knows a method by name: methods supply their own rule for counts (`Method.schedule`),
+plans are what comes out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ztp_deploy.errors import BadRequest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Place = Literal["before_block", "attention_rows", "attention_bias", "after_attention", "after_block", "read_out"]
+
+PLAN_SCHEMA = "ztp.plan/1"
+FLOP_SHARE_TOLERANCE = 0.005
+DEFAULT_STAGES = 3
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What a plan needs to know of a backbone; MACs are multiply-accumulates for one image.
+
+    `patch_tokens` excludes the `special_tokens` (class, distillation, registers), which come first.
+    `class_token` is the position of the class token among them, None without one.
+    `embed_macs` and `head_macs` count the parts before the first and after the last block.
+    """
+
+    image_size: int
+    patch_tokens: int
+    special_tokens: int
+    class_token: int | None
+    depth: int
+    embed_dim: int
+    attention_dim: int
+    num_heads: int
+    mlp_macs_per_token: int
+    num_classes: int
+    embed_macs: int
+    head_macs: int
+
+
+class Stage(BaseModel):
+    """One place where tokens are removed; counts exclude special tokens.
+
+    `block` is counted from 1; `static` holds the method's own fixed numbers (for Zero-TPrune:
+    `similar`, the tokens S drops, and `rounds`, the voting rounds of I).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    block: int = Field(ge=1)
+    place: Place
+    tokens_in: int = Field(ge=1)
+    tokens_out: int = Field(ge=1)
+    static: dict[str, int] = {}
+
+
+class Flops(BaseModel):
+    """Multiply-accumulates for one image: embedding, blocks, head; no norms, no token selection."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dense: int
+    planned: int
+
+    @property
+    def share(self) -> float:
+        """Planned over dense."""
+        return self.planned / self.dense
+
+    @property
+    def speedup_limit(self) -> float:
+        """The speed-up that the FLOP count alone would allow."""
+        return self.dense / self.planned
+
+
+class Plan(BaseModel):
+    """A frozen, serialisable pruning plan; without stages it is the dense model.
+
+    `asked` keeps the request (`{"ratio": 0.7}`, `{"flops": 0.653}` or `{"keep": [137, 95, 66]}`, with
+    `sites` and `options` where the caller chose them); `options` holds every option, defaults filled in.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_: Literal["ztp.plan/1"] = Field(default=PLAN_SCHEMA, alias="schema")
+    model: str
+    method: str
+    options: dict[str, Any] = {}
+    asked: dict[str, Any] = {}
+    image_size: int
+    special_tokens: int
+    patch_tokens: int
+    stages: tuple[Stage, ...] = ()
+    flops: Flops
+
+    @model_validator(mode="after")
+    def _counts_chain(self) -> Plan:
+        tokens = self.patch_tokens
+        last_block = 0
+        for stage in self.stages:
+            if stage.block <= last_block:
+                raise ValueError(f"stages must come in block order, one per block; block {stage.block} does not")
+            if stage.tokens_in != tokens:
+                raise ValueError(f"the stage at block {stage.block} expects {stage.tokens_in} tokens but {tokens} reach it")
+            if stage.tokens_out > stage.tokens_in:
+                raise ValueError(f"the stage at block {stage.block} grows from {stage.tokens_in} to {stage.tokens_out} tokens")
+            tokens, last_block = stage.tokens_out, stage.block
+        return self
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens each stage keeps."""
+        return [stage.tokens_out for stage in self.stages]
+
+    @property
+    def label(self) -> str:
+        """A short name for folders and tables, different for different plans of one model: `zero_tprune-0.7`, `dense`.
+
+        A six-digit hash follows where more than the method and the ratio was chosen.
+        """
+        if not self.stages:
+            return "dense"
+        if "ratio" in self.asked:
+            name = f"{self.method}-{self.asked['ratio']:g}"
+        elif "flops" in self.asked:
+            name = f"{self.method}-flops{self.asked['flops']:g}"
+        else:
+            name = f"{self.method}-{'-'.join(map(str, self.counts))}"
+        if "sites" in self.asked or "options" in self.asked:
+            return f"{name}-{hashlib.sha256(self.to_json().encode()).hexdigest()[:6]}"
+        return name
+
+    def to_json(self) -> str:
+        """The plan as indented JSON (schema `ztp.plan/1`)."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Reads what `to_json` wrote. Raises BadRequest that names the first field that is wrong."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "plan"
+            raise BadRequest(
+                f"This is not a valid plan: {where}: {first['msg']}.",
+                "Make one with `ztp plan --model … --ratio … --json > plan.json`.",
+            ) from error
+
+
+def default_sites(depth: int, stages: int = DEFAULT_STAGES) -> list[int]:
+    """⌊depth·i/(stages+1)⌋ for i = 1 … stages, counted from 1, without repeats (3, 6, 9 of 12)."""
+    return sorted({depth * i // (stages + 1) for i in range(1, stages + 1)} - {0})
+
+
+def share_of(ratio: float, count: int, rounding: Callable[[Fraction], int] = math.floor) -> int:
+    """`rounding(ratio · count)` on the decimal the user wrote, free of binary noise (0.29 · 100 is 29), at least 1."""
+    return max(1, rounding(Fraction(repr(float(ratio))) * count))
+
+
+def count_flops(geometry: Geometry, stages: Sequence[Stage]) -> Flops:
+    """Multiply-accumulates of the dense and the planned model for one image.
+
+    A block costs 4·N·C·A for query, key, value and output projections, 2·N²·A for attention and
+    its MLP; stages inside a block change N at their place.
+    """
+    by_block = {stage.block: stage for stage in stages}
+
+    def total(active: Mapping[int, Stage]) -> int:
+        patches = geometry.patch_tokens
+        macs = geometry.embed_macs + geometry.head_macs
+        for number in range(1, geometry.depth + 1):
+            stage = active.get(number)
+            after = stage.tokens_out if stage else patches
+            place = stage.place if stage else "after_block"
+            keys = (after if place == "before_block" else patches) + geometry.special_tokens
+            rows = (after if place in ("before_block", "attention_rows") else patches) + geometry.special_tokens
+            mlp = (patches if place in ("after_block", "read_out") else after) + geometry.special_tokens
+            projections = 2 * (rows + keys) * geometry.embed_dim * geometry.attention_dim
+            macs += projections + 2 * rows * keys * geometry.attention_dim + mlp * geometry.mlp_macs_per_token
+            patches = after
+        return macs
+
+    return Flops(dense=total({}), planned=total(by_block))
+
+
+def make_plan(
+    model_or_name: nn.Module | str,
+    method: str = "zero_tprune",
+    *,
+    ratio: float | None = None,
+    flops: float | None = None,
+    keep: Sequence[int | float] | None = None,
+    sites: Sequence[int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Fixes the token count of every stage for one model and one method.
+
+    Exactly one of: `ratio`, the share of tokens each stage keeps, in (0, 1]; `flops`, the share of
+    the dense model's multiply-accumulates, in (0, 1]; `keep`, per stage a count (int) or a share of
+    what enters it (float). `sites` are block numbers counted from 1 (default ⌊depth·i/4⌋, i = 1 … 3).
+    `method="dense"` takes none of them. Raises BadRequest for anything that cannot be met.
+    """
+    from ztp_deploy import methods, models
+
+    name, geometry = models.describe(model_or_name)
+    request: dict[str, Any] = {
+        kind: value for kind, value in (("ratio", ratio), ("flops", flops), ("keep", keep)) if value is not None
+    }
+    if method == "dense":
+        if request and request != {"ratio": 1.0}:
+            raise BadRequest(f"The dense model prunes nothing, but {next(iter(request))} was given.", "Leave it out.")
+        return _assemble(name, geometry, method, {}, {}, [])
+    rule = methods.get(method)
+    if len(request) != 1:
+        raise BadRequest(
+            f"A plan needs exactly one of ratio, flops and keep; {' and '.join(request) or 'none'} came.",
+            "Give one, for example ratio=0.7.",
+        )
+    chosen = methods.parse_options(method, options or {})
+    blocks = _checked_sites(sites, geometry.depth, DEFAULT_STAGES if keep is None else len(keep))
+
+    def stages_for(counts: list[int]) -> list[Stage]:
+        return [stage for stage in rule.schedule(geometry, blocks, counts, chosen) if stage.tokens_out < stage.tokens_in]
+
+    def stages_at(share: float) -> list[Stage]:
+        return stages_for(rule.counts(geometry, blocks, share))
+
+    if keep is not None:
+        stages = stages_for(_kept_counts(keep, geometry.patch_tokens, len(blocks)))
+        request = {"keep": list(keep)}
+    elif ratio is not None:
+        stages = stages_at(_unit_interval("ratio", ratio))
+    else:
+        assert flops is not None
+        stages = _nearest_share(geometry, stages_at, _unit_interval("flops", flops))
+    asked = request | ({"sites": blocks} if sites is not None else {}) | ({"options": dict(options)} if options else {})
+    return _assemble(name, geometry, method, chosen.model_dump(mode="json"), asked, stages)
+
+
+def dense_plan(model_or_name: nn.Module | str) -> Plan:
+    """The plan without stages: the model as it is."""
+    return make_plan(model_or_name, "dense")
+
+
+def _assemble(
+    name: str, geometry: Geometry, method: str, options: dict[str, Any], asked: dict[str, Any], stages: list[Stage]
+) -> Plan:
+    return Plan(
+        model=name,
+        method=method if stages else "dense",
+        options=options if stages else {},
+        asked=asked if stages else {},
+        image_size=geometry.image_size,
+        special_tokens=geometry.special_tokens,
+        patch_tokens=geometry.patch_tokens,
+        stages=tuple(stages),
+        flops=count_flops(geometry, stages),
+    )
+
+
+def _unit_interval(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise BadRequest(f"{name}={value!r} is outside (0, 1].", f"Give a share such as {name}=0.7; 1 is the dense model.")
+    return float(value)
+
+
+def _checked_sites(sites: Sequence[int] | None, depth: int, stages: int) -> list[int]:
+    if sites is None:
+        blocks = default_sites(depth, stages)
+        if len(blocks) < stages and stages != DEFAULT_STAGES:
+            raise BadRequest(f"{stages} stages do not fit into {depth} blocks.", "Give fewer counts, or sites of your own.")
+        return blocks
+    blocks = list(sites)
+    if any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= depth for b in blocks) or not blocks:
+        raise BadRequest(f"sites={blocks} names blocks that are not there.", f"This model has blocks 1 to {depth}.")
+    if sorted(set(blocks)) != blocks:
+        raise BadRequest(f"sites={blocks} must rise, one stage per block.", "Sort them and drop repeats.")
+    return blocks
+
+
+def _kept_counts(keep: Sequence[int | float], tokens: int, sites: int) -> list[int]:
+    if len(keep) != sites:
+        raise BadRequest(f"keep has {len(keep)} entries for {sites} sites.", "Give one entry per site.")
+    counts: list[int] = []
+    for value in keep:
+        if isinstance(value, float):
+            count = share_of(_unit_interval("a share in keep", value), tokens)
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise BadRequest(f"keep={list(keep)} holds {value!r}.", "Give counts of at least 1, or shares in (0, 1].")
+        else:
+            count = value
+        if count > tokens:
+            raise BadRequest(
+                f"keep={list(keep)} grows: a stage that {tokens} tokens reach cannot keep {count}.",
+                "Give counts that fall or stay from stage to stage.",
+            )
+        counts.append(count)
+        tokens = count
+    return counts
+
+
+def _nearest_share(geometry: Geometry, stages_at: Callable[[float], list[Stage]], wanted: float) -> list[Stage]:
+    """The stages whose FLOP share is nearest to `wanted` among all one-ratio schedules, ties to more tokens.
+
+    Counts fall with the ratio, so bisecting down to neighbouring floats leaves the two schedules on
+    either side of `wanted`.
+    """
+    low, high = 0.0, 1.0
+    while (middle := (low + high) / 2) not in (low, high):
+        if count_flops(geometry, stages_at(middle)).share <= wanted:
+            low = middle
+        else:
+            high = middle
+    candidates = [stages_at(high), stages_at(max(low, math.ulp(0.0)))]
+    best = min(candidates, key=lambda stages: abs(count_flops(geometry, stages).share - wanted))
+    share = count_flops(geometry, best).share
+    if abs(share / wanted - 1) > FLOP_SHARE_TOLERANCE:
+        raise BadRequest(
+            f"A FLOP share of {wanted:g} cannot be reached: the nearest is {share:.4f} ({share / wanted - 1:+.1%}).",
+            f"Ask for flops={share:.4f}, move the sites, or give keep=[…].",
+        )
+    return best

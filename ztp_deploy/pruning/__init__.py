@@ -1,0 +1,1 @@
+"""Selecting tokens inside a model: tensor helpers, the pruned module, the trace of what was kept."""

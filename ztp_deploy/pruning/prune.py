@@ -1,0 +1,122 @@
+"""`prune`: a new module that runs the backbone with the plan's stages in it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ztp_deploy import methods, models
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.methods.base import StageModule, StageOutput
+from ztp_deploy.models.base import Source
+from ztp_deploy.plan import Plan, Stage, count_flops
+from ztp_deploy.pruning.tokens import TokenState, initial_state
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Everything one pass can say.
+
+    `logits` [B, classes]; per stage, `kept` [B, k] int32 original patch positions in slot order, and
+    `scores`, the named tensors behind the selection.
+    """
+
+    logits: Tensor
+    kept: list[Tensor]
+    scores: list[dict[str, Tensor]]
+
+
+class PrunedModel(nn.Module):
+    """A backbone with pruning stages: images [B, 3, H, W] → logits [B, classes].
+
+    Every count is a constant of `plan`; the batch is dynamic. `source` says what the backbone is.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.source: Source = models.source_of(model)
+        self.plan = plan
+        self.model = copy.deepcopy(model).eval()
+        self.model.requires_grad_(False)
+        self.host = models.host_of(self.model)
+        _check_fit(plan, self)
+        options = methods.parse_options(plan.method, plan.options) if plan.stages else None
+        self._stage_at: dict[int, tuple[Stage, str]] = {}
+        self.stages = nn.ModuleDict()
+        for stage in plan.stages:
+            assert options is not None
+            module = methods.get(plan.method).build_stage(stage, self.host.geometry, options)
+            self.stages[f"block{stage.block}"] = module
+            self._stage_at[stage.block] = (stage, f"block{stage.block}")
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] → logits [B, classes]."""
+        return self.run(images).logits
+
+    def run(self, images: Tensor) -> Outputs:
+        """The same pass with what each stage kept and why."""
+        host = self.host
+        tokens = host.embed(images)
+        state = initial_state(images, self.plan.patch_tokens)
+        kept: list[Tensor] = []
+        scores: list[dict[str, Tensor]] = []
+        for number, block in enumerate(host.blocks, start=1):
+            if number not in self._stage_at:
+                tokens = block(tokens)
+                continue
+            stage, key = self._stage_at[number]
+            out = self._run_stage(block, stage, self.stages[key], tokens, state)
+            tokens, state = out.tokens, out.state
+            kept.append(state.positions)
+            scores.append(out.scores)
+        return Outputs(host.read_out(tokens, state), kept, scores)
+
+    def _run_stage(
+        self, block: nn.Module, stage: Stage, module: nn.Module, tokens: Tensor, state: TokenState
+    ) -> StageOutput:
+        """A block with its stage at the plan's place. Only blocks that need attention compute it openly."""
+        assert isinstance(module, StageModule)
+        if not module.needs_attention:
+            result: StageOutput = module(block(tokens), state, None)
+            return result
+        tokens, attention = self.host.attend(block, tokens)
+        result = module(self.host.transform(block, tokens), state, attention)
+        return result
+
+
+def prune(model: nn.Module, plan: Plan) -> PrunedModel:
+    """A new pruned module; the caller's model is left as it is.
+
+    Raises BadRequest, with the reason, where the plan does not fit the model.
+    """
+    return PrunedModel(model, plan)
+
+
+def _check_fit(plan: Plan, pruned: PrunedModel) -> None:
+    geometry = pruned.host.geometry
+    wanted = {
+        "image size": (plan.image_size, geometry.image_size),
+        "patch tokens": (plan.patch_tokens, geometry.patch_tokens),
+        "special tokens": (plan.special_tokens, geometry.special_tokens),
+        "dense multiply-accumulates": (plan.flops.dense, count_flops(geometry, ()).dense),
+    }
+    wrong = [f"{what}: {asked} in the plan, {found} in the model" for what, (asked, found) in wanted.items() if asked != found]
+    beyond = [stage.block for stage in plan.stages if stage.block > geometry.depth]
+    if beyond:
+        wrong.append(f"stages at blocks {beyond}, but the model has {geometry.depth}")
+    if wrong:
+        raise BadRequest(
+            f"The plan for {plan.model} does not fit {pruned.source.name}: {'; '.join(wrong)}.",
+            f"Make one for it: ztp plan --model {pruned.source.name}.",
+        )
+    if plan.stages:
+        places = {stage.place for stage in plan.stages}
+        carried = {methods.get(plan.method).PLACE} | ({"after_block"} if plan.method == "slice" else set())
+        if not places <= carried:
+            raise BadRequest(
+                f"Method {plan.method} acts at {', '.join(sorted(carried))}, the plan says {', '.join(sorted(places))}.",
+                "Make the plan anew with `ztp plan`.",
+            )

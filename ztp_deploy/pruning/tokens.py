@@ -1,0 +1,54 @@
+"""Token selection in the owned op vocabulary: top-k with a constant k, and gather on flattened rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """What travels with the tokens from block to block.
+
+    `positions` [B, n] int32: the original patch position of every patch token present.
+    """
+
+    positions: Tensor
+
+
+def initial_state(images: Tensor, patch_tokens: int) -> TokenState:
+    """Every patch present, in raster order; the batch size is taken from `images` [B, …]."""
+    positions = torch.arange(patch_tokens, dtype=torch.int32, device=images.device)
+    return TokenState(positions=positions.unsqueeze(0).expand(images.shape[0], -1))
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Indices [B, k] of the k largest of scores [B, n], best first, ties to the lower index."""
+    if torch.onnx.is_in_onnx_export():
+        return scores.topk(k, dim=-1).indices  # ONNX defines ties as going to the lower index
+    # torch.topk leaves ties open; a stable sort does not.
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of values [B, n, …] at index [B, k] → [B, k, …], as one Gather on axis 0 of [B·n, …]."""
+    count = values.shape[1]
+    offsets = torch.arange(values.shape[0], device=index.device).unsqueeze(1) * count  # [B, 1]
+    rows = (index + offsets).reshape(-1)  # [B·k]
+    picked = values.flatten(0, 1).index_select(0, rows)
+    return picked.unflatten(0, (-1, index.shape[1]))
+
+
+def membership(index: Tensor, count: int) -> Tensor:
+    """1.0 where a slot of [B, count] is among index [B, k], else 0.0; the indices of a row are distinct."""
+    slots = torch.arange(count, device=index.device)
+    return (index.unsqueeze(-1) == slots).to(torch.float32).sum(dim=1)
+
+
+def keep_tokens(tokens: Tensor, state: TokenState, kept: Tensor, special_tokens: int) -> tuple[Tensor, TokenState]:
+    """Keeps the special tokens and the patch slots `kept` [B, k] of tokens [B, S + n, C] → [B, S + k, C]."""
+    special = torch.arange(special_tokens, device=kept.device).unsqueeze(0).expand(kept.shape[0], -1)
+    index = torch.cat([special, kept + special_tokens], dim=1) if special_tokens else kept
+    return take(tokens, index), replace(state, positions=take(state.positions, kept))
