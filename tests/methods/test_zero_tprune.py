@@ -18,6 +18,7 @@ from ztp_deploy.models import load_model
 from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Stage, make_plan
 from ztp_deploy.pruning.prune import prune
+from ztp_deploy.pruning.tokens import top_k
 from ztp_deploy.pruning.trace import trace_tokens
 
 ORACLE = [name for name in golden.CASES if name.startswith("zt_")]
@@ -58,17 +59,18 @@ def test_oracle(name, dtype):
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     scores = {key: value[0].double().numpy() for key, value in chosen.scores.items()}
     np.testing.assert_allclose(scores["pre_score"], truth["pre_score"][1:], **tolerance)
-    np.testing.assert_allclose(scores["pre_variance"], truth["pre_var"], **tolerance)
+    np.testing.assert_allclose(scores["pre_variance"][:, 0], truth["pre_var"], **tolerance)
     np.testing.assert_allclose(scores["similarity"], truth["a_best_sim"], **tolerance)
-    np.testing.assert_allclose(scores["variance"], truth["final_var"], **tolerance)
+    np.testing.assert_allclose(scores["variance"][:, 0], truth["final_var"], **tolerance)
     np.testing.assert_allclose(scores["score"][truth["s_kept"]], truth["final_score"][1:], **tolerance)
-    more, less = zt.split(chosen.scores["pre_score"])
-    assert more[0].tolist() == truth["group_b"].tolist()
-    assert less[0].tolist() == truth["group_a"].tolist()
+    order = top_k(chosen.scores["pre_score"], stage.tokens_in)[0].tolist()
+    half = zt.more_important(stage.tokens_in)
+    assert order[:half] == truth["group_b"].tolist()
+    assert order[half:] == truth["group_a"].tolist()
     assert sorted(np.flatnonzero(scores["score"] < 0)) == sorted(truth["s_dropped"])
     assert sorted(chosen.kept[0].tolist()) == truth["kept"].tolist()
     used = zt.counted_heads(chosen.scores["pre_variance"], options.variance_bounds)[0]
-    assert used.tolist() == truth["pre_mask"].tolist()
+    assert used[:, 0].tolist() == truth["pre_mask"].tolist()
 
 
 @pytest.mark.parametrize("name", ORACLE)
@@ -163,14 +165,14 @@ def test_vote_survives_a_row_that_attends_to_dropped_tokens_only():
 
 
 def test_heads_out_of_bounds_are_left_out_and_all_count_when_none_qualifies():
-    variance = torch.tensor([[0.005, 0.01, 0.7, 0.71], [0.0, 0.001, 5.0, 9.0]])
-    assert zt.counted_heads(variance, (0.01, 0.7)).tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]]
-    assert zt.counted_heads(variance, None).tolist() == [[1] * 4] * 2
+    variance = torch.tensor([[0.005, 0.01, 0.7, 0.71], [0.0, 0.001, 5.0, 9.0]]).unsqueeze(-1)
+    assert zt.counted_heads(variance, (0.01, 0.7)).flatten(1).tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]]
+    assert zt.counted_heads(variance, None).flatten(1).tolist() == [[1] * 4] * 2
 
 
 def test_root_mean_square_over_counted_heads():
     scores = torch.tensor([[[3.0, 1.0], [4.0, 1.0], [100.0, 1.0]]])
-    counted = torch.tensor([[1.0, 1.0, 0.0]])
+    counted = torch.tensor([[[1.0], [1.0], [0.0]]])
     assert zt.combine_heads(scores, counted)[0, 0].item() == pytest.approx(math.sqrt(12.5))
     assert zt.combine_heads(scores, counted, "mean")[0, 0].item() == pytest.approx(3.5)
 

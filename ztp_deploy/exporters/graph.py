@@ -32,15 +32,11 @@ class InferenceGraph(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).reshape(1, 3, 1, 1), persistent=False)
         plan = pruned.plan
         self.output_names = output_names(plan)
-        names = methods.get(plan.method).SCORES if plan.stages else ()
-        present = [self._present(stage_index, name) for stage_index in range(len(plan.stages)) for name in names]
-        self.audit_names = tuple(name for name in present if name)
-
-    def _present(self, index: int, name: str) -> str | None:
-        static = self.pruned.plan.stages[index].static
-        if not static.get("similar", 1) and name in ("pre_score", "pre_variance", "similarity"):
-            return None
-        return f"{name}_{index + 1}"
+        self.audit_names = tuple(
+            f"{name}_{index}"
+            for index, stage in enumerate(plan.stages, start=1)
+            for name in methods.get(plan.method).score_names(stage)
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """All outputs in the order of `output_names`, then `audit_names`."""

@@ -75,7 +75,6 @@ class Method(Protocol):
 
     PLACE: Place
     SUMMARY: str
-    SCORES: tuple[str, ...]
     Options: type[MethodOptions]
 
     def counts(self, geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
@@ -85,6 +84,9 @@ class Method(Protocol):
         self, geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions
     ) -> list[Stage]:
         """The stages for these counts, with the method's fixed numbers."""
+
+    def score_names(self, stage: Stage) -> tuple[str, ...]:
+        """Names of the scores the stage reports in the audit graph."""
 
     def build_stage(self, stage: Stage, geometry: Geometry, options: MethodOptions) -> StageModule:
         """The module that runs one stage."""

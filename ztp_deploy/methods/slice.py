@@ -18,7 +18,6 @@ from ztp_deploy.pruning.tokens import TokenState
 
 PLACE: Place = "after_block"
 SUMMARY = "cuts the last tokens off unseen; the yardstick for what selection costs"
-SCORES: tuple[str, ...] = ()
 
 
 class Options(MethodOptions):
@@ -43,6 +42,11 @@ def schedule(
         Stage(block=block, place=PLACE, tokens_in=before, tokens_out=after)
         for block, before, after in zip(blocks, entering, counts, strict=False)
     ]
+
+
+def score_names(stage: Stage) -> tuple[str, ...]:
+    """None: nothing is scored."""
+    return ()
 
 
 def twin_of(plan: Plan) -> Plan:

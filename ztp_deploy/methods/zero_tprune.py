@@ -26,7 +26,6 @@ from ztp_deploy.pruning.tokens import TokenState, keep_tokens, membership, take,
 
 PLACE: Place = "after_block"
 SUMMARY = "training-free: weighted PageRank on attention, then similarity, then importance (CVPR 2024)"
-SCORES = ("pre_score", "pre_variance", "similarity", "score", "variance")
 
 EARLY_ROUNDS, MIDDLE_ROUNDS, LATE_ROUNDS = 30, 8, 1
 
@@ -59,7 +58,7 @@ class Options(MethodOptions):
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores [B, N] of all tokens (0 for those that take no part) and the heads' variances [B, H]."""
+    """Scores [B, N] of all tokens (0 for those that take no part) and the heads' variances [B, H, 1]."""
 
     score: Tensor
     variance: Tensor
@@ -67,7 +66,7 @@ class Importance:
 
 @dataclass(frozen=True)
 class Selection:
-    """Kept patch slots [B, k], best first, and the scores that decided (names as in SCORES)."""
+    """Kept patch slots [B, k], best first, and the scores that decided (`score_names`)."""
 
     kept: Tensor
     scores: dict[str, Tensor]
@@ -117,6 +116,12 @@ def default_rounds(block: int, depth: int) -> int:
     return LATE_ROUNDS if block > depth - 3 else MIDDLE_ROUNDS
 
 
+def score_names(stage: Stage) -> tuple[str, ...]:
+    """I′ scores [B, n] and head variances [B, H, 1], S similarities [B, n//2] in I′ order, then the same of I."""
+    preliminary = ("pre_score", "pre_variance", "similarity") if stage.static["similar"] else ()
+    return (*preliminary, "score", "variance")
+
+
 # --- pure scores -------------------------------------------------------------------------------
 
 
@@ -138,40 +143,41 @@ def vote(attention: Tensor, start: Tensor, rounds: int, survivors: Tensor | None
     → scores [B, H, N], 0 outside the survivors. With row sums q = A m over the survivors m, one round is
     s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered (DESIGN section 5).
     """
-    score = start.to(attention).reshape(1, 1, 1, -1)
+    count = attention.shape[-1]
+    score = start.to(attention).reshape(1, 1, 1, count)
     if survivors is None:
         for _ in range(rounds):
             score = score @ attention
         return score.squeeze(2)
-    mask = survivors.to(attention)
-    row_sums = attention @ mask.unsqueeze(1).unsqueeze(-1)  # [B, H, N, 1]
-    # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
-    weight = mask.unsqueeze(1).unsqueeze(1) / row_sums.transpose(-1, -2).clamp_min(1e-30)  # [B, H, 1, N]
+    mask = survivors.to(attention).unsqueeze(1)  # [B, 1, N]
+    rows = mask.unsqueeze(-1)  # [B, 1, N, 1]
+    # Rows are scaled once instead of the scores in every round. A row whose whole attention went to
+    # dropped tokens underflows to 0 and must not turn into NaN.
+    restricted = attention * (rows / (attention @ rows).clamp_min(1e-30))
     for _ in range(rounds):
-        score = (score * weight) @ attention
-    return score.squeeze(2) * mask.unsqueeze(1)
+        score = score @ restricted
+    return score.squeeze(2) * mask
 
 
 def score_variance(scores: Tensor, participants: int, survivors: Tensor | None = None) -> Tensor:
-    """Population variance [B, H] of mean-1 scores [B, H, N] over the tokens that take part."""
-    deviation = (scores - 1).square()
+    """Population variance [B, H, 1] of mean-1 scores [B, H, N] over the tokens that take part."""
+    deviation = scores - 1
     if survivors is not None:
         deviation = deviation * survivors.to(scores).unsqueeze(1)
-    return deviation.sum(-1) / participants
+    return deviation.square().sum(-1, keepdim=True) / participants
 
 
 def counted_heads(variance: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    """VHF: 1.0 for heads whose variance [B, H] lies in the bounds; all heads where none does."""
+    """VHF: 1.0 for heads whose variance [B, H, 1] lies in the bounds; all heads where none does."""
     if bounds is None:
         return torch.ones_like(variance)
-    inside = ((variance >= bounds[0]) & (variance <= bounds[1])).to(variance.dtype)
-    none = (inside.sum(-1, keepdim=True) < 0.5).to(variance.dtype)
-    return inside + none
+    inside = (variance.clamp(*bounds) == variance).to(variance.dtype)
+    return inside + (1 - inside.amax(1, keepdim=True))
 
 
 def combine_heads(scores: Tensor, counted: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
-    """EIR: root of the mean square over the counted heads, scores [B, H, N] and counted [B, H] → [B, N]."""
-    weight = (counted / counted.sum(-1, keepdim=True)).unsqueeze(-1)
+    """EIR: root of the mean square over the counted heads, scores [B, H, N] and counted [B, H, 1] → [B, N]."""
+    weight = counted / counted.sum(1, keepdim=True)
     if how == "mean":
         return (scores * weight).sum(1)
     return (scores.square() * weight).sum(1).sqrt()
@@ -186,7 +192,7 @@ def importance(
     options: Options,
     survivors: Tensor | None = None,
 ) -> Importance:
-    """WPR, VHF and EIR in one: attention [B, H, N, N] → scores [B, N] and head variances [B, H]."""
+    """WPR, VHF and EIR in one: attention [B, H, N, N] → scores [B, N] and head variances [B, H, 1]."""
     boosted = class_token if options.start == "class" else None
     start = start_scores(attention.shape[-1], participants, boosted).to(attention.device)
     per_head = vote(attention, start, rounds, survivors)
@@ -195,22 +201,20 @@ def importance(
     return Importance(combine_heads(per_head, counted, options.heads), variance)
 
 
-def head_features(keys: Tensor) -> Tensor:
-    """Unit-length features [B, N, H·d] from the keys of all heads [B, H, N, d], concatenated."""
-    features = keys.float().transpose(1, 2).flatten(2)
-    return features / features.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
-
-
 def best_match(less: Tensor, more: Tensor) -> Tensor:
     """Largest cosine [B, a] of each less important feature [B, a, D] with any more important one [B, b, D]."""
-    return (less @ more.transpose(1, 2)).amax(-1)
+    # Scaling the products is cheaper than scaling the features.
+    products = less @ (more.transpose(1, 2))
+    return (products / _length(more).transpose(1, 2)).amax(-1) / _length(less).squeeze(-1)
 
 
-def split(pre_score: Tensor) -> tuple[Tensor, Tensor]:
-    """Patch slots by I′ score [B, n]: the more important [B, n − n//2] and the less important [B, n//2], best first."""
-    order = top_k(pre_score, pre_score.shape[1])
-    half = pre_score.shape[1] - pre_score.shape[1] // 2
-    return order[:, :half], order[:, half:]
+def _length(features: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)
+
+
+def more_important(tokens: int) -> int:
+    """Size of the more important half of so many tokens; the odd one is important."""
+    return tokens - tokens // 2
 
 
 def select(
@@ -223,15 +227,15 @@ def select(
     similar, rounds = stage.static["similar"], stage.static["rounds"]
     everyone = attention.shape[-1]
     scores: dict[str, Tensor] = {}
-    survivors = None
+    dropped = None
     if similar:
         ranking = importance(attention, 1, participants=everyone, class_token=class_token, options=options)
         pre_score = ranking.score[:, special_tokens:]
-        more, less = split(pre_score)
-        ordered = take(head_features(keys), torch.cat([more, less], dim=1) + special_tokens)
-        match = best_match(ordered[:, more.shape[1] :], ordered[:, : more.shape[1]])
-        dropped = take(less, top_k(match, similar))
-        survivors = 1 - membership(dropped + special_tokens, everyone)
+        order = top_k(pre_score, stage.tokens_in)
+        half = more_important(stage.tokens_in)
+        features = take(keys.float().transpose(1, 2).flatten(2), order, skip=special_tokens)  # all heads' keys
+        match = best_match(features[:, half:], features[:, :half])
+        dropped = membership(take(order[:, half:], top_k(match, similar)), everyone, skip=special_tokens)
         scores |= {"pre_score": pre_score, "pre_variance": ranking.variance, "similarity": match}
     final = importance(
         attention,
@@ -239,11 +243,10 @@ def select(
         participants=everyone - similar,
         class_token=class_token,
         options=options,
-        survivors=survivors,
+        survivors=None if dropped is None else 1 - dropped,
     )
-    score = final.score[:, special_tokens:]
-    if survivors is not None:
-        score = score + (survivors[:, special_tokens:] - 1)  # dropped tokens rank below a survivor's 0
+    score = final.score if dropped is None else final.score - dropped  # dropped ones rank below a survivor's 0
+    score = score[:, special_tokens:]
     scores |= {"score": score, "variance": final.variance}
     return Selection(top_k(score, stage.tokens_out), scores)
 
@@ -293,19 +296,17 @@ def replay(stage: Stage, scores: Mapping[str, Tensor], geometry: Geometry, optio
     """Recomputes a stage's selection from its own audit scores, with every decision and its margin."""
     assert isinstance(options, Options)
     decisions: list[Decision] = []
-    score, taking_part = scores["score"], None
-    if stage.static["similar"]:
+    score = scores["score"]
+    if similar := stage.static["similar"]:
         pre_score, similarity = scores["pre_score"], scores["similarity"]
-        more, less = split(pre_score)
-        dropped = take(less, top_k(similarity, stage.static["similar"]))
-        taking_part = 1 - membership(dropped, stage.tokens_in)
+        half = more_important(stage.tokens_in)
+        less = top_k(pre_score, stage.tokens_in)[:, half:]
         # Positive for what stays, and in slot order, so that two replays compare token by token.
-        stays = -top_k_margin(similarity, stage.static["similar"])
-        by_slot = torch.full_like(score, torch.inf).scatter(1, less, stays.to(score))
+        stays = torch.full_like(score, torch.inf).scatter(1, less, -top_k_margin(similarity, similar).to(score))
         decisions += _head_decisions("pre_heads", scores["pre_variance"], options)
-        decisions.append(Decision("split", top_k_margin(pre_score, more.shape[1])))
-        decisions.append(Decision("similarity", by_slot))
-        score = torch.where(taking_part > 0, score, -torch.inf)
+        decisions.append(Decision("split", top_k_margin(pre_score, half)))
+        decisions.append(Decision("similarity", stays))
+        score = torch.where(stays > 0, score, -torch.inf)
     decisions += _head_decisions("heads", scores["variance"], options)
     decisions.append(Decision("importance", top_k_margin(score, stage.tokens_out)))
     return Replay(kept=top_k(score, stage.tokens_out), decisions=tuple(decisions))
@@ -315,6 +316,7 @@ def _head_decisions(name: str, variance: Tensor, options: Options) -> list[Decis
     """VHF as two threshold decisions per head."""
     if options.variance_bounds is None:
         return []
+    variance = variance.flatten(1)  # [B, H]
     low, high = options.variance_bounds
     return [
         Decision(f"{name}_above", (variance - low) / low if low else variance + 1),

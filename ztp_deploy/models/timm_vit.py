@@ -99,9 +99,10 @@ class TimmVitHost:
         attn = block.attn
         normed = block.norm1(tokens)
         batch, count, _ = normed.shape
-        qkv = attn.qkv(normed).reshape(batch, count, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-        queries, keys, values = qkv.unbind(0)
-        queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+        qkv = attn.qkv(normed).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
+        queries, keys, values = qkv.unbind(2)  # [B, N, H, d]
+        queries, keys = attn.q_norm(queries).transpose(1, 2), attn.k_norm(keys).transpose(1, 2)
+        values = values.transpose(1, 2)
         logits = (queries * attn.scale) @ keys.transpose(-2, -1)
         probabilities = logits.softmax(dim=-1)
         mixed = (probabilities @ values).transpose(1, 2).flatten(2)

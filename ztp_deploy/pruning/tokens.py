@@ -32,23 +32,29 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """Rows of values [B, n, …] at index [B, k] → [B, k, …], as one Gather on axis 0 of [B·n, …]."""
-    count = values.shape[1]
-    offsets = torch.arange(values.shape[0], device=index.device).unsqueeze(1) * count  # [B, 1]
-    rows = (index + offsets).reshape(-1)  # [B·k]
-    picked = values.flatten(0, 1).index_select(0, rows)
-    return picked.unflatten(0, (-1, index.shape[1]))
+def take(values: Tensor, index: Tensor, skip: int = 0) -> Tensor:
+    """Rows of values [B, n, …] at index + skip, index [B, k] → [B, k, …], as one Gather on axis 0 of [B·n, …]."""
+    return _rows(values, index + (_first_row(values) + skip), index.shape[1])
 
 
-def membership(index: Tensor, count: int) -> Tensor:
-    """1.0 where a slot of [B, count] is among index [B, k], else 0.0; the indices of a row are distinct."""
-    slots = torch.arange(count, device=index.device)
+def membership(index: Tensor, count: int, skip: int = 0) -> Tensor:
+    """1.0 where a slot of [B, count] is among index + skip, index [B, k] distinct in a row; else 0.0."""
+    slots = torch.arange(-skip, count - skip, device=index.device)
     return (index.unsqueeze(-1) == slots).to(torch.float32).sum(dim=1)
 
 
 def keep_tokens(tokens: Tensor, state: TokenState, kept: Tensor, special_tokens: int) -> tuple[Tensor, TokenState]:
     """Keeps the special tokens and the patch slots `kept` [B, k] of tokens [B, S + n, C] → [B, S + k, C]."""
-    special = torch.arange(special_tokens, device=kept.device).unsqueeze(0).expand(kept.shape[0], -1)
-    index = torch.cat([special, kept + special_tokens], dim=1) if special_tokens else kept
-    return take(tokens, index), replace(state, positions=take(state.positions, kept))
+    first = _first_row(tokens)
+    special = [first + slot for slot in range(special_tokens)]
+    rows = torch.cat([*special, kept + (first + special_tokens)], dim=1)
+    return _rows(tokens, rows, special_tokens + kept.shape[1]), replace(state, positions=take(state.positions, kept))
+
+
+def _first_row(values: Tensor) -> Tensor:
+    """Where each image's rows begin [B, 1] once values [B, n, …] are flattened to [B·n, …]."""
+    return torch.arange(values.shape[0], device=values.device).unsqueeze(1) * values.shape[1]
+
+
+def _rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    return values.flatten(0, 1).index_select(0, rows.reshape(-1)).unflatten(0, (-1, count))

@@ -1,0 +1,98 @@
+"""ONNX by torch's dynamo exporter: one file, dynamic batch, linted; audit scores stay inside as named tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+
+from ztp_deploy.errors import GateFailed
+from ztp_deploy.exporters import vocabulary
+from ztp_deploy.exporters.graph import InferenceGraph
+
+SUMMARY = "opset 18, dynamic batch; the format every engine but TorchScript is built from"
+PRECISIONS = ("fp32",)
+PACKAGES = ("onnx", "onnxscript")
+OPSET: int | None = 18
+GRAPH_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+_PROTOBUF_LIMIT = 1_900_000_000
+
+
+def write(graph: InferenceGraph, directory: Path, image_batch: int) -> None:
+    """Writes `model.onnx` (and `model.onnx.data` beyond protobuf's 2 GB).
+
+    The graph is traced with the audit scores as outputs; these are then taken off the list of outputs
+    but keep their names inside, so that an audit can ask the very same graph for them.
+    Raises GateFailed where the graph breaks the vocabulary.
+    """
+    model = _traced(graph, image_batch)
+    del model.graph.output[len(graph.output_names) :]
+    model.doc_string = f"{graph.pruned.source.name} {graph.pruned.plan.label}, exported by ztp_deploy"
+    path = directory / GRAPH_FILE
+    vocabulary.check(model, graph.pruned.plan, path)
+    if model.ByteSize() > _PROTOBUF_LIMIT:
+        onnx.save_model(model, path, save_as_external_data=True, location=WEIGHTS_FILE)
+    else:
+        onnx.save_model(model, path)
+    onnx.checker.check_model(str(path), full_check=False)
+
+
+def with_audit(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:
+    """The same graph with the named inner tensors as further outputs. Raises GateFailed where one is missing."""
+    known = {name for node in model.graph.node for name in node.output}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise GateFailed(f"The graph has no tensor {missing[0]!r} to audit.", "Export the model again.")
+    audited = onnx.ModelProto()
+    audited.CopyFrom(model)
+    audited.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
+    )
+    return audited
+
+
+def _traced(graph: InferenceGraph, image_batch: int) -> onnx.ModelProto:
+    names = [*graph.output_names, *graph.audit_names]
+    with _quiet(), torch.inference_mode(False), torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            (graph.example(image_batch),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=names,
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    # Traces of Python source in the metadata would put the builder's paths into the file.
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del model.graph.metadata_props[:]
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the exporter's progress lines and notices for developers of torch off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
