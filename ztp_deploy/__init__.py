@@ -1,1 +1,67 @@
+"""ztp_deploy: token-pruned Vision Transformers in production.
+
+Prune a Vision Transformer's tokens without training (fixed counts per layer), export it, build engines,
+prove that they still do what the eager model does, measure what was gained. Nothing heavy is loaded
+before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ztp_deploy.backends import build, load_engine
+    from ztp_deploy.errors import ZtpError
+    from ztp_deploy.evidence.latency import measure_latency
+    from ztp_deploy.evidence.parity import check_parity
+    from ztp_deploy.exporters import export
+    from ztp_deploy.models import load_model
+    from ztp_deploy.models.base import ModelSize
+    from ztp_deploy.plan import Plan, make_plan
+    from ztp_deploy.pruning.prune import prune
+    from ztp_deploy.pruning.trace import TokenTrace, trace_tokens
+
+_HOMES = {
+    "ModelSize": "ztp_deploy.models.base",
+    "Plan": "ztp_deploy.plan",
+    "TokenTrace": "ztp_deploy.pruning.trace",
+    "ZtpError": "ztp_deploy.errors",
+    "build": "ztp_deploy.backends",
+    "check_parity": "ztp_deploy.evidence.parity",
+    "export": "ztp_deploy.exporters",
+    "load_engine": "ztp_deploy.backends",
+    "load_model": "ztp_deploy.models",
+    "make_plan": "ztp_deploy.plan",
+    "measure_latency": "ztp_deploy.evidence.latency",
+    "prune": "ztp_deploy.pruning.prune",
+    "trace_tokens": "ztp_deploy.pruning.trace",
+}
+
+__all__ = [
+    "ModelSize",
+    "Plan",
+    "TokenTrace",
+    "ZtpError",
+    "build",
+    "check_parity",
+    "export",
+    "load_engine",
+    "load_model",
+    "make_plan",
+    "measure_latency",
+    "prune",
+    "trace_tokens",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -52,6 +52,11 @@ class _Manifest(BaseModel):
     versions: dict[str, str]
     recipe: str
     files: dict[str, FileRecord]
+    seal: str = ""
+
+    def sealed(self) -> str:
+        """sha256 over everything but the seal: shows an edit; it is no signature."""
+        return recipe_hash(manifest=self.model_dump(mode="json", by_alias=True, exclude={"seal"}))
 
     @property
     def random_weights(self) -> bool:
@@ -136,26 +141,33 @@ def manifest_sha256(directory: Path) -> str:
 
 
 def write_manifest(manifest: _Manifest, directory: Path) -> None:
-    """Writes `manifest.json` into a folder that is still being made."""
+    """Writes `manifest.json`, sealed, into a folder that is still being made."""
+    manifest = manifest.model_copy(update={"seal": manifest.sealed()})
     text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(directory: Path, kind: type[M]) -> M:
-    """Reads a folder's manifest. Raises BadRequest (not such a folder) and DamagedFiles (unreadable)."""
+    """Reads a folder's manifest. Raises BadRequest (not such a folder) and DamagedFiles (unreadable, edited)."""
     path = directory / MANIFEST
     noun = "engine" if kind is EngineManifest else "artifact"
     verb = "engine" if kind is EngineManifest else "export"
     if not path.is_file():
         raise BadRequest(f"{directory} is no {noun} folder: it has no {MANIFEST}.", f"Make one with `ztp {verb} …`.")
     try:
-        return kind.model_validate_json(path.read_bytes())
+        manifest = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DamagedFiles(
             f"{path} is not a valid {noun} manifest: {where}: {first['msg']}.", f"Run `ztp {verb} …` again."
         ) from error
+    if manifest.seal != manifest.sealed():
+        raise DamagedFiles(
+            f"{path} was edited after it was written: its seal does not match.",
+            f"Run `ztp {verb} …` again with what you want to change.",
+        )
+    return manifest
 
 
 def verify_files(directory: Path, manifest: _Manifest) -> None:

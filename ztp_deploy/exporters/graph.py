@@ -18,7 +18,7 @@ def output_names(plan: Plan) -> tuple[str, ...]:
 
 
 class InferenceGraph(nn.Module):
-    """Images → (logits, kept_1 …, scores …): what a graph file computes.
+    """Images → (logits, kept_1 …): what a graph file computes; `audited` adds the scores.
 
     With `input="uint8"` pixels [B, 3, H, W] are normalised here, as timm's transform does it.
     """
@@ -39,7 +39,12 @@ class InferenceGraph(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """All outputs in the order of `output_names`, then `audit_names`."""
+        """What ships: the outputs in the order of `output_names`."""
+        outputs = self.pruned.run(self.normalise(images))
+        return (outputs.logits, *outputs.kept)
+
+    def audited(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What ships, then the stage scores in the order of `audit_names`."""
         outputs = self.pruned.run(self.normalise(images))
         scores = {
             f"{name}_{index}": value

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import Tensor, nn
 
 from ztp_deploy.errors import GateFailed
 from ztp_deploy.exporters import vocabulary
@@ -58,11 +59,20 @@ def with_audit(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProt
     return audited
 
 
+class _Audited(nn.Module):
+    def __init__(self, graph: InferenceGraph) -> None:
+        super().__init__()
+        self.inference = graph  # fx modules own the name "graph"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.inference.audited(images)
+
+
 def _traced(graph: InferenceGraph, image_batch: int) -> onnx.ModelProto:
     names = [*graph.output_names, *graph.audit_names]
     with _quiet(), torch.inference_mode(False), torch.no_grad():
         program = torch.onnx.export(
-            graph,
+            _Audited(graph),
             (graph.example(image_batch),),
             dynamo=True,
             opset_version=OPSET,

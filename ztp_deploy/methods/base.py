@@ -49,12 +49,14 @@ class StageModule(nn.Module):
 class Decision:
     """One discrete choice of a stage over M candidates, for every image.
 
-    `margin` [B, M] is each candidate's relative distance from the cut, positive on the chosen side;
+    Candidates are the tokens that enter the stage, in slot order, where `per_token`, else anything fixed
+    (heads). `margin` [B, M] is each candidate's relative distance from the cut, positive on the chosen side;
     its sign is the choice, its size says how near the choice was to flipping.
     """
 
     name: str
     margin: Tensor
+    per_token: bool = True
 
     @property
     def chosen(self) -> Tensor:

@@ -319,6 +319,6 @@ def _head_decisions(name: str, variance: Tensor, options: Options) -> list[Decis
     variance = variance.flatten(1)  # [B, H]
     low, high = options.variance_bounds
     return [
-        Decision(f"{name}_above", (variance - low) / low if low else variance + 1),
-        Decision(f"{name}_below", (high - variance) / high),
+        Decision(f"{name}_above", (variance - low) / low if low else variance + 1, per_token=False),
+        Decision(f"{name}_below", (high - variance) / high, per_token=False),
     ]

@@ -1,0 +1,198 @@
+"""Engines: `build` makes one from an artifact, `load_engine` opens one; the same face for every back end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, cast
+
+from ztp_deploy.backends.base import Backend, Device, Session
+from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
+from ztp_deploy.exporters import Artifact
+from ztp_deploy.manifest import (
+    BatchRange,
+    EngineManifest,
+    hash_files,
+    manifest_sha256,
+    new_directory,
+    read_manifest,
+    recipe_hash,
+    verify_files,
+    write_manifest,
+)
+from ztp_deploy.plan import Plan
+
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "ztp_deploy.backends.onnxruntime",
+    "torchscript": "ztp_deploy.backends.torchscript",
+}
+EVIDENCE = "evidence"
+DEFAULT_BATCH = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built engine's folder and its manifest."""
+
+    directory: Path
+    manifest: EngineManifest
+
+    @property
+    def evidence(self) -> Path:
+        """The folder for what was proved and measured of this engine."""
+        return self.directory / EVIDENCE
+
+
+def get(name: str) -> Backend:
+    """The back end of that name. Raises BadRequest with the nearest names."""
+    if name not in BACKENDS:
+        raise BadRequest(f"There is no back end {name!r}.", f"Did you mean: {nearest(name, BACKENDS)}?")
+    return cast(Backend, import_module(BACKENDS[name]))
+
+
+def choose(name: str) -> str:
+    """`auto` resolved: the fastest back end whose software and device are here."""
+    return "onnxruntime" if name == "auto" else name
+
+
+def usable(name: str) -> Backend:
+    """The back end, its software present. Raises MissingSoftware with the pip command."""
+    backend = get(name)
+    missing = backend.missing()
+    if missing:
+        raise MissingSoftware(f"Back end {name} needs {missing}, which is not installed.", f"pip install {missing}")
+    return backend
+
+
+def engine_directory(
+    root: Path, backend: str, device: Device, plan: Plan, model: str, precision: str, batch: BatchRange, tags: list[str]
+) -> Path:
+    """`root/<backend>-<version>-<device>/<model>--<method>-<ratio>--<precision>--b<min>-<opt>-<max>[--tag…]`."""
+    machine = f"{backend}-{get(backend).version()}-{device.slug}"
+    return root / machine / "--".join([model, plan.label, precision, f"b{batch}", *tags])
+
+
+def build(
+    artifact: Artifact,
+    backend: str,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    batch: tuple[int, int, int] | str = DEFAULT_BATCH,
+    directory: Path | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Builds the engine folder for an artifact, or returns it where it stands already.
+
+    `device`: "auto" (a GPU where back end and machine have one), "cpu" or "cuda". `batch` is
+    (smallest, optimal, largest). `directory` defaults to the path under `engines/` that names
+    everything the engine depends on. `settings` are the back end's own.
+    Raises BadRequest, MissingSoftware, DamagedFiles and WriteFailed.
+    """
+    name = choose(backend)
+    module = usable(name)
+    source = artifact.manifest
+    if source.format != module.FORMAT:
+        raise BadRequest(
+            f"Back end {name} is built from {module.FORMAT}; the artifact is {source.format}.",
+            f"Export it with format={module.FORMAT!r}.",
+        )
+    if precision != source.precision:
+        raise BadRequest(
+            f"precision={precision!r} was asked for, the artifact holds {source.precision}.",
+            f"Precision is written into the graph: export with precision={precision!r}.",
+        )
+    span = BatchRange.parse(batch)
+    target = module.resolve_device(device)
+    chosen = module.parse_settings(dict(settings or {}))
+    tags = (["uint8"] if source.input.dtype == "uint8" else []) + (["random"] if source.random_weights else [])
+    final = (
+        Path(directory)
+        if directory is not None
+        else engine_directory(
+            Path("engines"), name, target, source.plan, source.source.name, precision, span, tags
+        )
+    )
+    artifact_sha256 = manifest_sha256(artifact.directory)
+    recipe = recipe_hash(
+        artifact=source.recipe,
+        backend=name,
+        version=module.version(),
+        device=target.slug,
+        batch=span.model_dump(),
+        settings=chosen,
+    )
+    standing = _standing(final, recipe, artifact_sha256)
+    if standing is not None:
+        return standing
+    verify_files(artifact.directory, source)
+    with new_directory(final) as scratch:
+        for file in source.files:
+            shutil.copyfile(artifact.directory / file, scratch / file)
+        manifest = EngineManifest(
+            source=source.source,
+            plan=source.plan,
+            precision=precision,
+            input=source.input,
+            outputs=source.outputs,
+            audit=source.audit,
+            versions=source.versions,
+            recipe=recipe,
+            files=hash_files(scratch),
+            backend=name,
+            backend_version=module.version(),
+            device=target.name,
+            provider=target.provider,
+            batch=span,
+            settings=chosen,
+            format=source.format,
+            artifact=os.path.relpath(artifact.directory, final),
+            artifact_sha256=artifact_sha256,
+        )
+        # Opening it once proves that the device takes it before anything is called built.
+        module.open_runner(scratch, manifest).close()
+        write_manifest(manifest, scratch)
+    return Engine(final, manifest)
+
+
+def find_engine(directory: Path | str) -> Engine:
+    """An engine folder with every file verified, not opened. Raises BadRequest and DamagedFiles."""
+    folder = Path(directory)
+    manifest = read_manifest(folder, EngineManifest)
+    verify_files(folder, manifest)
+    return Engine(folder, manifest)
+
+
+def load_engine(directory: Path | str) -> Session:
+    """Opens an engine folder after verifying its manifest and every file's sha256.
+
+    TorchScript engines are code: load only what you built. Raises BadRequest (no engine folder),
+    DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
+    """
+    engine = find_engine(directory)
+    manifest = engine.manifest
+    module = usable(manifest.backend)
+    if module.version() != manifest.backend_version:
+        warnings.warn(
+            f"{engine.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
+            f"this is {module.version()}. Run `ztp check --engine {engine.directory}`.",
+            stacklevel=2,
+        )
+    return Session(engine.directory, manifest, module.open_runner(engine.directory, manifest))
+
+
+def _standing(directory: Path, recipe: str, artifact_sha256: str) -> Engine | None:
+    """The finished engine of the same recipe, if it is there and whole."""
+    from ztp_deploy.errors import ZtpError
+
+    try:
+        engine = find_engine(directory)
+    except ZtpError:
+        return None
+    same = engine.manifest.recipe == recipe and engine.manifest.artifact_sha256 == artifact_sha256
+    return engine if same else None

@@ -1,0 +1,150 @@
+"""`Session`, the one face of an open engine, and what a back end supplies behind it."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.manifest import EngineManifest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where an engine runs: `name` is cpu or cuda, `slug` names it in folders, `provider` is the library's word."""
+
+    name: str
+    slug: str
+    provider: str
+
+
+class Runner(Protocol):
+    """An engine opened by its library."""
+
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """All outputs of the shipped graph."""
+
+    def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """The same graph's outputs with the stage scores."""
+
+    def close(self) -> None:
+        """Frees what the library holds."""
+
+
+class Backend(Protocol):
+    """The face of a module in `backends/`."""
+
+    SUMMARY: str
+    FORMAT: str
+
+    def missing(self) -> str | None:
+        """The pip package to install, None when the software is here."""
+
+    def version(self) -> str:
+        """Version of the engine library."""
+
+    def resolve_device(self, device: str) -> Device:
+        """`auto`, `cpu` or `cuda` → the device; raises BadRequest and MissingSoftware."""
+
+    def parse_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings with defaults filled in; raises BadRequest for unknown or wrong ones."""
+
+    def open_runner(self, directory: Path, manifest: EngineManifest) -> Runner:
+        """Opens the files of an engine folder; raises DamagedFiles and MissingSoftware."""
+
+
+class Session:
+    """An open engine: `run` images, ask what was `kept`; a context manager.
+
+    `run` may be called from several threads; `kept` answers for the calling thread's last run.
+    """
+
+    def __init__(self, directory: Path, manifest: EngineManifest, runner: Runner) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self._runner = runner
+        self._last = threading.local()
+        self._transform: Any = None
+
+    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """Images [B, 3, H, W] (float32 normalised, or uint8 pixels, as the manifest's input says) → logits [B, classes].
+
+        Raises BadRequest for a wrong dtype, shape or batch and for pixels that are not finite.
+        """
+        self._check(images)
+        outputs = self._runner.run(images)
+        self._last.kept = [outputs[name] for name in self.manifest.outputs[1:]]
+        logits: NDArray[np.float32] = outputs["logits"]
+        return logits
+
+    def kept(self) -> list[NDArray[np.int32]]:
+        """Per stage, the original patch positions [B, k] kept in this thread's last run, ascending."""
+        if not hasattr(self._last, "kept"):
+            raise BadRequest("Nothing was run yet in this thread.", "Call run(images) first.")
+        return [np.sort(kept, axis=1) for kept in self._last.kept]
+
+    def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """Outputs and stage scores of the very same graph, by name; slower than `run`."""
+        self._check(images)
+        return self._runner.audit(images)
+
+    def preprocess(self, images: Image | Path | str | Sequence[Image | Path | str]) -> NDArray[Any]:
+        """Pictures (PIL images or paths) → what `run` takes; equals timm's transform for the model.
+
+        Raises BadRequest for files that are no readable images.
+        """
+        from ztp_deploy.evidence.images import open_image, transform_for
+
+        if self._transform is None:
+            self._transform = transform_for(self.manifest.source.preprocessing, self.manifest.input.dtype)
+        many = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        if not many:
+            raise BadRequest("No image was given.", "Give at least one.")
+        return np.stack([self._transform(open_image(image)) for image in many])
+
+    def close(self) -> None:
+        """Frees the engine; further runs are refused by its library."""
+        self._runner.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(self, images: NDArray[Any]) -> None:
+        wanted = self.manifest.input
+        shape = f"[B, 3, {wanted.size}, {wanted.size}]"
+        if not isinstance(images, np.ndarray) or images.dtype != np.dtype(wanted.dtype):
+            found = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
+            raise BadRequest(
+                f"This engine takes {wanted.dtype} arrays {shape}; {found} came.",
+                "Use session.preprocess(images), or convert them.",
+            )
+        if images.ndim != 4 or images.shape[1:] != (3, wanted.size, wanted.size):
+            raise BadRequest(
+                f"This engine takes images {shape}; {list(images.shape)} came.", "Use session.preprocess(images)."
+            )
+        span = self.manifest.batch
+        if not span.min <= len(images) <= span.max:
+            raise BadRequest(
+                f"A batch of {len(images)} is outside this engine's range {span.min} to {span.max}.",
+                f"Split it, or build with BATCH={min(span.min, len(images) or 1)}:{span.opt}:{max(span.max, len(images))}.",
+            )
+        # The sum finds every NaN or infinity in one fast pass; only then the slow look decides.
+        if wanted.dtype == "float32" and not math.isfinite(float(images.sum())) and not np.isfinite(images).all():
+            count = int(np.size(images) - np.isfinite(images).sum())
+            raise BadRequest(f"{count} of the pixels are NaN or infinite.", "Check where the images come from.")

@@ -1,0 +1,159 @@
+"""ONNX Runtime, on the CPU or with CUDA; the provider that really runs is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ztp_deploy import environment
+from ztp_deploy.backends.base import Device
+from ztp_deploy.backends.settings import parse
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.manifest import ArtifactManifest, EngineManifest
+
+SUMMARY = "ONNX Runtime: CPU everywhere, CUDA where there is a GPU"
+FORMAT = "onnx"
+GRAPH_FILE = "model.onnx"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_LOG_ERRORS_ONLY = 3
+
+
+class Settings(BaseModel):
+    """`threads` 0: one per core. `spin_between_runs`: idle threads keep a core busy for a faster wake-up."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: int = Field(default=0, ge=0)
+    spin_between_runs: bool = False
+
+
+def missing() -> str | None:
+    """The pip package to install, None when it is here."""
+    if environment.installed("onnxruntime-gpu") or environment.installed("onnxruntime"):
+        return None
+    return "onnxruntime-gpu"
+
+
+def version() -> str:
+    """ONNX Runtime's version."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def resolve_device(device: str) -> Device:
+    """`auto` takes CUDA where both a GPU and the CUDA provider are here, else the CPU."""
+    import onnxruntime
+
+    cpu = Device("cpu", "cpu", CPU)
+    if device == "cpu":
+        return cpu
+    if device not in ("auto", "cuda"):
+        raise BadRequest(f"ONNX Runtime knows no device {device!r}.", "Use auto, cpu or cuda.")
+    found = environment.gpus()
+    has_provider = CUDA in onnxruntime.get_available_providers()
+    if found and has_provider:
+        return Device("cuda", f"cuda-{found[0].slug}", CUDA)
+    if device == "cuda":
+        lacks = "no NVIDIA GPU was found" if not found else "this onnxruntime has no CUDA provider"
+        raise MissingSoftware(f"device=cuda was asked for, but {lacks}.", "Use device=cpu, or install onnxruntime-gpu.")
+    return cpu
+
+
+def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """See `Settings`."""
+    return parse(Settings, settings, "onnxruntime")
+
+
+def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:
+    """Opens `model.onnx` on the manifest's provider. Raises DamagedFiles and MissingSoftware."""
+    return OnnxRuntimeRunner(
+        directory / GRAPH_FILE,
+        manifest,
+        provider=manifest.provider,
+        settings=Settings(**manifest.settings),
+    )
+
+
+def open_unoptimised(directory: Path, manifest: ArtifactManifest) -> OnnxRuntimeRunner:
+    """An exported graph run node by node on the CPU: what the file says, before any engine changes it."""
+    return OnnxRuntimeRunner(directory / GRAPH_FILE, manifest, provider=CPU, settings=Settings(), optimise=False)
+
+
+class OnnxRuntimeRunner:
+    """One InferenceSession, and a second one with the audit scores on first use."""
+
+    def __init__(
+        self,
+        graph: Path,
+        manifest: ArtifactManifest | EngineManifest,
+        *,
+        provider: str,
+        settings: Settings,
+        optimise: bool = True,
+    ) -> None:
+        self._graph = graph
+        self._manifest = manifest
+        self._provider = provider
+        self._settings = settings
+        self._optimise = optimise
+        self._session = self._open(str(graph))
+        self._audit_session: Any = None
+
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._run(self._session, images, self._manifest.outputs)
+
+    def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        if self._audit_session is None:
+            self._audit_session = self._open(self._audited())
+        return self._run(self._audit_session, images, (*self._manifest.outputs, *self._manifest.audit))
+
+    def close(self) -> None:
+        self._session = self._audit_session = None
+
+    def _run(self, session: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        if session is None:
+            raise BadRequest("This session is closed.", "Open the engine again with load_engine.")
+        values = session.run(list(names), {self._manifest.input.name: np.ascontiguousarray(images)})
+        return dict(zip(names, values, strict=True))
+
+    def _audited(self) -> bytes:
+        import onnx
+
+        from ztp_deploy.exporters.onnx import with_audit
+
+        model = with_audit(onnx.load(str(self._graph)), self._manifest.audit)
+        return bytes(model.SerializeToString())
+
+    def _open(self, graph: str | bytes) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._settings.threads
+        options.log_severity_level = _LOG_ERRORS_ONLY
+        if not self._settings.spin_between_runs:
+            options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not self._optimise:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if self._provider == CUDA:
+            if not environment.gpus():
+                raise MissingSoftware(
+                    "This engine was built for a GPU and none was found.", "Build it again with device=cpu."
+                )
+            ort.preload_dlls()
+        try:
+            session = ort.InferenceSession(graph, options, providers=[self._provider])
+        except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
+            reason = str(error).splitlines()[0]
+            raise DamagedFiles(f"ONNX Runtime cannot open {self._graph}: {reason}.", "Build it again.") from error
+        running = session.get_providers()[0]
+        if running != self._provider:
+            raise MissingSoftware(
+                f"ONNX Runtime fell back to {running} although {self._provider} was asked for.",
+                "Check the CUDA libraries (`ztp doctor`), or build with device=cpu.",
+            )
+        return session

@@ -1,0 +1,105 @@
+"""TorchScript, run by torch itself on the CPU or with CUDA."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ztp_deploy import environment
+from ztp_deploy.backends.base import Device
+from ztp_deploy.backends.settings import parse
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.manifest import EngineManifest
+
+SUMMARY = "TorchScript: torch's own runtime, CPU or CUDA"
+FORMAT = "torchscript"
+GRAPH_FILE = "model.ts"
+
+
+class Settings(BaseModel):
+    """`threads` 0 leaves torch's own choice; the number holds for the whole process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: int = Field(default=0, ge=0)
+
+
+def missing() -> str | None:
+    """The pip package to install, None when it is here."""
+    return None if environment.installed("torch") else "torch"
+
+
+def version() -> str:
+    """torch's version."""
+    return environment.installed("torch") or "none"
+
+
+def resolve_device(device: str) -> Device:
+    """`auto` takes CUDA where torch sees a GPU, else the CPU."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadRequest(f"TorchScript knows no device {device!r}.", "Use auto, cpu or cuda.")
+    found = environment.gpus()
+    if device != "cpu" and found and torch.cuda.is_available():
+        return Device("cuda", f"cuda-{found[0].slug}", "cuda:0")
+    if device == "cuda":
+        raise MissingSoftware("device=cuda was asked for, but torch sees no GPU.", "Use device=cpu.")
+    return Device("cpu", "cpu", "cpu")
+
+
+def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """See `Settings`."""
+    return parse(Settings, settings, "torchscript")
+
+
+def open_runner(directory: Path, manifest: EngineManifest) -> TorchScriptRunner:
+    """Opens `model.ts`, which is code: its hash was checked, load only what you built."""
+    return TorchScriptRunner(directory / GRAPH_FILE, manifest)
+
+
+class TorchScriptRunner:
+    """One loaded module; `audited` is its second method."""
+
+    def __init__(self, graph: Path, manifest: EngineManifest) -> None:
+        import torch
+
+        if manifest.provider.startswith("cuda") and not torch.cuda.is_available():
+            raise MissingSoftware(
+                "This engine was built for a GPU and torch sees none.", "Build it again with device=cpu."
+            )
+        threads = Settings(**manifest.settings).threads
+        if threads:
+            torch.set_num_threads(threads)
+        self._manifest = manifest
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch announces TorchScript's retirement
+                self._module: Any = torch.jit.load(str(graph), map_location=manifest.provider)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise DamagedFiles(f"torch cannot open {graph}: {reason}.", "Build the engine again.") from error
+
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._run("forward", images, self._manifest.outputs)
+
+    def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._run("audited", images, (*self._manifest.outputs, *self._manifest.audit))
+
+    def close(self) -> None:
+        self._module = None
+
+    def _run(self, method: str, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        import torch
+
+        if self._module is None:
+            raise BadRequest("This session is closed.", "Open the engine again with load_engine.")
+        with torch.inference_mode():
+            batch = torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider)
+            values = getattr(self._module, method)(batch)
+        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)}

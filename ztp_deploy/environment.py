@@ -1,0 +1,129 @@
+"""What this machine is: processors, memory, GPUs, versions. Probes, changes nothing, loads no engine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+REPORTED_PACKAGES = (
+    "ztp_deploy",
+    "torch",
+    "timm",
+    "onnx",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "polygraphy",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One CUDA device as the driver names it."""
+
+    name: str
+    compute_capability: str
+    memory_gib: float
+
+    @property
+    def slug(self) -> str:
+        """Name for folders: `nvidia-h200-sm90`."""
+        words = "".join(c if c.isalnum() else "-" for c in self.name.lower())
+        return f"{'-'.join(filter(None, words.split('-')))}-sm{self.compute_capability.replace('.', '')}"
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """CUDA devices, asked of the driver itself; empty without driver or device."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ()
+    count = ctypes.c_int()
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return ()
+    return tuple(_gpu(cuda, index) for index in range(count.value))
+
+
+def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
+    name = ctypes.create_string_buffer(256)
+    major, minor, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    cuda.cuDeviceGetName(name, 256, index)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, index)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, index)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), index)
+    return Gpu(name.value.decode(), f"{major.value}.{minor.value}", round(memory.value / 2**30, 1))
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's model name, with family and model number where the name alone is vague."""
+    fields: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in fields:
+        name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
+    return name
+
+
+def cpu_features() -> list[str]:
+    """The vector extensions that decide matrix speed."""
+    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd")
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    flags = set(next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split())
+    return [name for name in known if name in flags]
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, else None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that matter here, those that are installed."""
+    return {name: found for name in REPORTED_PACKAGES if (found := installed(name))}
+
+
+def snapshot() -> dict[str, Any]:
+    """The environment as evidence files record it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "cpu_features": cpu_features(),
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": [asdict(gpu) for gpu in gpus()],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": versions(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def gpu_line() -> str:
+    """One line on the GPU for reports."""
+    found = gpus()
+    return f"GPU: {', '.join(gpu.name for gpu in found)}" if found else "GPU: none found; everything ran on the CPU"

@@ -1,0 +1,1 @@
+"""Evidence: images, parity, latency, and the report that shows them."""

@@ -1,0 +1,138 @@
+"""Photographs for proofs, and how they become a model's input."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.models.base import Preprocessing
+
+DEFAULT_COUNT = 64
+_CROP_SIDES = (160, 200, 240, 280, 320, 360, 400)
+
+Transform = Callable[[Image.Image], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures as model input [M, 3, H, W], where they came from, and a hash of the pixels."""
+
+    pixels: NDArray[Any]
+    names: tuple[str, ...]
+    origin: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash over the prepared pixels."""
+        return hashlib.sha256(np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
+
+
+def transform_for(preprocessing: Preprocessing, dtype: Literal["float32", "uint8"]) -> Transform:
+    """timm's own evaluation transform: PIL image → [3, H, W]; uint8 stops before the normalisation."""
+    from timm.data import create_transform
+
+    transform = create_transform(
+        **preprocessing.model_dump(), is_training=False, normalize=dtype == "float32"
+    )
+
+    def apply(image: Image.Image) -> NDArray[Any]:
+        prepared: NDArray[Any] = np.asarray(transform(image))
+        return prepared
+
+    return apply
+
+
+def open_image(image: Image.Image | Path | str) -> Image.Image:
+    """A picture in RGB. Raises BadRequest for what is no readable image."""
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    path = Path(image)
+    if not path.is_file():
+        raise BadRequest(f"There is no file {path}.", "Check the path.")
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise BadRequest(f"{path} is no image Pillow can read.", "Take it out, or convert it to PNG or JPEG.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadRequest(f"{path} cannot be read: {error}.", "Take it out, or save it again.") from error
+
+
+def load_images(
+    folder: Path | str | None,
+    preprocessing: Preprocessing,
+    dtype: Literal["float32", "uint8"],
+    count: int = DEFAULT_COUNT,
+) -> ImageSet:
+    """`count` prepared pictures: evenly picked from a folder (sub-folders too), or the default crops.
+
+    Raises BadRequest for a missing or empty folder and for any file in it that is no image.
+    """
+    if count < 1:
+        raise BadRequest(f"count={count} images were asked for.", "Ask for at least 1.")
+    transform = transform_for(preprocessing, dtype)
+    if folder is None:
+        crops = photograph_crops(count)
+        pixels = np.stack([transform(crop) for crop in crops.values()])
+        return ImageSet(pixels, tuple(crops), f"{count} crops of scikit-learn's sample photographs")
+    root = Path(folder)
+    if not root.is_dir():
+        raise BadRequest(f"IMAGES={str(root)!r} is no folder.", "Give a folder of photographs.")
+    files = _image_files(root)
+    chosen = [files[index] for index in _evenly(len(files), count)]
+    pixels = np.stack([transform(open_image(path)) for path in chosen])
+    names = tuple(str(path.relative_to(root)) for path in chosen)
+    return ImageSet(pixels, names, f"{len(chosen)} of {len(files)} images in {root.name}")
+
+
+def photograph_crops(count: int) -> dict[str, Image.Image]:
+    """Distinct square crops of scikit-learn's photographs, the same everywhere.
+
+    Sides cycle through 160 … 400 pixels, positions follow a low-discrepancy sequence.
+    """
+    from sklearn.datasets import load_sample_images
+
+    samples = load_sample_images()
+    photographs = [Image.fromarray(np.asarray(picture)) for picture in samples.images]
+    names = [Path(name).stem for name in samples.filenames]
+    crops: dict[str, Image.Image] = {}
+    for index in range(count):
+        which = index % len(photographs)
+        photograph = photographs[which]
+        side = _CROP_SIDES[index // len(photographs) % len(_CROP_SIDES)]
+        # R2 sequence (powers of the plastic number): positions that never repeat.
+        left = int((photograph.width - side) * math.modf(0.5 + index * 0.7548776662466927)[0])
+        top = int((photograph.height - side) * math.modf(0.5 + index * 0.5698402909980532)[0])
+        crops[f"{names[which]}[{left},{top},{side}]"] = photograph.crop((left, top, left + side, top + side))
+    return crops
+
+
+def _image_files(root: Path) -> list[Path]:
+    known = Image.registered_extensions()
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
+    strange = [path for path in files if path.suffix.lower() not in known]
+    if strange:
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise BadRequest(f"{strange[0]}{more} in IMAGES is no image.", "Keep only photographs in the folder.")
+    if not files:
+        raise BadRequest(f"IMAGES={str(root)!r} holds no images.", "Give a folder of photographs.")
+    return files
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _evenly(available: int, count: int) -> Sequence[int]:
+    if available <= count:
+        return range(available)
+    return [index * available // count for index in range(count)]

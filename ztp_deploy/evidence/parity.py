@@ -1,0 +1,413 @@
+"""The parity gate: eager pruned → exported → engine, edge by edge, on real images.
+
+Where kept sets agree, top-1 must be equal and every logit within tolerance × that image's logit standard
+deviation. Kept sets may differ only by near-ties, on at most 5 % of the images. Everything else fails
+loudly, naming the edge and the kind of fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from ztp_deploy import environment
+from ztp_deploy.backends import Engine, find_engine, load_engine
+from ztp_deploy.backends.base import Runner
+from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
+from ztp_deploy.evidence.images import ImageSet
+from ztp_deploy.evidence.selection import Difference, Observation, first_difference, same_sets
+from ztp_deploy.exporters import load_artifact
+from ztp_deploy.exporters.graph import InferenceGraph
+from ztp_deploy.manifest import manifest_sha256, write_text
+from ztp_deploy.plan import Geometry, Plan
+from ztp_deploy.pruning.prune import PrunedModel, prune
+
+PARITY_FILE = "parity.json"
+MAX_NEAR_TIE_SHARE = 0.05
+
+Progress = Callable[[int], None]
+
+
+class Tolerance(BaseModel):
+    """Bounds of the gate for one precision: `logits` in units of the image's logit σ, `gap` relative."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    logits: float
+    gap: float
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "fp32": Tolerance(logits=1e-4, gap=1e-5),
+}
+
+
+class Fault(BaseModel):
+    """One reason why an edge does not hold."""
+
+    kind: Literal["selection", "weights", "near_ties"]
+    image: str | None
+    stage: int | None
+    detail: str
+
+
+class StageAgreement(BaseModel):
+    """How often two runs keep the same tokens at one stage."""
+
+    stage: int
+    block: int
+    tokens: int
+    images_agreeing: int
+    token_agreement: float
+
+
+class NearTie(BaseModel):
+    """A tolerated difference: the image leaves the logit test."""
+
+    image: str
+    stage: int
+    decision: str
+    gap: float
+    tokens: list[int]
+
+
+class Edge(BaseModel):
+    """Reference against candidate over all images; Δlogit in units of each image's logit σ."""
+
+    reference: str
+    candidate: str
+    images: int
+    stages: list[StageAgreement]
+    near_ties: list[NearTie]
+    compared_logits: int
+    top1_equal: int
+    worst_logit: float
+    faults: list[Fault]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the edge passes the gate."""
+        return not self.faults
+
+
+class Agreement(BaseModel):
+    """What pruning itself changes, dense against pruned in eager PyTorch: reported, never gated."""
+
+    images: int
+    top1_equal: float
+    mean_kl: float
+
+
+class ParityReport(BaseModel):
+    """The gate's finding for one engine (`evidence/parity.json`)."""
+
+    schema_: Literal["ztp.parity/1"] = "ztp.parity/1"
+    engine: str
+    manifest_sha256: str
+    images: str
+    images_sha256: str
+    precision: str
+    tolerance: Tolerance
+    passed: bool
+    edges: list[Edge]
+    notes: list[str]
+    dense_to_pruned: Agreement | None
+    environment: dict[str, Any]
+
+    def require(self) -> ParityReport:
+        """Itself where the gate is passed; raises GateFailed with edge, kind and first fault otherwise."""
+        for edge in self.edges:
+            if edge.faults:
+                fault = edge.faults[0]
+                raise GateFailed(
+                    f"Parity fails between {edge.reference} and {edge.candidate}: {fault.kind} fault, {fault.detail}"
+                    f"{f' ({len(edge.faults)} faults in all)' if len(edge.faults) > 1 else ''}.",
+                    "Do not ship this engine; build it again, and see evidence/parity.json.",
+                )
+        return self
+
+
+def check_parity(
+    engine: Engine | Path | str,
+    model: nn.Module,
+    images: ImageSet | NDArray[Any],
+    *,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Runs the gate and writes `evidence/parity.json` into the engine folder.
+
+    `model` is the backbone the engine was made from, or its pruned module; `images` [M, 3, H, W] in the
+    engine's input dtype. Returns the report, passed or not; `report.require()` raises GateFailed.
+    Raises BadRequest where model and engine do not belong together.
+    """
+    found = engine if isinstance(engine, Engine) else find_engine(engine)
+    manifest = found.manifest
+    if manifest.precision not in TOLERANCES:
+        raise BadRequest(f"There is no tolerance for precision {manifest.precision}.", "Known: " + ", ".join(TOLERANCES))
+    pictures = images if isinstance(images, ImageSet) else _named(images)
+    pruned = model if isinstance(model, PrunedModel) else prune(model, manifest.plan)
+    if pruned.source.weights.sha256 != manifest.source.weights.sha256 or pruned.plan != manifest.plan:
+        raise BadRequest(
+            f"This model is not the one {found.directory} was built from.", "Give the same weights and the same plan."
+        )
+    advance = progress or (lambda count: None)
+    tolerance = TOLERANCES[manifest.precision]
+    geometry = pruned.host.geometry
+    notes: list[str] = []
+
+    eager = _observe_eager(InferenceGraph(pruned, manifest.input.dtype), pictures.pixels, advance)
+    observations: dict[str, Observation] = {"eager": eager}
+    runners: dict[str, Runner] = {}
+    exported = _exported_runner(found, notes)
+    with load_engine(found.directory) as session:
+        if exported is not None:
+            runners["exported"] = exported
+        runners["engine"] = session._runner
+        for name, runner in runners.items():
+            batch = manifest.batch.opt if name == "engine" else 8
+            observations[name] = _observe(runner, pictures.pixels, manifest.outputs, batch, manifest.batch.min, advance)
+        pairs = [("eager", "exported"), ("exported", "engine"), ("eager", "engine")]
+        edges = [
+            _compare(one, other, observations, runners[other], manifest.plan, geometry, tolerance, pictures)
+            for one, other in pairs
+            if one in observations and other in observations
+        ]
+    agreement = None
+    if manifest.plan.stages and not manifest.random_weights:
+        agreement = _dense_agreement(pruned, eager, manifest.input.dtype, pictures.pixels)
+    report = ParityReport(
+        engine=found.directory.name,
+        manifest_sha256=manifest_sha256(found.directory),
+        images=pictures.origin,
+        images_sha256=pictures.sha256,
+        precision=manifest.precision,
+        tolerance=tolerance,
+        passed=all(edge.holds for edge in edges),
+        edges=edges,
+        notes=notes,
+        dense_to_pruned=agreement,
+        environment=environment.snapshot(),
+    )
+    write_text(found.evidence / PARITY_FILE, report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def expected_steps(images: int, format: str) -> int:
+    """How many image passes `check_parity` reports to its progress callback."""
+    return images * (3 if format == "onnx" else 2)
+
+
+def _named(pixels: NDArray[Any]) -> ImageSet:
+    return ImageSet(pixels, tuple(f"image {index}" for index in range(len(pixels))), f"{len(pixels)} given images")
+
+
+def _exported_runner(engine: Engine, notes: list[str]) -> Runner | None:
+    """Runs the exported graph as it stands, where the format is not itself the engine's file."""
+    manifest = engine.manifest
+    if manifest.format != "onnx":
+        return None
+    from ztp_deploy.backends import onnxruntime
+
+    directory = (engine.directory / manifest.artifact).resolve()
+    try:
+        artifact = load_artifact(directory)
+        if manifest_sha256(directory) != manifest.artifact_sha256:
+            raise BadRequest("It is not the export this engine was built from.")
+    except ZtpError as error:
+        notes.append(f"The exported graph could not be checked on its own: {error.problem}")
+        return None
+    return onnxruntime.open_unoptimised(directory, artifact.manifest)
+
+
+def _observe_eager(graph: InferenceGraph, pixels: NDArray[Any], advance: Progress) -> Observation:
+    parts: list[tuple[NDArray[Any], ...]] = []
+    for start in range(0, len(pixels), 8):
+        chunk = pixels[start : start + 8]
+        with torch.inference_mode():
+            parts.append(tuple(value.numpy() for value in graph.audited(torch.from_numpy(np.ascontiguousarray(chunk)))))
+        advance(len(chunk))
+    values = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    stages = len(graph.output_names)
+    return Observation(values[0], values[1:stages], dict(zip(graph.audit_names, values[stages:], strict=True)))
+
+
+def _observe(
+    runner: Runner, pixels: NDArray[Any], outputs: tuple[str, ...], batch: int, smallest: int, advance: Progress
+) -> Observation:
+    """Logits and kept tokens of the shipped graph; scores are asked for later, image by image, where needed."""
+    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in outputs}
+    for start in range(0, len(pixels), batch):
+        chunk = pixels[start : start + batch]
+        padded = chunk
+        if len(chunk) < smallest:
+            padded = np.concatenate([chunk, np.repeat(chunk[-1:], smallest - len(chunk), axis=0)])
+        result = runner.run(padded)
+        for name in outputs:
+            columns[name].append(result[name][: len(chunk)])
+        advance(len(chunk))
+    joined = {name: np.concatenate(values) for name, values in columns.items()}
+    return Observation(joined["logits"], [joined[name] for name in outputs[1:]], {})
+
+
+def _compare(
+    reference_name: str,
+    candidate_name: str,
+    observations: dict[str, Observation],
+    runner: Runner,
+    plan: Plan,
+    geometry: Geometry,
+    tolerance: Tolerance,
+    pictures: ImageSet,
+) -> Edge:
+    reference, candidate = observations[reference_name], observations[candidate_name]
+    count = len(pictures.names)
+    agree = np.ones(count, dtype=bool)
+    stages = []
+    for index, stage in enumerate(plan.stages):
+        same = same_sets(reference.kept[index], candidate.kept[index])
+        agree &= same
+        stages.append(
+            StageAgreement(
+                stage=index + 1,
+                block=stage.block,
+                tokens=stage.tokens_out,
+                images_agreeing=int(same.sum()),
+                token_agreement=_overlap(reference.kept[index], candidate.kept[index]),
+            )
+        )
+    faults, near_ties = _explain_differences(
+        np.flatnonzero(~agree), reference, candidate, observations, runner, plan, geometry, tolerance, pictures
+    )
+    worst, top1 = 0.0, 0
+    for image in np.flatnonzero(agree):
+        one, other = reference.logits[image], candidate.logits[image]
+        distance = float(np.abs(one - other).max() / one.std())
+        equal = bool(one.argmax() == other.argmax())
+        worst, top1 = max(worst, distance), top1 + equal
+        if not distance <= tolerance.logits:
+            faults.append(
+                Fault(
+                    kind="weights",
+                    image=pictures.names[image],
+                    stage=None,
+                    detail=f"the same tokens are kept but logits differ by {distance:.2g} σ "
+                    f"(at most {tolerance.logits:g}) on {pictures.names[image]}",
+                )
+            )
+        elif not equal:
+            faults.append(
+                Fault(
+                    kind="weights",
+                    image=pictures.names[image],
+                    stage=None,
+                    detail=f"top-1 differs on {pictures.names[image]}",
+                )
+            )
+    return Edge(
+        reference=reference_name,
+        candidate=candidate_name,
+        images=count,
+        stages=stages,
+        near_ties=near_ties,
+        compared_logits=int(agree.sum()),
+        top1_equal=top1,
+        worst_logit=worst,
+        faults=faults,
+    )
+
+
+def _explain_differences(
+    images: NDArray[Any],
+    reference: Observation,
+    candidate: Observation,
+    observations: dict[str, Observation],
+    runner: Runner,
+    plan: Plan,
+    geometry: Geometry,
+    tolerance: Tolerance,
+    pictures: ImageSet,
+) -> tuple[list[Fault], list[NearTie]]:
+    """Faults and near-ties of the images whose kept sets differ, by the candidate's own audit scores."""
+    faults: list[Fault] = []
+    near_ties: list[NearTie] = []
+    # The exported graph has no scores of its own stored; eager's stand for the reference side.
+    scored = reference if reference.scores else observations["eager"]
+    for image in images:
+        audited = runner.audit(pictures.pixels[image : image + 1])
+        own = candidate.at(image)
+        own = Observation(own.logits, own.kept, audited)
+        other = Observation(
+            reference.logits[image : image + 1],
+            [kept[image : image + 1] for kept in reference.kept],
+            scored.at(image).scores,
+        )
+        difference = first_difference(other, own, plan, geometry, tolerance.gap)
+        assert difference is not None
+        name = pictures.names[image]
+        if difference.cause == "near_tie":
+            near_ties.append(
+                NearTie(
+                    image=name,
+                    stage=difference.stage,
+                    decision=difference.decision,
+                    gap=difference.gap,
+                    tokens=difference.tokens,
+                )
+            )
+        else:
+            faults.append(
+                Fault(kind=difference.cause, image=name, stage=difference.stage, detail=_sentence(difference, name))
+            )
+    if len(near_ties) > MAX_NEAR_TIE_SHARE * len(pictures.names):
+        faults.append(
+            Fault(
+                kind="near_ties",
+                image=None,
+                stage=None,
+                detail=f"{len(near_ties)} of {len(pictures.names)} images keep other tokens by near-ties, "
+                f"more than {MAX_NEAR_TIE_SHARE:.0%}",
+            )
+        )
+    return faults, near_ties
+
+
+def _sentence(difference: Difference, image: str) -> str:
+    if difference.cause == "selection":
+        return (
+            f"stage {difference.stage} keeps other tokens than its own scores call for on {image} "
+            f"({len(difference.tokens)} tokens, gap {difference.gap:.2g})"
+        )
+    return (
+        f"stage {difference.stage} keeps what its scores call for, but the scores are wrong on {image} "
+        f"({difference.decision} flips at a gap of {difference.gap:.2g})"
+    )
+
+
+def _overlap(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
+    shared = [len(np.intersect1d(one, other)) for one, other in zip(reference, candidate, strict=True)]
+    return float(np.mean(shared) / reference.shape[1])
+
+
+def _dense_agreement(
+    pruned: PrunedModel, eager: Observation, dtype: Literal["float32", "uint8"], pixels: NDArray[Any]
+) -> Agreement:
+    graph = InferenceGraph(pruned, dtype)
+    logits = []
+    for start in range(0, len(pixels), 8):
+        with torch.inference_mode():
+            chunk = torch.from_numpy(np.ascontiguousarray(pixels[start : start + 8]))
+            logits.append(pruned.model(graph.normalise(chunk)))
+    dense = torch.cat(logits).double().log_softmax(-1)
+    thin = torch.from_numpy(eager.logits).double().log_softmax(-1)
+    kl = (dense.exp() * (dense - thin)).sum(-1).mean().item()
+    equal = (dense.argmax(-1) == thin.argmax(-1)).double().mean().item()
+    return Agreement(images=len(pixels), top1_equal=equal, mean_kl=kl)
+
+

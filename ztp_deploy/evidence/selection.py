@@ -1,0 +1,122 @@
+"""Selection parity: per stage, do two runs keep the same tokens, and where they do not, why?
+
+No other check sees this: logits can agree while an engine drops the wrong patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ztp_deploy import methods
+from ztp_deploy.methods.base import Decision, Replay
+from ztp_deploy.plan import Geometry, Plan
+
+Cause = Literal["near_tie", "selection", "weights"]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One run over M images: logits [M, classes], per stage kept positions [M, k] in slot order, audit scores."""
+
+    logits: NDArray[Any]
+    kept: list[NDArray[Any]]
+    scores: Mapping[str, NDArray[Any]]
+
+    def at(self, image: int) -> Observation:
+        """One image of it."""
+        one = slice(image, image + 1)
+        return Observation(
+            self.logits[one], [k[one] for k in self.kept], {name: v[one] for name, v in self.scores.items()}
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first stage at which one image's kept sets differ.
+
+    `cause`: "selection" (the candidate's own scores call for other tokens than it kept), "weights" (it kept
+    what its scores call for, but the scores differ), "near_tie" (they differ by no more than the bound).
+    `decision` names the choice that flipped, `gap` its relative distance from the cut, `tokens` the
+    original positions kept by one side only.
+    """
+
+    stage: int
+    cause: Cause
+    decision: str
+    gap: float
+    tokens: list[int]
+
+
+def same_sets(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.bool_]:
+    """Per image [M], whether kept positions [M, k] agree as sets."""
+    agreeing: NDArray[np.bool_] = (np.sort(reference, 1) == np.sort(candidate, 1)).all(1)
+    return agreeing
+
+
+def first_difference(reference: Observation, candidate: Observation, plan: Plan, geometry: Geometry, bound: float) -> Difference | None:
+    """Explains the first stage whose kept sets differ, for observations of one image; None where all agree.
+
+    `bound` is the largest relative gap that counts as a near-tie.
+    """
+    for index, stage in enumerate(plan.stages):
+        kept_reference, kept_candidate = reference.kept[index], candidate.kept[index]
+        if same_sets(kept_reference, kept_candidate)[0]:
+            continue
+        tokens = sorted(set(kept_reference[0].tolist()) ^ set(kept_candidate[0].tolist()))
+        replay = _replay(candidate, plan, index, geometry)
+        entering = _entering(candidate, index, stage.tokens_in)
+        called_for = entering[replay.kept[0].numpy()]
+        wrong = set(called_for.tolist()) ^ set(kept_candidate[0].tolist())
+        if wrong:
+            gap = _gap_of_tokens(replay, entering, wrong)
+            if gap > bound:
+                return Difference(index + 1, "selection", replay.decisions[-1].name if replay.decisions else "", gap, sorted(wrong))
+        decision, gap = _flipped(_replay(reference, plan, index, geometry), _entering(reference, index, stage.tokens_in), replay, entering)
+        return Difference(index + 1, "near_tie" if gap <= bound else "weights", decision, gap, tokens)
+    return None
+
+
+def _replay(observation: Observation, plan: Plan, index: int, geometry: Geometry) -> Replay:
+    method = methods.get(plan.method)
+    stage = plan.stages[index]
+    scores = {
+        name: torch.from_numpy(np.array(observation.scores[f"{name}_{index + 1}"])).double()
+        for name in method.score_names(stage)
+    }
+    return method.replay(stage, scores, geometry, methods.parse_options(plan.method, plan.options))
+
+
+def _entering(observation: Observation, index: int, tokens: int) -> NDArray[Any]:
+    """Original positions [n] of the slots that enter a stage."""
+    return np.arange(tokens) if index == 0 else np.asarray(observation.kept[index - 1][0])
+
+
+def _flipped(
+    reference: Replay, reference_entering: NDArray[Any], candidate: Replay, candidate_entering: NDArray[Any]
+) -> tuple[str, float]:
+    """The first decision that came out differently, and the largest margin among what flipped."""
+    for one, other in zip(reference.decisions, candidate.decisions, strict=True):
+        ours, theirs = _by_position(one, reference_entering), _by_position(other, candidate_entering)
+        flipped = (ours > 0) != (theirs > 0)
+        if flipped.any():
+            return one.name, float(np.minimum(np.abs(ours), np.abs(theirs))[flipped].max())
+    return "unexplained", float("inf")
+
+
+def _by_position(decision: Decision, entering: NDArray[Any]) -> NDArray[Any]:
+    margin: NDArray[Any] = decision.margin[0].numpy()
+    return margin[np.argsort(entering)] if decision.per_token else margin
+
+
+def _gap_of_tokens(replay: Replay, entering: NDArray[Any], positions: set[int]) -> float:
+    """The largest margin of the last decision among these positions; ∞ for a token that was out already."""
+    if not replay.decisions:
+        return float("inf")
+    margin = replay.decisions[-1].margin[0].abs().numpy()
+    return float(margin[np.isin(entering, list(positions))].max())
