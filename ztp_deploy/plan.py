@@ -68,12 +68,17 @@ class Stage(BaseModel):
 
 
 class Flops(BaseModel):
-    """Multiply-accumulates for one image: embedding, blocks, head; no norms, no token selection."""
+    """Multiply-accumulates for one image: embedding, blocks, head; no norms, no token selection.
+
+    `planned` counts as the papers do: tokens that leave after a block still pass its MLP. `executed` is what
+    our graphs compute: they leave before the MLP, which acts token by token, with the same result.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dense: int
     planned: int
+    executed: int
 
     @property
     def share(self) -> float:
@@ -82,8 +87,8 @@ class Flops(BaseModel):
 
     @property
     def speedup_limit(self) -> float:
-        """The speed-up that the FLOP count alone would allow."""
-        return self.dense / self.planned
+        """The speed-up that the executed multiply-accumulates alone would allow."""
+        return self.dense / self.executed
 
 
 class Plan(BaseModel):
@@ -179,7 +184,7 @@ def count_flops(geometry: Geometry, stages: Sequence[Stage]) -> Flops:
     """
     by_block = {stage.block: stage for stage in stages}
 
-    def total(active: Mapping[int, Stage]) -> int:
+    def total(active: Mapping[int, Stage], early: bool = False) -> int:
         patches = geometry.patch_tokens
         macs = geometry.embed_macs + geometry.head_macs
         for number in range(1, geometry.depth + 1):
@@ -188,13 +193,14 @@ def count_flops(geometry: Geometry, stages: Sequence[Stage]) -> Flops:
             place = stage.place if stage else "after_block"
             keys = (after if place == "before_block" else patches) + geometry.special_tokens
             rows = (after if place in ("before_block", "attention_rows") else patches) + geometry.special_tokens
-            mlp = (patches if place in ("after_block", "read_out") else after) + geometry.special_tokens
+            whole = place == "read_out" or (place == "after_block" and not early)
+            mlp = (patches if whole else after) + geometry.special_tokens
             projections = 2 * (rows + keys) * geometry.embed_dim * geometry.attention_dim
             macs += projections + 2 * rows * keys * geometry.attention_dim + mlp * geometry.mlp_macs_per_token
             patches = after
         return macs
 
-    return Flops(dense=total({}), planned=total(by_block))
+    return Flops(dense=total({}), planned=total(by_block), executed=total(by_block, early=True))
 
 
 def make_plan(

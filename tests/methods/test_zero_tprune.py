@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,9 +60,11 @@ def test_oracle(name, dtype):
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     scores = {key: value[0].double().numpy() for key, value in chosen.scores.items()}
     np.testing.assert_allclose(scores["pre_score"], truth["pre_score"][1:], **tolerance)
-    np.testing.assert_allclose(scores["pre_variance"][:, 0], truth["pre_var"], **tolerance)
+    everyone = attention.shape[-1]
+    np.testing.assert_allclose(scores["pre_spread"][:, 0] ** 2 / everyone, truth["pre_var"], **tolerance)
     np.testing.assert_allclose(scores["similarity"], truth["a_best_sim"], **tolerance)
-    np.testing.assert_allclose(scores["variance"][:, 0], truth["final_var"], **tolerance)
+    taking_part = everyone - stage.static["similar"]
+    np.testing.assert_allclose(scores["spread"][:, 0] ** 2 / taking_part, truth["final_var"], **tolerance)
     np.testing.assert_allclose(scores["score"][truth["s_kept"]], truth["final_score"][1:], **tolerance)
     order = top_k(chosen.scores["pre_score"], stage.tokens_in)[0].tolist()
     half = zt.more_important(stage.tokens_in)
@@ -69,7 +72,7 @@ def test_oracle(name, dtype):
     assert order[half:] == truth["group_a"].tolist()
     assert sorted(np.flatnonzero(scores["score"] < 0)) == sorted(truth["s_dropped"])
     assert sorted(chosen.kept[0].tolist()) == truth["kept"].tolist()
-    used = zt.counted_heads(chosen.scores["pre_variance"], options.variance_bounds)[0]
+    used = zt.counted_heads(chosen.scores["pre_spread"], options.variance_bounds, everyone)[0]
     assert used[:, 0].tolist() == truth["pre_mask"].tolist()
 
 
@@ -165,9 +168,10 @@ def test_vote_survives_a_row_that_attends_to_dropped_tokens_only():
 
 
 def test_heads_out_of_bounds_are_left_out_and_all_count_when_none_qualifies():
-    variance = torch.tensor([[0.005, 0.01, 0.7, 0.71], [0.0, 0.001, 5.0, 9.0]]).unsqueeze(-1)
-    assert zt.counted_heads(variance, (0.01, 0.7)).flatten(1).tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]]
-    assert zt.counted_heads(variance, None).flatten(1).tolist() == [[1] * 4] * 2
+    variance = torch.tensor([[0.0099, 0.0101, 0.699, 0.701], [0.0, 0.001, 5.0, 9.0]]).unsqueeze(-1)
+    spread = (variance * 197).sqrt()
+    assert zt.counted_heads(spread, (0.01, 0.7), 197).flatten(1).tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]]
+    assert zt.counted_heads(spread, None, 197).flatten(1).tolist() == [[1] * 4] * 2
 
 
 def test_root_mean_square_over_counted_heads():
@@ -195,7 +199,7 @@ def test_voting_rounds_by_depth(block, depth, rounds):
 def test_replay_recomputes_the_selection_from_scores_alone():
     attention, keys, stage, options = oracle_stage("zt_n197_boost")
     chosen = zt.select(attention, keys, stage, special_tokens=1, class_token=0, options=options)
-    replay = zt.replay(stage, chosen.scores, None, options)
+    replay = zt.replay(stage, chosen.scores, SimpleNamespace(special_tokens=1), options)
     assert replay.kept.tolist() == chosen.kept.tolist()
     margins = {d.name: d.margin.abs().min().item() for d in replay.decisions}
     assert set(margins) == {

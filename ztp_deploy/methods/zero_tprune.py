@@ -58,10 +58,10 @@ class Options(MethodOptions):
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores [B, N] of all tokens (0 for those that take no part) and the heads' variances [B, H, 1]."""
+    """Scores [B, N] of all tokens (0 for those that take no part) and the heads' spreads [B, H, 1]."""
 
     score: Tensor
-    variance: Tensor
+    spread: Tensor
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def default_rounds(block: int, depth: int) -> int:
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:
-    """I′ scores [B, n] and head variances [B, H, 1], S similarities [B, n//2] in I′ order, then the same of I."""
-    preliminary = ("pre_score", "pre_variance", "similarity") if stage.static["similar"] else ()
-    return (*preliminary, "score", "variance")
+    """I′ scores [B, n] and head spreads [B, H, 1], S similarities [B, n//2] in I′ order, then the same of I."""
+    preliminary = ("pre_score", "pre_spread", "similarity") if stage.static["similar"] else ()
+    return (*preliminary, "score", "spread")
 
 
 # --- pure scores -------------------------------------------------------------------------------
@@ -149,29 +149,32 @@ def vote(attention: Tensor, start: Tensor, rounds: int, survivors: Tensor | None
         for _ in range(rounds):
             score = score @ attention
         return score.squeeze(2)
-    mask = survivors.to(attention).unsqueeze(1)  # [B, 1, N]
-    rows = mask.unsqueeze(-1)  # [B, 1, N, 1]
-    # Rows are scaled once instead of the scores in every round. A row whose whole attention went to
-    # dropped tokens underflows to 0 and must not turn into NaN.
-    restricted = attention * (rows / (attention @ rows).clamp_min(1e-30))
+    mask = survivors.to(attention).reshape(-1, 1, 1, count)
+    row_sums = mask @ attention.transpose(-1, -2)  # [B, H, 1, N]
+    # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
+    weight = mask / row_sums.clamp_min(1e-30)
     for _ in range(rounds):
-        score = score @ restricted
-    return score.squeeze(2) * mask
+        score = (score * weight) @ attention
+    return (score * mask).squeeze(2)
 
 
-def score_variance(scores: Tensor, participants: int, survivors: Tensor | None = None) -> Tensor:
-    """Population variance [B, H, 1] of mean-1 scores [B, H, N] over the tokens that take part."""
+def score_spread(scores: Tensor, survivors: Tensor | None = None) -> Tensor:
+    """Length [B, H, 1] of the mean-1 scores' deviation from 1, scores [B, H, N]: √(participants · variance)."""
     deviation = scores - 1
     if survivors is not None:
         deviation = deviation * survivors.to(scores).unsqueeze(1)
-    return deviation.square().sum(-1, keepdim=True) / participants
+    return torch.linalg.vector_norm(deviation, dim=-1, keepdim=True)
 
 
-def counted_heads(variance: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    """VHF: 1.0 for heads whose variance [B, H, 1] lies in the bounds; all heads where none does."""
+def counted_heads(spread: Tensor, bounds: tuple[float, float] | None, participants: int) -> Tensor:
+    """VHF: 1.0 for heads whose population variance, spread² / participants [B, H, 1], lies in the bounds.
+
+    All heads count where none does.
+    """
     if bounds is None:
-        return torch.ones_like(variance)
-    inside = (variance.clamp(*bounds) == variance).to(variance.dtype)
+        return torch.ones_like(spread)
+    low, high = ((participants * bound) ** 0.5 for bound in bounds)
+    inside = (spread.clamp(low, high) == spread).to(spread.dtype)
     return inside + (1 - inside.amax(1, keepdim=True))
 
 
@@ -192,20 +195,20 @@ def importance(
     options: Options,
     survivors: Tensor | None = None,
 ) -> Importance:
-    """WPR, VHF and EIR in one: attention [B, H, N, N] → scores [B, N] and head variances [B, H, 1]."""
+    """WPR, VHF and EIR in one: attention [B, H, N, N] → scores [B, N] and head spreads [B, H, 1]."""
     boosted = class_token if options.start == "class" else None
     start = start_scores(attention.shape[-1], participants, boosted).to(attention.device)
     per_head = vote(attention, start, rounds, survivors)
-    variance = score_variance(per_head, participants, survivors)
-    counted = counted_heads(variance, options.variance_bounds)
-    return Importance(combine_heads(per_head, counted, options.heads), variance)
+    spread = score_spread(per_head, survivors)
+    counted = counted_heads(spread, options.variance_bounds, participants)
+    return Importance(combine_heads(per_head, counted, options.heads), spread)
 
 
 def best_match(less: Tensor, more: Tensor) -> Tensor:
     """Largest cosine [B, a] of each less important feature [B, a, D] with any more important one [B, b, D]."""
-    # Scaling the products is cheaper than scaling the features.
-    products = less @ (more.transpose(1, 2))
-    return (products / _length(more).transpose(1, 2)).amax(-1) / _length(less).squeeze(-1)
+    # The less important features' own lengths can wait until one product each is left.
+    directions = more / _length(more)
+    return (less @ directions.transpose(1, 2)).amax(-1) / _length(less).squeeze(-1)
 
 
 def _length(features: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ def select(
         features = take(keys.float().transpose(1, 2).flatten(2), order, skip=special_tokens)  # all heads' keys
         match = best_match(features[:, half:], features[:, :half])
         dropped = membership(take(order[:, half:], top_k(match, similar)), everyone, skip=special_tokens)
-        scores |= {"pre_score": pre_score, "pre_variance": ranking.variance, "similarity": match}
+        scores |= {"pre_score": pre_score, "pre_spread": ranking.spread, "similarity": match}
     final = importance(
         attention,
         rounds,
@@ -247,7 +250,7 @@ def select(
     )
     score = final.score if dropped is None else final.score - dropped  # dropped ones rank below a survivor's 0
     score = score[:, special_tokens:]
-    scores |= {"score": score, "variance": final.variance}
+    scores |= {"score": score, "spread": final.spread}
     return Selection(top_k(score, stage.tokens_out), scores)
 
 
@@ -297,17 +300,18 @@ def replay(stage: Stage, scores: Mapping[str, Tensor], geometry: Geometry, optio
     assert isinstance(options, Options)
     decisions: list[Decision] = []
     score = scores["score"]
+    everyone = stage.tokens_in + geometry.special_tokens
     if similar := stage.static["similar"]:
         pre_score, similarity = scores["pre_score"], scores["similarity"]
         half = more_important(stage.tokens_in)
         less = top_k(pre_score, stage.tokens_in)[:, half:]
         # Positive for what stays, and in slot order, so that two replays compare token by token.
         stays = torch.full_like(score, torch.inf).scatter(1, less, -top_k_margin(similarity, similar).to(score))
-        decisions += _head_decisions("pre_heads", scores["pre_variance"], options)
+        decisions += _head_decisions("pre_heads", scores["pre_spread"].square() / everyone, options)
         decisions.append(Decision("split", top_k_margin(pre_score, half)))
         decisions.append(Decision("similarity", stays))
         score = torch.where(stays > 0, score, -torch.inf)
-    decisions += _head_decisions("heads", scores["variance"], options)
+    decisions += _head_decisions("heads", scores["spread"].square() / (everyone - stage.static["similar"]), options)
     decisions.append(Decision("importance", top_k_margin(score, stage.tokens_out)))
     return Replay(kept=top_k(score, stage.tokens_out), decisions=tuple(decisions))
 

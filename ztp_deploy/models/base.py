@@ -95,11 +95,14 @@ class Host(Protocol):
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks in order; each maps tokens to tokens by itself."""
 
+    def mix(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """The attention half of a block with its residual, fused as the family does it."""
+
     def attend(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Attention]:
-        """The attention half of a block with its residual, and the attention behind it."""
+        """The same half computed openly, and the attention behind it."""
 
     def transform(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        """The MLP half of a block with its residual."""
+        """The MLP half of a block with its residual; acts on every token by itself."""
 
     def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
         """Tokens after the last block → logits [B, classes]."""

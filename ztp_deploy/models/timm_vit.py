@@ -95,6 +95,9 @@ class TimmVitHost:
         model = self.model
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
+    def mix(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        return tokens + block.ls1(block.attn(block.norm1(tokens)))
+
     def attend(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Attention]:
         attn = block.attn
         normed = block.norm1(tokens)

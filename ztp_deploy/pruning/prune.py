@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -77,14 +77,19 @@ class PrunedModel(nn.Module):
     def _run_stage(
         self, block: nn.Module, stage: Stage, module: nn.Module, tokens: Tensor, state: TokenState
     ) -> StageOutput:
-        """A block with its stage at the plan's place. Only blocks that need attention compute it openly."""
+        """A block with a stage after it. Only blocks whose stage asks for attention compute it openly.
+
+        What the stage decides rests on attention alone and the MLP half acts token by token, so the tokens
+        are dropped before it: the same result, without an MLP over tokens that are about to go.
+        """
         assert isinstance(module, StageModule)
-        if not module.needs_attention:
-            result: StageOutput = module(block(tokens), state, None)
-            return result
-        tokens, attention = self.host.attend(block, tokens)
-        result = module(self.host.transform(block, tokens), state, attention)
-        return result
+        attention = None
+        if module.needs_attention:
+            tokens, attention = self.host.attend(block, tokens)
+        else:
+            tokens = self.host.mix(block, tokens)
+        out: StageOutput = module(tokens, state, attention)
+        return replace(out, tokens=self.host.transform(block, out.tokens))
 
 
 def prune(model: nn.Module, plan: Plan) -> PrunedModel:

@@ -1,0 +1,250 @@
+"""Latency: engines interleaved in one process, raw samples kept, paired ratios with bootstrap intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from ztp_deploy import environment
+from ztp_deploy.backends import Engine, find_engine, load_engine
+from ztp_deploy.backends.base import Session
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.manifest import manifest_sha256
+
+WARM_UP_SECONDS = 1.0
+MIN_ROUNDS, MAX_ROUNDS = 15, 400
+DEFAULT_SECONDS = 20.0
+BOOTSTRAP_RESAMPLES = 2000
+CONFIDENCE = 0.95
+P99_SAMPLES = 100
+MAX_RELATIVE_WIDTH = 0.06
+MAX_DRIFT = 0.10
+
+Progress = Callable[[float], None]
+
+
+class Samples(BaseModel):
+    """Wall times of one engine at one batch, in milliseconds a batch; `p99` only from 100 samples on."""
+
+    engine: str
+    role: str
+    manifest_sha256: str
+    batch: int
+    milliseconds: list[float]
+    median: float
+    p90: float
+    p95: float
+    p99: float | None
+    drift: float
+    images_per_second: float
+
+
+class Ratio(BaseModel):
+    """How many times faster `engine` is than `reference`: the median of per-round ratios, with its interval.
+
+    `verdict` is "inconclusive" where the interval is wide or the machine drifted while measuring.
+    """
+
+    engine: str
+    reference: str
+    batch: int
+    rounds: int
+    speedup: float
+    low: float
+    high: float
+    confidence: float = CONFIDENCE
+    verdict: Literal["measured", "inconclusive"]
+    reason: str | None
+
+
+class LatencyReport(BaseModel):
+    """One interleaved run (`evidence/latency.json`)."""
+
+    schema_: Literal["ztp.latency/1"] = "ztp.latency/1"
+    command: str
+    started: str
+    samples: list[Samples]
+    ratios: list[Ratio]
+    environment: dict[str, Any]
+    gpu: str
+    notes: list[str]
+
+    def ratio(self, engine: str, reference: str, batch: int) -> Ratio:
+        """The ratio of two roles at a batch; KeyError where it was not measured."""
+        for ratio in self.ratios:
+            if (ratio.engine, ratio.reference, ratio.batch) == (engine, reference, batch):
+                return ratio
+        raise KeyError(f"{engine} over {reference} at batch {batch}")
+
+    def sample(self, role: str, batch: int) -> Samples:
+        """The samples of a role at a batch; KeyError where there are none."""
+        for sample in self.samples:
+            if (sample.role, sample.batch) == (role, batch):
+                return sample
+        raise KeyError(f"{role} at batch {batch}")
+
+
+def measure_latency(
+    engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str],
+    batches: Sequence[int] = (1, 8),
+    *,
+    seconds: float = DEFAULT_SECONDS,
+    command: str = "ztp.measure_latency",
+    progress: Progress | None = None,
+) -> LatencyReport:
+    """Times `session.run` of several engines against each other.
+
+    `engines` by role (`{"dense": …, "pruned": …, "slice": …}`) or a sequence, which takes folder names as
+    roles; the first is the reference of all ratios, and every later pair is compared too. Each round runs
+    every engine once, in a random order, so that a drifting machine hits all alike. `seconds` is
+    the time spent a batch. Raises BadRequest for batches outside an engine's range.
+    """
+    named = _named(engines)
+    if not batches:
+        raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
+    if seconds <= 0:
+        raise BadRequest(f"seconds={seconds} leaves no time to measure.", "Give a positive number.")
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    before = environment.snapshot()
+    samples: list[Samples] = []
+    ratios: list[Ratio] = []
+    advance = progress or (lambda share: None)
+    with ExitStack() as stack:
+        sessions = {role: stack.enter_context(load_engine(engine.directory)) for role, engine in named.items()}
+        for batch in batches:
+            images = {role: _images(session, batch) for role, session in sessions.items()}
+            times = _interleave(sessions, images, seconds, advance)
+            samples += [_summary(role, named[role], batch, times[role]) for role in sessions]
+            roles = list(sessions)
+            ratios += [
+                _ratio(faster, reference, batch, times)
+                for index, reference in enumerate(roles)
+                for faster in roles[index + 1 :]
+            ]
+    notes = []
+    if before["load_average"] > 0.5 * before["cores"]:
+        notes.append(f"The machine was busy when this began (load average {before['load_average']}).")
+    return LatencyReport(
+        command=command,
+        started=started,
+        samples=samples,
+        ratios=ratios,
+        environment=before,
+        gpu=environment.gpu_line(),
+        notes=notes,
+    )
+
+
+def _named(engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str]) -> dict[str, Engine]:
+    def found(engine: Engine | Path | str) -> Engine:
+        return engine if isinstance(engine, Engine) else find_engine(engine)
+
+    if isinstance(engines, Mapping):
+        named = {role: found(engine) for role, engine in engines.items()}
+    else:
+        named = {engine.directory.name: engine for engine in map(found, engines)}
+    if not named:
+        raise BadRequest("No engine was given.", "Give at least one engine folder.")
+    return named
+
+
+def _images(session: Session, batch: int) -> NDArray[Any]:
+    """Noise: kernels do not look at the pixels, and selection is as hard on noise as on photographs."""
+    size, dtype = session.manifest.input.size, session.manifest.input.dtype
+    generator = np.random.default_rng(0)
+    if dtype == "uint8":
+        return generator.integers(0, 256, (batch, 3, size, size), dtype=np.uint8)
+    return generator.standard_normal((batch, 3, size, size), dtype=np.float32)
+
+
+def _interleave(
+    sessions: Mapping[str, Session], images: Mapping[str, NDArray[Any]], seconds: float, advance: Progress
+) -> dict[str, list[float]]:
+    """Seconds a run, by role; the i-th samples of all roles belong to one round."""
+    roles = list(sessions)
+    for role in roles:
+        deadline = time.perf_counter() + WARM_UP_SECONDS
+        for _ in range(3):
+            sessions[role].run(images[role])
+        while time.perf_counter() < deadline:
+            sessions[role].run(images[role])
+    times: dict[str, list[float]] = {role: [] for role in roles}
+    begin = time.perf_counter()
+    done = 0.0
+    # A random order each round: whoever runs before leaves its mark on caches and clocks.
+    order = np.random.default_rng(0)
+    for number in range(MAX_ROUNDS):
+        for role in order.permutation(roles).tolist():
+            start = time.perf_counter()
+            sessions[role].run(images[role])
+            times[role].append(time.perf_counter() - start)
+        share = min(1.0, max((time.perf_counter() - begin) / seconds, (number + 1) / MAX_ROUNDS))
+        if number + 1 < MIN_ROUNDS:
+            share = min(share, (number + 1) / MIN_ROUNDS)
+        advance(share - done)
+        done = share
+        if share >= 1:
+            break
+    return times
+
+
+def _summary(role: str, engine: Engine, batch: int, seconds: Sequence[float]) -> Samples:
+    milliseconds = np.array(seconds) * 1e3
+    p90, p95, p99 = np.percentile(milliseconds, [90, 95, 99])
+    return Samples(
+        engine=engine.directory.name,
+        role=role,
+        manifest_sha256=manifest_sha256(engine.directory),
+        batch=batch,
+        milliseconds=[round(float(value), 4) for value in milliseconds],
+        median=float(np.median(milliseconds)),
+        p90=float(p90),
+        p95=float(p95),
+        p99=float(p99) if len(milliseconds) >= P99_SAMPLES else None,
+        drift=_drift(milliseconds),
+        images_per_second=batch / float(np.median(milliseconds)) * 1e3,
+    )
+
+
+def _drift(values: NDArray[Any]) -> float:
+    """Median of the last third over that of the first third, minus 1."""
+    third = max(1, len(values) // 3)
+    return float(np.median(values[-third:]) / np.median(values[:third]) - 1)
+
+
+def _ratio(engine: str, reference: str, batch: int, times: Mapping[str, Sequence[float]]) -> Ratio:
+    paired = np.array(times[reference]) / np.array(times[engine])
+    low, high = bootstrap_median(paired)
+    drift = _drift(paired)
+    reason = None
+    if (high - low) / float(np.median(paired)) > MAX_RELATIVE_WIDTH:
+        reason = f"the {CONFIDENCE:.0%} interval is wider than {MAX_RELATIVE_WIDTH:.0%}; measure longer, with nothing else running"
+    elif abs(drift) > MAX_DRIFT:
+        reason = f"the ratio drifted by {drift:+.0%} while measuring; measure again on a quiet machine"
+    return Ratio(
+        engine=engine,
+        reference=reference,
+        batch=batch,
+        rounds=len(paired),
+        speedup=float(np.median(paired)),
+        low=low,
+        high=high,
+        verdict="inconclusive" if reason else "measured",
+        reason=reason,
+    )
+
+
+def bootstrap_median(values: NDArray[Any], resamples: int = BOOTSTRAP_RESAMPLES) -> tuple[float, float]:
+    """Percentile bootstrap interval of the median, seeded."""
+    generator = np.random.default_rng(0)
+    medians = np.median(generator.choice(values, (resamples, len(values))), axis=1)
+    tail = (1 - CONFIDENCE) / 2 * 100
+    low, high = np.percentile(medians, [tail, 100 - tail])
+    return float(low), float(high)
