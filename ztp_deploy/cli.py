@@ -1,0 +1,620 @@
+"""The command line: `ztp plan | export | build | check | bench | engine | classify | list | doctor`.
+
+Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ztp_deploy.errors import INTERRUPTED, BadRequest, ZtpError
+
+app = typer.Typer(
+    name="ztp",
+    help="Token-pruned Vision Transformers in production: plan, export, build, prove, measure, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+# --- options shared by several commands --------------------------------------------------------
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")]
+Method = Annotated[str, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.")]
+Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
+FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
+Keep = Annotated[str | None, typer.Option(help="Per stage a count or a share, such as 137,95,66 or 0.9,0.8,0.7.")]
+Sites = Annotated[str | None, typer.Option(help="Blocks that carry the stages, counted from 1, such as 3,6,9.")]
+Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="A method's option as name=value (JSON value); repeatable.")]
+Weights = Annotated[str, typer.Option(help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path.")]
+Recipe = Annotated[str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")]
+Profile = Annotated[str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")]
+BackendName = Annotated[str | None, typer.Option("--backend", "-b", help="auto, onnxruntime or torchscript.  [default: auto]")]
+DeviceName = Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  [default: auto]")]
+Precision = Annotated[str | None, typer.Option(help="fp32.  [default: fp32]")]
+Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  [default: 1:8:64]")]
+InputType = Annotated[str | None, typer.Option("--input", help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  [default: float32]")]
+ExportRoot = Annotated[Path, typer.Option(help="Where artifacts go.")]
+EnginesRoot = Annotated[Path, typer.Option(help="Where engines go.")]
+EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="An engine folder.")]
+Images = Annotated[str | None, typer.Option(help="Folder of photographs for the proof; by default crops that scikit-learn ships.")]
+Batches = Annotated[str, typer.Option(help="Batch sizes to measure.")]
+Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+# --- commands ----------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    model: Model,
+    method: Method = "zero_tprune",
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fix the token count of every stage, and count multiply-accumulates. Nothing is built."""
+    from ztp_deploy.evidence.report.markdown import giga, percent
+
+    made = _plan_request(model, method, ratio, flops, keep, sites, option, "auto", None).plan(model)
+    if as_json:
+        _print_json(json.loads(made.to_json()))
+        return
+    table = Table(title=f"{made.model} · {made.label}", title_justify="left", title_style="bold")
+    for name in ("stage", "after block", "tokens in", "tokens out", "fixed numbers"):
+        table.add_column(name, justify="left" if name == "fixed numbers" else "right")
+    for index, stage in enumerate(made.stages, start=1):
+        static = ", ".join(f"{key} {value}" for key, value in stage.static.items())
+        table.add_row(str(index), str(stage.block), str(stage.tokens_in), str(stage.tokens_out), static)
+    out.print(table if made.stages else f"{made.model}: the dense model, {made.patch_tokens} patch tokens throughout.")
+    out.print(
+        f"Multiply-accumulates an image: {giga(made.flops.dense)} G dense, {giga(made.flops.planned)} G planned "
+        f"({percent(made.flops.share)}), {giga(made.flops.executed)} G executed: FLOP limit × {made.flops.speedup_limit:.2f}."
+    )
+
+
+@app.command()
+def export(
+    model: Model,
+    method: Method = "zero_tprune",
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Weights = "auto",
+    recipe: Recipe = None,
+    format: Annotated[str, typer.Option(help="onnx or torchscript.")] = "onnx",
+    precision: Precision = None,
+    input: InputType = None,
+    directory: ExportRoot = Path("export"),
+    as_json: AsJson = False,
+) -> None:
+    """Export a pruned model to a folder with its graph and manifest."""
+    from ztp_deploy import exporters, workflow
+
+    exporters.get(format)
+    wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
+    wanted.plan(wanted.model)
+    request = _build_request(None, None, None, precision, None, input, directory, Path("engines"))
+    clock = workflow.Clock(_Bars())
+    module = workflow.load(wanted.model, wanted.weights, clock)
+    artifact = workflow.export_model(module, wanted.plan(module), request, format, clock)
+    if as_json:
+        _print_json({"artifact": str(artifact.directory), "manifest": artifact.manifest.model_dump(mode="json", by_alias=True)})
+        return
+    size = sum(record.bytes for record in artifact.manifest.files.values())
+    out.print(f"Exported {wanted.model} {artifact.manifest.plan.label} as {format}, {size / 2**20:.1f} MiB.")
+    out.print(f"Artifact: {artifact.directory}", soft_wrap=True)
+    out.print(f"Next: ztp build --artifact {artifact.directory}", soft_wrap=True)
+
+
+@app.command()
+def build(
+    artifact: Annotated[Path, typer.Option("--artifact", "-a", help="An artifact folder that `ztp export` made.")],
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    batch: Batch = None,
+    profile: Profile = None,
+    directory: EnginesRoot = Path("engines"),
+    as_json: AsJson = False,
+) -> None:
+    """Build an engine folder from an artifact."""
+    from ztp_deploy import exporters, workflow
+
+    request = _build_request(profile, backend, device, precision, batch, None, Path("export"), directory)
+    engine = workflow.build_engine(exporters.load_artifact(artifact), request, workflow.Clock(_Bars()))
+    if as_json:
+        _print_json({"engine": str(engine.directory), "manifest": engine.manifest.model_dump(mode="json", by_alias=True)})
+        return
+    out.print(f"Built for {engine.manifest.backend} {engine.manifest.backend_version} on {engine.manifest.device}.")
+    out.print(f"Engine: {engine.directory}", soft_wrap=True)
+    out.print(f"Next: ztp check --engine {engine.directory}", soft_wrap=True)
+
+
+@app.command()
+def check(
+    engine: EngineDir,
+    images: Images = None,
+    count: Annotated[int, typer.Option(help="How many images.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
+    from ztp_deploy import models, workflow
+    from ztp_deploy.backends import find_engine
+
+    found = find_engine(engine)
+    clock = workflow.Clock(_Bars())
+    with clock.step(f"load {found.manifest.source.name}"):
+        model = models.reload_model(found.manifest.source)
+    report = workflow.check(found, model, images, clock, count)
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+    else:
+        _show_parity(report)
+    report.require()
+
+
+@app.command()
+def bench(
+    engine: Annotated[list[Path] | None, typer.Option("--engine", "-e", help="An engine folder; repeatable, the first is the reference.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Or a model: dense, pruned and slice twin are built and compared.")] = None,
+    method: Method = "zero_tprune",
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Weights = "auto",
+    recipe: Recipe = None,
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    batch: Batch = None,
+    batches: Batches = "1,8",
+    seconds: Seconds = 60.0,
+    record: Annotated[Path | None, typer.Option(help="Also write the report's JSON and Markdown into this folder, named after model, plan, back end and machine.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer."""
+    from ztp_deploy import workflow
+
+    sizes = _integers("batches", batches)
+    if bool(engine) == bool(model):
+        raise BadRequest("Give either engine folders (--engine) or a model (--model).", "For example: ztp bench --model deit_s --ratio 0.7.")
+    if model:
+        wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
+        request = _build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
+        result = workflow.make_engine(wanted, request, _Bars(), batches=sizes, seconds=seconds, command=_command())
+        if record is not None:
+            _record(result.summary, record)
+        _show_result(result, as_json)
+        return
+    assert engine is not None
+    from ztp_deploy.backends import find_engine
+
+    named = {path.name if len({p.name for p in engine}) == len(engine) else str(path): find_engine(path) for path in engine}
+    report = workflow.bench(named, sizes, seconds, workflow.Clock(_Bars()), _command())
+    if as_json:
+        _print_json(report.model_dump(mode="json"))
+        return
+    table = Table("batch", "engine", "ms/image", "p90", "images/s")
+    for sample in report.samples:
+        table.add_row(str(sample.batch), sample.role, f"{sample.median / sample.batch:.2f}", f"{sample.p90 / sample.batch:.2f}", f"{sample.images_per_second:.1f}")
+    out.print(table)
+    for one in report.ratios:
+        out.print(f"batch {one.batch}: {one.engine} over {one.reference}: {one.speedup:.3f} × ({one.low:.3f} to {one.high:.3f}) {one.reason or ''}".rstrip())
+    out.print(report.gpu)
+
+
+@app.command()
+def engine(
+    model: Model,
+    method: Method = "zero_tprune",
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Weights = "auto",
+    recipe: Recipe = None,
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    batch: Batch = None,
+    input: InputType = None,
+    images: Images = None,
+    batches: Batches = "1,8",
+    seconds: Seconds = 12.0,
+    measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure latency against the dense engine and the slice twin.")] = True,
+    export_directory: ExportRoot = Path("export"),
+    directory: EnginesRoot = Path("engines"),
+    as_json: AsJson = False,
+) -> None:
+    """From a model's name to a checked, measured engine: plan, export, build, check, bench."""
+    from ztp_deploy import workflow
+
+    wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
+    request = _build_request(profile, backend, device, precision, batch, input, export_directory, directory)
+    result = workflow.make_engine(
+        wanted,
+        request,
+        _Bars(),
+        images=images,
+        batches=_integers("batches", batches),
+        seconds=seconds,
+        measure=measure,
+        command=_command(),
+    )
+    _show_result(result, as_json)
+
+
+@app.command()
+def classify(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE…")],
+    engine: EngineDir,
+    top: Annotated[int, typer.Option(help="How many classes.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Classify images with an engine: the best classes and their probabilities."""
+    import numpy as np
+
+    from ztp_deploy.backends import load_engine
+
+    with load_engine(engine) as session:
+        manifest = session.manifest
+        pixels = session.preprocess(list(images))
+        span = manifest.batch
+        parts = []
+        for start in range(0, len(pixels), span.max):
+            chunk = pixels[start : start + span.max]
+            fill = max(0, span.min - len(chunk))
+            padded = np.concatenate([chunk, np.repeat(chunk[-1:], fill, axis=0)]) if fill else chunk
+            parts.append(session.run(padded)[: len(chunk)])
+    logits = np.concatenate(parts).astype(np.float64)
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    labels = manifest.source.labels
+    found = [
+        {
+            "image": str(path),
+            "top": [
+                {"class": int(index), "name": labels[index] if labels else None, "probability": float(row[index])}
+                for index in np.argsort(-row, kind="stable")[: max(1, top)]
+            ],
+        }
+        for path, row in zip(images, probabilities, strict=True)
+    ]
+    if as_json:
+        _print_json({"engine": str(engine), "random_weights": manifest.random_weights, "images": found})
+        return
+    if manifest.random_weights:
+        _warn("This engine has random weights: the names below mean nothing.")
+    for entry in found:
+        table = Table(title=str(entry["image"]), title_justify="left", title_style="bold", show_header=False, box=None)
+        for guess in entry["top"]:  # type: ignore[attr-defined]
+            table.add_row(f"{guess['probability'] * 100:6.2f} %", guess["name"] or f"class {guess['class']}")
+        out.print(table)
+
+
+@app.command("list")
+def list_(as_json: AsJson = False) -> None:
+    """Models, methods, formats and back ends; what is missing for each and how to get it."""
+    from ztp_deploy import backends, exporters, methods, models
+
+    known = {
+        "models": [{"name": name, "timm": arch} for name, arch in models.model_names().items()],
+        "families": [{"name": name, "about": models.family(name).SUMMARY} for name in models.FAMILIES],
+        "methods": [{"name": "dense", "about": "the model as it is"}]
+        + [{"name": name, "about": methods.get(name).SUMMARY} for name in methods.METHODS],
+        "formats": [
+            {"name": name, "about": exporters.get(name).SUMMARY, "precisions": list(exporters.get(name).PRECISIONS)}
+            for name in exporters.FORMATS
+        ],
+        "backends": [
+            {
+                "name": name,
+                "about": backends.get(name).SUMMARY,
+                "built from": backends.get(name).FORMAT,
+                "status": "OK" if not (missing := backends.get(name).missing()) else f"missing: pip install {missing}",
+            }
+            for name in backends.BACKENDS
+        ],
+    }
+    if as_json:
+        _print_json(known)
+        return
+    for title, rows in known.items():
+        if title == "models":
+            names = Table(title="models", title_justify="left", title_style="bold", show_header=False, box=None)
+            for row in rows:
+                names.add_row(row["name"], row["timm"])
+            out.print(names)
+            out.print("and any timm ViT made of plain blocks, by its timm name.\n")
+            continue
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+        for row in rows:
+            table.add_row(row["name"], row["about"], str(row.get("status", "")))
+        out.print(table)
+        out.print()
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, devices, and what would be used on this machine."""
+    from ztp_deploy import backends, environment
+
+    machine = environment.snapshot()
+    uses: dict[str, str] = {}
+    for name in backends.BACKENDS:
+        module = backends.get(name)
+        missing = module.missing()
+        uses[name] = f"missing: pip install {missing}" if missing else f"{module.version()} on {module.resolve_device('auto').slug}"
+    both = [name for name in ("onnxruntime", "onnxruntime-gpu") if environment.installed(name)]
+    problems = []
+    if len(both) == 2:
+        problems.append("onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, install one.")
+    if machine["load_average"] > 0.5 * machine["cores"]:
+        problems.append(f"The machine is busy (load average {machine['load_average']}): latency figures will not be quiet.")
+    facts = {"machine": machine, "gpu": environment.gpu_line(), "would use": uses, "auto": backends.choose("auto"), "problems": problems}
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("processor", f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['cpu_features'])})")
+    table.add_row("memory", f"{machine['memory_gib']} GiB")
+    table.add_row("gpu", environment.gpu_line().removeprefix("GPU: "))
+    table.add_row("system", f"{machine['system']}, Python {machine['python']}")
+    for name, version in machine["packages"].items():
+        table.add_row(name, version)
+    for name, use in uses.items():
+        table.add_row(f"back end {name}", use)
+    table.add_row("BACKEND=auto takes", backends.choose("auto"))
+    out.print(table)
+    for problem in problems:
+        _warn(problem)
+    if not problems:
+        out.print("No problems found.", style="green")
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+
+def _plan_request(
+    model: str,
+    method: str,
+    ratio: float | None,
+    flops: float | None,
+    keep: str | None,
+    sites: str | None,
+    option: list[str] | None,
+    weights: str,
+    recipe: str | None,
+) -> Any:
+    from ztp_deploy.recipes import read_recipe
+    from ztp_deploy.workflow import PlanRequest
+
+    base = read_recipe(recipe) if recipe else None
+    options = dict(base.options) if base else {}
+    options.update(_option(text) for text in option or ())
+    numbers: dict[str, Any] = {"ratio": ratio, "flops": flops, "keep": _numbers(keep)}
+    if base and all(value is None for value in numbers.values()):
+        numbers = {"ratio": base.ratio, "flops": base.flops, "keep": base.keep}
+    if base and base.model != model:
+        raise BadRequest(f"The recipe {recipe} is for {base.model}, --model says {model}.", "Leave one of them out.")
+    return PlanRequest(
+        model=model,
+        method=base.method if base and method == "zero_tprune" else method,
+        sites=_integers("sites", sites) if sites else (base.sites if base else None),
+        options=options,
+        weights=weights,
+        **numbers,
+    )
+
+
+def _build_request(
+    profile: str | None,
+    backend: str | None,
+    device: str | None,
+    precision: str | None,
+    batch: str | None,
+    input: str | None,
+    export_root: Path,
+    engines_root: Path,
+) -> Any:
+    from ztp_deploy import backends
+    from ztp_deploy.manifest import BatchRange
+    from ztp_deploy.recipes import Profile as BuildProfile
+    from ztp_deploy.recipes import read_profile
+    from ztp_deploy.workflow import BuildRequest
+
+    base = read_profile(profile) if profile else BuildProfile()
+    chosen: Literal["float32", "uint8"] = input or base.input  # type: ignore[assignment]
+    if chosen not in ("float32", "uint8"):
+        raise BadRequest(f"--input {chosen} is unknown.", "Use float32 or uint8.")
+    BatchRange.parse(batch or base.batch)
+    backends.get(backends.choose(backend or base.backend))
+    return BuildRequest(
+        backend=backend or base.backend,
+        device=device or base.device,
+        precision=precision or base.precision,
+        batch=batch or base.batch,
+        input=chosen,
+        settings=dict(base.settings),
+        export_root=export_root,
+        engines_root=engines_root,
+    )
+
+
+def _numbers(text: str | None) -> list[int | float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) if "." in part else int(part) for part in text.replace(" ", "").split(",")]
+    except ValueError as error:
+        raise BadRequest(f"--keep {text!r} is no list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
+
+
+def _integers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(" ", "").split(",")]
+    except ValueError as error:
+        raise BadRequest(f"--{name} {text!r} is no list of whole numbers.", "Write them with commas: 1,8.") from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadRequest(f"--option {text!r} has no value.", "Write name=value, such as rounds=8.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+# --- output ------------------------------------------------------------------------------------
+
+
+class _Bars:
+    """Progress on stderr: one line a step, with a bar where the amount of work is known."""
+
+    @contextlib.contextmanager
+    def step(self, title: str, total: float | None) -> Iterator[Any]:
+        progress = Progress(
+            SpinnerColumn(finished_text="[green]✓[/green]"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=err,
+            transient=False,
+            disable=not err.is_terminal,
+        )
+        if not err.is_terminal:
+            err.print(title)
+        with progress:
+            task = progress.add_task(title, total=total)
+            yield lambda amount: progress.update(task, advance=amount)
+            progress.update(task, total=total or 1, completed=total or 1)
+
+    def warn(self, text: str) -> None:
+        _warn(text)
+
+
+def _warn(text: str) -> None:
+    err.print(Panel(text, title="note", title_align="left", border_style="yellow"))
+
+
+def _show_result(result: Any, as_json: bool) -> None:
+    from ztp_deploy.evidence.report.terminal import show_summary
+
+    if as_json:
+        _print_json(result.summary.model_dump(mode="json"))
+    else:
+        show_summary(result.summary, out)
+
+
+def _show_parity(report: Any) -> None:
+    table = Table(title=f"parity of {report.engine} on {report.images}", title_justify="left", title_style="bold")
+    for name in ("edge", "kept sets agree", "worst logit", "top-1", "near-ties", "verdict"):
+        table.add_column(name)
+    for edge in report.edges:
+        kept = ", ".join(f"stage {stage.stage}: {stage.images_agreeing}/{edge.images}" for stage in edge.stages)
+        table.add_row(
+            f"{edge.reference} → {edge.candidate}",
+            kept or "no stages",
+            f"{edge.worst_logit:.1e} σ",
+            f"{edge.top1_equal}/{edge.compared_logits}",
+            str(len(edge.near_ties)),
+            "[green]holds[/green]" if edge.holds else f"[bold red]{len(edge.faults)} faults[/bold red]",
+        )
+    out.print(table)
+    for note in report.notes:
+        _warn(note)
+
+
+def _record(summary: Any, folder: Path) -> None:
+    from ztp_deploy.evidence.report.markdown import render_tables
+    from ztp_deploy.manifest import write_text
+
+    machine = "".join(c if c.isalnum() else "-" for c in summary.machine["cpu"].lower()).strip("-")
+    machine = "-".join(filter(None, machine.split("-")))
+    backend = summary.backend.split()[0]
+    name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}--{machine}"
+    write_text(folder / f"{name}.json", summary.model_dump_json(indent=2) + "\n")
+    write_text(folder / f"{name}.md", render_tables(summary))
+    err.print(f"Recorded {folder / name}.json and .md", soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _command() -> str:
+    """The command as typed, without the interpreter's and the machine's paths."""
+    return shlex.join(["ztp", *sys.argv[1:]])
+
+
+def main() -> None:
+    """Entry point: runs a command, turns every refusal into one sentence and its exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except ZtpError as error:
+        if as_json:
+            _print_json({"error": {"problem": error.problem, "fix": error.fix, "exit_code": error.exit_code}})
+        else:
+            err.print("error: ", style="bold red", end="")
+            err.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("Interrupted; nothing partial was left.")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        code = _usage_error(error)
+        if code is None:
+            raise
+        sys.exit(code)
+
+
+def _usage_error(error: Exception) -> int | None:
+    """Shows a wrong command or option as click does; None for anything else."""
+    name = type(error).__name__
+    if name == "Exit":
+        return int(getattr(error, "exit_code", 0))
+    if name == "Abort":
+        err.print("Interrupted; nothing partial was left.")
+        return INTERRUPTED
+    show = getattr(error, "format_message", None)
+    if show is None:
+        return None
+    err.print("error: ", style="bold red", end="")
+    err.print(str(show()).rstrip("."), ". See `ztp --help`.", sep="", markup=False, soft_wrap=True)
+    return BadRequest.exit_code
+
+
+if __name__ == "__main__":
+    main()

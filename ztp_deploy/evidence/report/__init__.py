@@ -1,0 +1,1 @@
+"""The report: one summary, shown in the terminal and as Markdown."""

@@ -1,0 +1,190 @@
+"""The numbers of a report, drawn from manifest, parity and latency; renderers only lay them out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ztp_deploy.evidence.latency import LatencyReport, Ratio
+from ztp_deploy.evidence.parity import ParityReport
+from ztp_deploy.manifest import EngineManifest
+
+SUMMARY_FILE = "report.json"
+
+
+class Timing(BaseModel):
+    """One engine at one batch; times in milliseconds an image."""
+
+    role: str
+    batch: int
+    runs: int
+    median: float
+    p90: float
+    p95: float
+    p99: float | None
+    images_per_second: float
+
+
+class Gain(BaseModel):
+    """What pruning gains over dense at one batch, and what selection costs.
+
+    `flop_limit_reached` is the speed-up over the one that multiply-accumulates alone would allow;
+    `selection_cost` the share of the pruned engine's time that its slice twin does not need.
+    """
+
+    batch: int
+    speedup: Ratio
+    flop_limit_reached: float
+    selection_cost: float | None
+    selection_cost_low: float | None
+    selection_cost_high: float | None
+
+
+class Summary(BaseModel):
+    """Everything a reader of the report needs (`evidence/report.json`)."""
+
+    schema_: str = "ztp.report/1"
+    engine: str
+    model: str
+    method: str
+    label: str
+    weights: str
+    random_weights: bool
+    backend: str
+    provider: str
+    precision: str
+    input: str
+    batch: str
+    tokens: list[int]
+    blocks: list[int]
+    dense_macs: int
+    planned_macs: int
+    executed_macs: int
+    flop_share: float
+    flop_limit: float
+    parity_passed: bool
+    parity: str
+    parity_images: str
+    worst_logit: float
+    logit_tolerance: float
+    near_ties: int
+    top1_dense_to_pruned: float | None
+    timings: list[Timing]
+    gains: list[Gain]
+    gpu: str
+    machine: dict[str, Any]
+    steps: list[dict[str, Any]]
+    seconds: float
+    peak_gib: float
+    command: str
+    notes: list[str]
+
+
+def summarise(
+    manifest: EngineManifest,
+    directory: Path,
+    parity: ParityReport,
+    latency: LatencyReport | None,
+    *,
+    command: str,
+    steps: list[dict[str, Any]],
+    peak_gib: float,
+    machine: dict[str, Any],
+) -> Summary:
+    """Draws the numbers together; `steps` hold {step, seconds}."""
+    from ztp_deploy import environment
+
+    plan = manifest.plan
+    end_to_end = parity.edges[-1]
+    agreement = parity.dense_to_pruned
+    notes = list(parity.notes) + (latency.notes if latency else [])
+    if manifest.random_weights:
+        notes.insert(0, "Random weights: latency is real, predictions mean nothing; accuracy is left out.")
+    return Summary(
+        engine=str(directory),
+        model=manifest.source.name,
+        method=plan.method,
+        label=plan.label,
+        weights=f"{manifest.source.weights.kind} ({manifest.source.weights.origin})",
+        random_weights=manifest.random_weights,
+        backend=f"{manifest.backend} {manifest.backend_version}",
+        provider=manifest.provider,
+        precision=manifest.precision,
+        input=manifest.input.dtype,
+        batch=str(manifest.batch).replace("-", ":"),
+        tokens=[plan.patch_tokens, *plan.counts],
+        blocks=[stage.block for stage in plan.stages],
+        dense_macs=plan.flops.dense,
+        planned_macs=plan.flops.planned,
+        executed_macs=plan.flops.executed,
+        flop_share=plan.flops.share,
+        flop_limit=plan.flops.speedup_limit,
+        parity_passed=parity.passed,
+        parity=_parity_line(parity),
+        parity_images=parity.images,
+        worst_logit=end_to_end.worst_logit,
+        logit_tolerance=parity.tolerance.logits,
+        near_ties=len(end_to_end.near_ties),
+        top1_dense_to_pruned=agreement.top1_equal if agreement else None,
+        timings=_timings(latency) if latency else [],
+        gains=_gains(latency, plan.flops.speedup_limit) if latency and plan.stages else [],
+        gpu=environment.gpu_line(),
+        machine=machine,
+        steps=steps,
+        seconds=round(sum(step["seconds"] for step in steps), 1),
+        peak_gib=peak_gib,
+        command=command,
+        notes=notes,
+    )
+
+
+def _parity_line(parity: ParityReport) -> str:
+    edges = " → ".join([parity.edges[0].reference, *dict.fromkeys(edge.candidate for edge in parity.edges)])
+    worst = parity.edges[-1]
+    kept = min((stage.images_agreeing for edge in parity.edges for stage in edge.stages), default=worst.images)
+    return (
+        f"{'holds' if parity.passed else 'FAILS'} along {edges}: kept sets agree on {kept} of {worst.images} images, "
+        f"worst logit {worst.worst_logit:.1e} σ (at most {parity.tolerance.logits:g})"
+    )
+
+
+def _timings(latency: LatencyReport) -> list[Timing]:
+    return [
+        Timing(
+            role=sample.role,
+            batch=sample.batch,
+            runs=len(sample.milliseconds),
+            median=sample.median / sample.batch,
+            p90=sample.p90 / sample.batch,
+            p95=sample.p95 / sample.batch,
+            p99=None if sample.p99 is None else sample.p99 / sample.batch,
+            images_per_second=sample.images_per_second,
+        )
+        for sample in latency.samples
+    ]
+
+
+def _gains(latency: LatencyReport, limit: float) -> list[Gain]:
+    gains = []
+    for batch in sorted({sample.batch for sample in latency.samples}):
+        try:
+            speedup = latency.ratio("pruned", "dense", batch)
+        except KeyError:
+            continue
+        try:
+            twin = latency.ratio("slice", "pruned", batch)
+        except KeyError:
+            twin = None
+        gains.append(
+            Gain(
+                batch=batch,
+                speedup=speedup,
+                flop_limit_reached=speedup.speedup / limit,
+                selection_cost=None if twin is None else 1 - 1 / twin.speedup,
+                selection_cost_low=None if twin is None else 1 - 1 / twin.low,
+                selection_cost_high=None if twin is None else 1 - 1 / twin.high,
+            )
+        )
+    return gains

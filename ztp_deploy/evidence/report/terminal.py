@@ -1,0 +1,54 @@
+"""The report in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ztp_deploy.evidence.report.markdown import giga, percent, table_rows
+from ztp_deploy.evidence.report.summary import Summary
+
+
+def show_summary(summary: Summary, console: Console) -> None:
+    """Prints the report."""
+    title = f"{summary.model} · {summary.label} · {summary.backend} · {summary.precision}"
+    if summary.timings:
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for name, justify in (
+            ("batch", "right"),
+            ("engine", "left"),
+            ("ms/image", "right"),
+            ("p90", "right"),
+            ("images/s", "right"),
+            ("speed-up over dense", "left"),
+            ("of FLOP limit", "right"),
+        ):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        previous = None
+        for row in table_rows(summary):
+            if previous not in (None, row[0]):
+                table.add_section()
+            previous = row[0]
+            table.add_row(*(cell.replace("**", "") for cell in row))
+        console.print(table)
+    else:
+        console.print(title, style="bold")
+    for gain in summary.gains:
+        if gain.selection_cost is not None:
+            console.print(
+                f"Selection costs {percent(gain.selection_cost)} of the pruned engine's time at batch {gain.batch} "
+                f"(against the slice twin)."
+            )
+    console.print(
+        f"Tokens {' → '.join(map(str, summary.tokens))}; multiply-accumulates {giga(summary.dense_macs)} G dense, "
+        f"{giga(summary.planned_macs)} G planned ({percent(summary.flop_share)}), "
+        f"{giga(summary.executed_macs)} G executed: FLOP limit × {summary.flop_limit:.2f}.",
+        highlight=False,
+    )
+    console.print(f"Parity {summary.parity}.", style="green" if summary.parity_passed else "bold red", highlight=False)
+    console.print(f"{summary.gpu}.", highlight=False)
+    for note in summary.notes:
+        console.print(note, style="yellow", highlight=False)
+    console.print(f"Made in {summary.seconds} s, peak memory {summary.peak_gib} GiB.", highlight=False)
+    console.print(f"Engine: {summary.engine}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {summary.engine}/evidence/report.md", highlight=False, soft_wrap=True)

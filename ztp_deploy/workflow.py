@@ -1,0 +1,275 @@
+"""`make engine`: from a model's name to a checked, measured engine, one step after the other."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel
+from torch import nn
+
+from ztp_deploy import backends, environment, exporters, models
+from ztp_deploy.backends import Engine
+from ztp_deploy.evidence.images import DEFAULT_COUNT, load_images
+from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, measure_latency
+from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
+from ztp_deploy.evidence.report.summary import SUMMARY_FILE, Summary, summarise
+from ztp_deploy.exporters import Artifact
+from ztp_deploy.manifest import BatchRange, write_text
+from ztp_deploy.methods.slice import twin_of
+from ztp_deploy.models import RandomWeightsWarning
+from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.pruning.prune import prune
+
+EXPORT_ROOT = Path("export")
+ENGINES_ROOT = Path("engines")
+LATENCY_FILE = "latency.json"
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What was asked of a plan; exactly one of ratio, flops, keep, unless the method is dense."""
+
+    model: str
+    method: str = "zero_tprune"
+    ratio: float | None = None
+    flops: float | None = None
+    keep: Sequence[int | float] | None = None
+    sites: Sequence[int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str = "auto"
+
+    def plan(self, model: nn.Module | str) -> Plan:
+        """The plan for a model or, without its weights, for its name."""
+        return make_plan(
+            model,
+            self.method,
+            ratio=self.ratio,
+            flops=self.flops,
+            keep=self.keep,
+            sites=self.sites,
+            options=self.options,
+        )
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What was asked of a build."""
+
+    backend: str = "auto"
+    device: str = "auto"
+    precision: str = "fp32"
+    batch: str = "1:8:64"
+    input: Literal["float32", "uint8"] = "float32"
+    settings: dict[str, Any] = field(default_factory=dict)
+    export_root: Path = EXPORT_ROOT
+    engines_root: Path = ENGINES_ROOT
+
+
+class Monitor(Protocol):
+    """Where the workflow tells how far it is; the command line draws bars from it."""
+
+    def step(self, title: str, total: float | None) -> AbstractContextManager[Any]:
+        """A step with `total` units of work (None: unknown); yields `advance(units)`."""
+
+    def warn(self, text: str) -> None:
+        """Something the user must not miss."""
+
+
+class StepTime(BaseModel):
+    """Wall time of one step."""
+
+    step: str
+    seconds: float
+
+
+@dataclass
+class Clock:
+    """Times the steps of a run and remembers its largest memory use."""
+
+    monitor: Monitor
+    steps: list[StepTime] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, title: str, total: float | None = None) -> Iterator[Any]:
+        """Times and shows one step."""
+        begin = time.perf_counter()
+        with self.monitor.step(title, total) as advance:
+            yield advance
+        self.steps.append(StepTime(step=title, seconds=round(time.perf_counter() - begin, 2)))
+
+    @property
+    def seconds(self) -> float:
+        """All steps together."""
+        return sum(step.seconds for step in self.steps)
+
+    @staticmethod
+    def peak_gib() -> float:
+        """The process's largest resident memory so far, in GiB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished `make engine`: the engine, its yardsticks by role, and the evidence."""
+
+    engine: Engine
+    yardsticks: dict[str, Engine]
+    parity: ParityReport
+    latency: LatencyReport | None
+    summary: Summary
+
+
+def load(name: str, weights: str, clock: Clock) -> nn.Module:
+    """The model with its weights; random ones are announced loudly."""
+    with clock.step(f"load {name}"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RandomWeightsWarning)
+        model = models.load_model(name, weights)
+    for warning in caught:
+        if issubclass(warning.category, RandomWeightsWarning):
+            clock.monitor.warn(str(warning.message))
+    if weights == "random":
+        clock.monitor.warn("Random weights, as asked: latency is real, predictions mean nothing.")
+    licence = models.source_of(model).weights.licence
+    if licence and any(word in licence.lower() for word in ("nc", "non-commercial", "noncommercial")):
+        clock.monitor.warn(f"The weights of {name} are licensed {licence}: no commercial use.")
+    return model
+
+
+def export_model(model: nn.Module, plan: Plan, request: BuildRequest, format: str, clock: Clock) -> Artifact:
+    """Exports one plan of a model into its canonical folder."""
+    source = models.source_of(model)
+    tags = [format, request.precision]
+    tags += ["uint8"] if request.input == "uint8" else []
+    tags += ["random"] if source.weights.kind == "random" else []
+    directory = request.export_root / "--".join([source.name, plan.label, *tags])
+    with clock.step(f"export {plan.label} as {format}"):
+        return exporters.export(
+            prune(model, plan), format, directory, precision=request.precision, input=request.input
+        )
+
+
+def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Engine:
+    """Builds one artifact into its canonical folder."""
+    name = backends.choose(request.backend)
+    module = backends.usable(name)
+    device = module.resolve_device(request.device)
+    manifest = artifact.manifest
+    tags = ["uint8"] if manifest.input.dtype == "uint8" else []
+    tags += ["random"] if manifest.random_weights else []
+    directory = backends.engine_directory(
+        request.engines_root,
+        name,
+        device,
+        manifest.plan,
+        manifest.source.name,
+        request.precision,
+        BatchRange.parse(request.batch),
+        tags,
+    )
+    with clock.step(f"build {manifest.plan.label} for {name} on {device.name}"):
+        return backends.build(
+            artifact,
+            name,
+            device=request.device,
+            precision=request.precision,
+            batch=request.batch,
+            directory=directory,
+            settings=request.settings,
+        )
+
+
+def check(
+    engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = DEFAULT_COUNT
+) -> ParityReport:
+    """The parity gate on photographs; the report is written, passed or not."""
+    manifest = engine.manifest
+    with clock.step("prepare images"):
+        pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, count)
+    total = expected_steps(len(pictures.names), manifest.format)
+    with clock.step(f"check parity on {len(pictures.names)} images", total) as advance:
+        return check_parity(engine, model, pictures, progress=advance)
+
+
+def bench(
+    engines: dict[str, Engine], batches: Sequence[int], seconds: float, clock: Clock, command: str
+) -> LatencyReport:
+    """Interleaved latency of the engines by role."""
+    gc.collect()
+    with clock.step(f"measure latency at batch {', '.join(map(str, batches))}", float(len(batches))) as advance:
+        return measure_latency(engines, batches, seconds=seconds, command=command, progress=advance)
+
+
+def make_engine(
+    wanted: PlanRequest,
+    build: BuildRequest,
+    monitor: Monitor,
+    *,
+    images: Path | str | None = None,
+    batches: Sequence[int] = (1, 8),
+    seconds: float = DEFAULT_SECONDS,
+    measure: bool = True,
+    command: str | None = None,
+) -> Result:
+    """Everything from a name to a shippable engine: plan, export, build, parity gate, latency, summary.
+
+    The dense model and the slice twin are built as well, as yardsticks, where latency is measured.
+    Raises GateFailed after the evidence is written where parity does not hold.
+    """
+    clock = Clock(monitor)
+    span = BatchRange.parse(build.batch)
+    outside = [batch for batch in batches if not span.min <= batch <= span.max]
+    if measure and outside:
+        from ztp_deploy.errors import BadRequest
+
+        raise BadRequest(
+            f"Latency at batch {outside[0]} was asked for, but the engine's range is {build.batch}.",
+            "Widen BATCH or measure other batches.",
+        )
+    backend = backends.choose(build.backend)
+    format = backends.usable(backend).FORMAT
+    wanted.plan(wanted.model)  # refuses bad numbers before anything heavy is loaded
+    model = load(wanted.model, wanted.weights, clock)
+    plan = wanted.plan(model)
+    plans = {"pruned": plan}
+    if measure and plan.stages:
+        plans |= {"dense": make_plan(model, "dense"), "slice": twin_of(plan)}
+    engines = {
+        role: build_engine(export_model(model, chosen, build, format, clock), build, clock)
+        for role, chosen in plans.items()
+    }
+    parity = check(engines["pruned"], model, images, clock)
+    parity.require()
+    del model
+    latency = None
+    line = command or shlex.join(sys.argv)
+    if measure:
+        roles = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
+        latency = bench(roles, batches, seconds, clock, line)
+        write_text(engines["pruned"].evidence / LATENCY_FILE, latency.model_dump_json(indent=2) + "\n")
+    summary = summarise(
+        engines["pruned"].manifest,
+        engines["pruned"].directory,
+        parity,
+        latency,
+        command=line,
+        steps=[step.model_dump() for step in clock.steps],
+        peak_gib=round(clock.peak_gib(), 2),
+        machine=environment.snapshot(),
+    )
+    from ztp_deploy.evidence.report.markdown import render_markdown
+
+    write_text(engines["pruned"].evidence / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
+    write_text(engines["pruned"].evidence / "report.md", render_markdown(summary))
+    engine = engines.pop("pruned")
+    return Result(engine, engines, parity, latency, summary)
