@@ -7,9 +7,11 @@ Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing so
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,25 +37,44 @@ err = Console(stderr=True, highlight=False)
 
 # --- options shared by several commands --------------------------------------------------------
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")
+]
 Method = Annotated[str, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.")]
 Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
 FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
 Keep = Annotated[str | None, typer.Option(help="Per stage a count or a share, such as 137,95,66 or 0.9,0.8,0.7.")]
 Sites = Annotated[str | None, typer.Option(help="Blocks that carry the stages, counted from 1, such as 3,6,9.")]
-Option = Annotated[list[str] | None, typer.Option("--option", "-o", help="A method's option as name=value (JSON value); repeatable.")]
-Weights = Annotated[str, typer.Option(help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path.")]
-Recipe = Annotated[str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")]
-Profile = Annotated[str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")]
-BackendName = Annotated[str | None, typer.Option("--backend", "-b", help="auto, onnxruntime or torchscript.  [default: auto]")]
+Option = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="A method's option as name=value (JSON value); repeatable.")
+]
+Weights = Annotated[
+    str, typer.Option(help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path.")
+]
+Recipe = Annotated[
+    str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
+]
+Profile = Annotated[
+    str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")
+]
+BackendName = Annotated[
+    str | None, typer.Option("--backend", "-b", help="auto, onnxruntime or torchscript.  [default: auto]")
+]
 DeviceName = Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  [default: auto]")]
 Precision = Annotated[str | None, typer.Option(help="fp32.  [default: fp32]")]
 Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  [default: 1:8:64]")]
-InputType = Annotated[str | None, typer.Option("--input", help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  [default: float32]")]
+InputType = Annotated[
+    str | None,
+    typer.Option(
+        "--input", help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  [default: float32]"
+    ),
+]
 ExportRoot = Annotated[Path, typer.Option(help="Where artifacts go.")]
 EnginesRoot = Annotated[Path, typer.Option(help="Where engines go.")]
 EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="An engine folder.")]
-Images = Annotated[str | None, typer.Option(help="Folder of photographs for the proof; by default crops that scikit-learn ships.")]
+Images = Annotated[
+    str | None, typer.Option(help="Folder of photographs for the proof; by default crops that scikit-learn ships.")
+]
 Batches = Annotated[str, typer.Option(help="Batch sizes to measure.")]
 Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -121,7 +142,9 @@ def export(
     module = workflow.load(wanted.model, wanted.weights, clock)
     artifact = workflow.export_model(module, wanted.plan(module), request, format, clock)
     if as_json:
-        _print_json({"artifact": str(artifact.directory), "manifest": artifact.manifest.model_dump(mode="json", by_alias=True)})
+        _print_json(
+            {"artifact": str(artifact.directory), "manifest": artifact.manifest.model_dump(mode="json", by_alias=True)}
+        )
         return
     size = sum(record.bytes for record in artifact.manifest.files.values())
     out.print(f"Exported {wanted.model} {artifact.manifest.plan.label} as {format}, {size / 2**20:.1f} MiB.")
@@ -146,7 +169,9 @@ def build(
     request = _build_request(profile, backend, device, precision, batch, None, Path("export"), directory)
     engine = workflow.build_engine(exporters.load_artifact(artifact), request, workflow.Clock(_Bars()))
     if as_json:
-        _print_json({"engine": str(engine.directory), "manifest": engine.manifest.model_dump(mode="json", by_alias=True)})
+        _print_json(
+            {"engine": str(engine.directory), "manifest": engine.manifest.model_dump(mode="json", by_alias=True)}
+        )
         return
     out.print(f"Built for {engine.manifest.backend} {engine.manifest.backend_version} on {engine.manifest.device}.")
     out.print(f"Engine: {engine.directory}", soft_wrap=True)
@@ -178,8 +203,14 @@ def check(
 
 @app.command()
 def bench(
-    engine: Annotated[list[Path] | None, typer.Option("--engine", "-e", help="An engine folder; repeatable, the first is the reference.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Or a model: dense, pruned and slice twin are built and compared.")] = None,
+    engine: Annotated[
+        list[Path] | None,
+        typer.Option("--engine", "-e", help="An engine folder; repeatable, the first is the reference."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Or a model: dense, pruned and slice twin are built and compared."),
+    ] = None,
     method: Method = "zero_tprune",
     ratio: Ratio = None,
     flops: FlopShare = None,
@@ -195,7 +226,15 @@ def bench(
     batch: Batch = None,
     batches: Batches = "1,8",
     seconds: Seconds = 60.0,
-    record: Annotated[Path | None, typer.Option(help="Also write the report's JSON and Markdown into this folder, named after model, plan, back end and machine.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Build everything anew in a scratch folder, so that its time counts.")
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the report's JSON and Markdown into this folder, named after model, plan, back end and machine."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer."""
@@ -203,11 +242,18 @@ def bench(
 
     sizes = _integers("batches", batches)
     if bool(engine) == bool(model):
-        raise BadRequest("Give either engine folders (--engine) or a model (--model).", "For example: ztp bench --model deit_s --ratio 0.7.")
+        raise BadRequest(
+            "Give either engine folders (--engine) or a model (--model).",
+            "For example: ztp bench --model deit_s --ratio 0.7.",
+        )
     if model:
         wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
         request = _build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
-        result = workflow.make_engine(wanted, request, _Bars(), batches=sizes, seconds=seconds, command=_command())
+        with tempfile.TemporaryDirectory() if fresh else contextlib.nullcontext() as scratch:
+            if scratch:
+                roots = {"export_root": Path(scratch, "export"), "engines_root": Path(scratch, "engines")}
+                request = dataclasses.replace(request, **roots)
+            result = workflow.make_engine(wanted, request, _Bars(), batches=sizes, seconds=seconds, command=_command())
         if record is not None:
             _record(result.summary, record)
         _show_result(result, as_json)
@@ -215,17 +261,27 @@ def bench(
     assert engine is not None
     from ztp_deploy.backends import find_engine
 
-    named = {path.name if len({p.name for p in engine}) == len(engine) else str(path): find_engine(path) for path in engine}
+    named = {
+        path.name if len({p.name for p in engine}) == len(engine) else str(path): find_engine(path) for path in engine
+    }
     report = workflow.bench(named, sizes, seconds, workflow.Clock(_Bars()), _command())
     if as_json:
         _print_json(report.model_dump(mode="json"))
         return
     table = Table("batch", "engine", "ms/image", "p90", "images/s")
     for sample in report.samples:
-        table.add_row(str(sample.batch), sample.role, f"{sample.median / sample.batch:.2f}", f"{sample.p90 / sample.batch:.2f}", f"{sample.images_per_second:.1f}")
+        table.add_row(
+            str(sample.batch),
+            sample.role,
+            f"{sample.median / sample.batch:.2f}",
+            f"{sample.p90 / sample.batch:.2f}",
+            f"{sample.images_per_second:.1f}",
+        )
     out.print(table)
     for one in report.ratios:
-        out.print(f"batch {one.batch}: {one.engine} over {one.reference}: {one.speedup:.3f} × ({one.low:.3f} to {one.high:.3f}) {one.reason or ''}".rstrip())
+        out.print(
+            f"batch {one.batch}: {one.engine} over {one.reference}: {one.speedup:.3f} × ({one.low:.3f} to {one.high:.3f}) {one.reason or ''}".rstrip()
+        )
     out.print(report.gpu)
 
 
@@ -249,7 +305,9 @@ def engine(
     images: Images = None,
     batches: Batches = "1,8",
     seconds: Seconds = 12.0,
-    measure: Annotated[bool, typer.Option("--bench/--no-bench", help="Measure latency against the dense engine and the slice twin.")] = True,
+    measure: Annotated[
+        bool, typer.Option("--bench/--no-bench", help="Measure latency against the dense engine and the slice twin.")
+    ] = True,
     export_directory: ExportRoot = Path("export"),
     directory: EnginesRoot = Path("engines"),
     as_json: AsJson = False,
@@ -298,7 +356,7 @@ def classify(
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
     labels = manifest.source.labels
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "image": str(path),
             "top": [
@@ -315,7 +373,7 @@ def classify(
         _warn("This engine has random weights: the names below mean nothing.")
     for entry in found:
         table = Table(title=str(entry["image"]), title_justify="left", title_style="bold", show_header=False, box=None)
-        for guess in entry["top"]:  # type: ignore[attr-defined]
+        for guess in entry["top"]:
             table.add_row(f"{guess['probability'] * 100:6.2f} %", guess["name"] or f"class {guess['class']}")
         out.print(table)
 
@@ -325,7 +383,7 @@ def list_(as_json: AsJson = False) -> None:
     """Models, methods, formats and back ends; what is missing for each and how to get it."""
     from ztp_deploy import backends, exporters, methods, models
 
-    known = {
+    known: dict[str, list[dict[str, Any]]] = {
         "models": [{"name": name, "timm": arch} for name, arch in models.model_names().items()],
         "families": [{"name": name, "about": models.family(name).SUMMARY} for name in models.FAMILIES],
         "methods": [{"name": "dense", "about": "the model as it is"}]
@@ -372,14 +430,28 @@ def doctor(as_json: AsJson = False) -> None:
     for name in backends.BACKENDS:
         module = backends.get(name)
         missing = module.missing()
-        uses[name] = f"missing: pip install {missing}" if missing else f"{module.version()} on {module.resolve_device('auto').slug}"
+        uses[name] = (
+            f"missing: pip install {missing}"
+            if missing
+            else f"{module.version()} on {module.resolve_device('auto').slug}"
+        )
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if environment.installed(name)]
     problems = []
     if len(both) == 2:
-        problems.append("onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, install one.")
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, install one."
+        )
     if machine["load_average"] > 0.5 * machine["cores"]:
-        problems.append(f"The machine is busy (load average {machine['load_average']}): latency figures will not be quiet.")
-    facts = {"machine": machine, "gpu": environment.gpu_line(), "would use": uses, "auto": backends.choose("auto"), "problems": problems}
+        problems.append(
+            f"The machine is busy (load average {machine['load_average']}): latency figures will not be quiet."
+        )
+    facts = {
+        "machine": machine,
+        "gpu": environment.gpu_line(),
+        "would use": uses,
+        "auto": backends.choose("auto"),
+        "problems": problems,
+    }
     if as_json:
         _print_json(facts)
         return

@@ -91,7 +91,9 @@ class BatchRange(BaseModel):
         if len(parts) == 1:
             parts = parts * 3
         if len(parts) != 3 or not 1 <= parts[0] <= parts[1] <= parts[2]:
-            raise BadRequest(f"batch={value!r} is no range.", "Give min:opt:max with 1 ≤ min ≤ opt ≤ max, such as 1:8:64.")
+            raise BadRequest(
+                f"batch={value!r} is no range.", "Give min:opt:max with 1 ≤ min ≤ opt ≤ max, such as 1:8:64."
+            )
         return cls(min=parts[0], opt=parts[1], max=parts[2])
 
     def __str__(self) -> str:
@@ -127,7 +129,9 @@ def hash_file(path: Path) -> FileRecord:
 
 def hash_files(directory: Path) -> dict[str, FileRecord]:
     """All files directly in a folder, the manifest excepted."""
-    return {path.name: hash_file(path) for path in sorted(directory.iterdir()) if path.is_file() and path.name != MANIFEST}
+    return {
+        path.name: hash_file(path) for path in sorted(directory.iterdir()) if path.is_file() and path.name != MANIFEST
+    }
 
 
 def recipe_hash(**ingredients: object) -> str:
@@ -175,7 +179,9 @@ def verify_files(directory: Path, manifest: _Manifest) -> None:
     for name, record in manifest.files.items():
         path = directory / name
         if Path(name).name != name:
-            raise DamagedFiles(f"{directory / MANIFEST} names {name!r}, outside its folder.", "Load only what you built.")
+            raise DamagedFiles(
+                f"{directory / MANIFEST} names {name!r}, outside its folder.", "Load only what you built."
+            )
         if not path.is_file():
             raise DamagedFiles(f"{path} is missing.", "Build it again.")
         size = path.stat().st_size

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Place = Literal["before_block", "attention_rows", "attention_bias", "after_attention", "after_block", "read_out"]
 
-PLAN_SCHEMA = "ztp.plan/1"
 FLOP_SHARE_TOLERANCE = 0.005
 DEFAULT_STAGES = 3
 
@@ -100,7 +99,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    schema_: Literal["ztp.plan/1"] = Field(default=PLAN_SCHEMA, alias="schema")
+    schema_: Literal["ztp.plan/1"] = Field(default="ztp.plan/1", alias="schema")
     model: str
     method: str
     options: dict[str, Any] = {}
@@ -119,9 +118,13 @@ class Plan(BaseModel):
             if stage.block <= last_block:
                 raise ValueError(f"stages must come in block order, one per block; block {stage.block} does not")
             if stage.tokens_in != tokens:
-                raise ValueError(f"the stage at block {stage.block} expects {stage.tokens_in} tokens but {tokens} reach it")
+                raise ValueError(
+                    f"the stage at block {stage.block} expects {stage.tokens_in} tokens but {tokens} reach it"
+                )
             if stage.tokens_out > stage.tokens_in:
-                raise ValueError(f"the stage at block {stage.block} grows from {stage.tokens_in} to {stage.tokens_out} tokens")
+                raise ValueError(
+                    f"the stage at block {stage.block} grows from {stage.tokens_in} to {stage.tokens_out} tokens"
+                )
             tokens, last_block = stage.tokens_out, stage.block
         return self
 
@@ -240,7 +243,9 @@ def make_plan(
     blocks = _checked_sites(sites, geometry.depth, DEFAULT_STAGES if keep is None else len(keep))
 
     def stages_for(counts: list[int]) -> list[Stage]:
-        return [stage for stage in rule.schedule(geometry, blocks, counts, chosen) if stage.tokens_out < stage.tokens_in]
+        return [
+            stage for stage in rule.schedule(geometry, blocks, counts, chosen) if stage.tokens_out < stage.tokens_in
+        ]
 
     def stages_at(share: float) -> list[Stage]:
         return stages_for(rule.counts(geometry, blocks, share))
@@ -280,7 +285,9 @@ def _assemble(
 
 def _unit_interval(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise BadRequest(f"{name}={value!r} is outside (0, 1].", f"Give a share such as {name}=0.7; 1 is the dense model.")
+        raise BadRequest(
+            f"{name}={value!r} is outside (0, 1].", f"Give a share such as {name}=0.7; 1 is the dense model."
+        )
     return float(value)
 
 
@@ -288,7 +295,9 @@ def _checked_sites(sites: Sequence[int] | None, depth: int, stages: int) -> list
     if sites is None:
         blocks = default_sites(depth, stages)
         if len(blocks) < stages and stages != DEFAULT_STAGES:
-            raise BadRequest(f"{stages} stages do not fit into {depth} blocks.", "Give fewer counts, or sites of your own.")
+            raise BadRequest(
+                f"{stages} stages do not fit into {depth} blocks.", "Give fewer counts, or sites of your own."
+            )
         return blocks
     blocks = list(sites)
     if any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= depth for b in blocks) or not blocks:

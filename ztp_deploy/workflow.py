@@ -19,10 +19,12 @@ from torch import nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.images import DEFAULT_COUNT, load_images
 from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, measure_latency
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
-from ztp_deploy.evidence.report.summary import SUMMARY_FILE, Summary, summarise
+from ztp_deploy.evidence.report.markdown import render_markdown
+from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, write_text
 from ztp_deploy.methods.slice import twin_of
@@ -33,6 +35,7 @@ from ztp_deploy.pruning.prune import prune
 EXPORT_ROOT = Path("export")
 ENGINES_ROOT = Path("engines")
 LATENCY_FILE = "latency.json"
+REPORT_FILE = "report.md"
 
 
 @dataclass(frozen=True)
@@ -154,9 +157,7 @@ def export_model(model: nn.Module, plan: Plan, request: BuildRequest, format: st
     tags += ["random"] if source.weights.kind == "random" else []
     directory = request.export_root / "--".join([source.name, plan.label, *tags])
     with clock.step(f"export {plan.label} as {format}"):
-        return exporters.export(
-            prune(model, plan), format, directory, precision=request.precision, input=request.input
-        )
+        return exporters.export(prune(model, plan), format, directory, precision=request.precision, input=request.input)
 
 
 def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Engine:
@@ -206,7 +207,7 @@ def bench(
 ) -> LatencyReport:
     """Interleaved latency of the engines by role."""
     gc.collect()
-    with clock.step(f"measure latency at batch {', '.join(map(str, batches))}", float(len(batches))) as advance:
+    with clock.step(f"{MEASURING} at batch {', '.join(map(str, batches))}", float(len(batches))) as advance:
         return measure_latency(engines, batches, seconds=seconds, command=command, progress=advance)
 
 
@@ -230,8 +231,6 @@ def make_engine(
     span = BatchRange.parse(build.batch)
     outside = [batch for batch in batches if not span.min <= batch <= span.max]
     if measure and outside:
-        from ztp_deploy.errors import BadRequest
-
         raise BadRequest(
             f"Latency at batch {outside[0]} was asked for, but the engine's range is {build.batch}.",
             "Widen BATCH or measure other batches.",
@@ -241,7 +240,7 @@ def make_engine(
     wanted.plan(wanted.model)  # refuses bad numbers before anything heavy is loaded
     model = load(wanted.model, wanted.weights, clock)
     plan = wanted.plan(model)
-    plans = {"pruned": plan}
+    plans: dict[str, Plan] = {"pruned": plan}
     if measure and plan.stages:
         plans |= {"dense": make_plan(model, "dense"), "slice": twin_of(plan)}
     engines = {
@@ -254,7 +253,7 @@ def make_engine(
     latency = None
     line = command or shlex.join(sys.argv)
     if measure:
-        roles = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
+        roles: dict[str, Engine] = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
         latency = bench(roles, batches, seconds, clock, line)
         write_text(engines["pruned"].evidence / LATENCY_FILE, latency.model_dump_json(indent=2) + "\n")
     summary = summarise(
@@ -267,9 +266,7 @@ def make_engine(
         peak_gib=round(clock.peak_gib(), 2),
         machine=environment.snapshot(),
     )
-    from ztp_deploy.evidence.report.markdown import render_markdown
-
     write_text(engines["pruned"].evidence / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
-    write_text(engines["pruned"].evidence / "report.md", render_markdown(summary))
+    write_text(engines["pruned"].evidence / REPORT_FILE, render_markdown(summary))
     engine = engines.pop("pruned")
     return Result(engine, engines, parity, latency, summary)

@@ -42,9 +42,7 @@ def oracle_stage(name):
         tokens_out=arguments["k"],
         static={"similar": arguments["r"], "rounds": arguments["iters"]},
     )
-    options = zt.Options(
-        start="class" if arguments["boost"] else "uniform", variance_bounds=tuple(arguments["vhf"])
-    )
+    options = zt.Options(start="class" if arguments["boost"] else "uniform", variance_bounds=tuple(arguments["vhf"]))
     to_tensor = lambda array: torch.from_numpy(array).unsqueeze(0)  # noqa: E731
     return to_tensor(attention), to_tensor(keys), stage, options
 
@@ -54,9 +52,7 @@ def oracle_stage(name):
 def test_oracle(name, dtype):
     attention, keys, stage, options = oracle_stage(name)
     truth = golden.arrays(name)
-    chosen = zt.select(
-        attention.to(dtype), keys.to(dtype), stage, special_tokens=1, class_token=0, options=options
-    )
+    chosen = zt.select(attention.to(dtype), keys.to(dtype), stage, special_tokens=1, class_token=0, options=options)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     scores = {key: value[0].double().numpy() for key, value in chosen.scores.items()}
     np.testing.assert_allclose(scores["pre_score"], truth["pre_score"][1:], **tolerance)

@@ -114,9 +114,7 @@ def build(
     final = (
         Path(directory)
         if directory is not None
-        else engine_directory(
-            Path("engines"), name, target, source.plan, source.source.name, precision, span, tags
-        )
+        else engine_directory(Path("engines"), name, target, source.plan, source.source.name, precision, span, tags)
     )
     artifact_sha256 = manifest_sha256(artifact.directory)
     recipe = recipe_hash(

@@ -40,9 +40,7 @@ def transform_for(preprocessing: Preprocessing, dtype: Literal["float32", "uint8
     """timm's own evaluation transform: PIL image → [3, H, W]; uint8 stops before the normalisation."""
     from timm.data import create_transform
 
-    transform = create_transform(
-        **preprocessing.model_dump(), is_training=False, normalize=dtype == "float32"
-    )
+    transform = create_transform(**preprocessing.model_dump(), is_training=False, normalize=dtype == "float32")
 
     def apply(image: Image.Image) -> NDArray[Any]:
         prepared: NDArray[Any] = np.asarray(transform(image))
@@ -62,7 +60,9 @@ def open_image(image: Image.Image | Path | str) -> Image.Image:
         with Image.open(path) as opened:
             return opened.convert("RGB")
     except UnidentifiedImageError as error:
-        raise BadRequest(f"{path} is no image Pillow can read.", "Take it out, or convert it to PNG or JPEG.") from error
+        raise BadRequest(
+            f"{path} is no image Pillow can read.", "Take it out, or convert it to PNG or JPEG."
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadRequest(f"{path} cannot be read: {error}.", "Take it out, or save it again.") from error
 

@@ -150,7 +150,9 @@ def check_parity(
     found = engine if isinstance(engine, Engine) else find_engine(engine)
     manifest = found.manifest
     if manifest.precision not in TOLERANCES:
-        raise BadRequest(f"There is no tolerance for precision {manifest.precision}.", "Known: " + ", ".join(TOLERANCES))
+        raise BadRequest(
+            f"There is no tolerance for precision {manifest.precision}.", "Known: " + ", ".join(TOLERANCES)
+        )
     pictures = images if isinstance(images, ImageSet) else _named(images)
     pruned = model if isinstance(model, PrunedModel) else prune(model, manifest.plan)
     if pruned.source.weights.sha256 != manifest.source.weights.sha256 or pruned.plan != manifest.plan:
@@ -409,5 +411,3 @@ def _dense_agreement(
     kl = (dense.exp() * (dense - thin)).sum(-1).mean().item()
     equal = (dense.argmax(-1) == thin.argmax(-1)).double().mean().item()
     return Agreement(images=len(pixels), top1_equal=equal, mean_kl=kl)
-
-

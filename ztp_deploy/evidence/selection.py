@@ -59,7 +59,9 @@ def same_sets(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.bo
     return agreeing
 
 
-def first_difference(reference: Observation, candidate: Observation, plan: Plan, geometry: Geometry, bound: float) -> Difference | None:
+def first_difference(
+    reference: Observation, candidate: Observation, plan: Plan, geometry: Geometry, bound: float
+) -> Difference | None:
     """Explains the first stage whose kept sets differ, for observations of one image; None where all agree.
 
     `bound` is the largest relative gap that counts as a near-tie.
@@ -76,8 +78,12 @@ def first_difference(reference: Observation, candidate: Observation, plan: Plan,
         if wrong:
             gap = _gap_of_tokens(replay, entering, wrong)
             if gap > bound:
-                return Difference(index + 1, "selection", replay.decisions[-1].name if replay.decisions else "", gap, sorted(wrong))
-        decision, gap = _flipped(_replay(reference, plan, index, geometry), _entering(reference, index, stage.tokens_in), replay, entering)
+                return Difference(
+                    index + 1, "selection", replay.decisions[-1].name if replay.decisions else "", gap, sorted(wrong)
+                )
+        decision, gap = _flipped(
+            _replay(reference, plan, index, geometry), _entering(reference, index, stage.tokens_in), replay, entering
+        )
         return Difference(index + 1, "near_tie" if gap <= bound else "weights", decision, gap, tokens)
     return None
 

@@ -23,6 +23,9 @@ class InferenceGraph(nn.Module):
     With `input="uint8"` pixels [B, 3, H, W] are normalised here, as timm's transform does it.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, pruned: PrunedModel, input: Literal["float32", "uint8"]) -> None:
         super().__init__()
         self.pruned = pruned

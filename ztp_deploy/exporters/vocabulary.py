@@ -21,17 +21,88 @@ MAX_K = 3840
 
 MATRIX = frozenset({"MatMul", "Gemm", "Conv"})
 ELEMENTWISE = frozenset(
-    "Abs Add And Cast CastLike Ceil Clip Cos Div Equal Erf Exp Floor Gelu Greater GreaterOrEqual Identity IsInf IsNaN "
-    "Less LessOrEqual Log Max Min Mod Mul Neg Not Or Pow Reciprocal Relu Round Sigmoid Sign Sin Softplus Sqrt Sub Tanh "
-    "Where".split()
+    [
+        "Abs",
+        "Add",
+        "And",
+        "Cast",
+        "CastLike",
+        "Ceil",
+        "Clip",
+        "Cos",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Floor",
+        "Gelu",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "IsInf",
+        "IsNaN",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pow",
+        "Reciprocal",
+        "Relu",
+        "Round",
+        "Sigmoid",
+        "Sign",
+        "Sin",
+        "Softplus",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "Where",
+    ]
 )
 REDUCTION = frozenset(
-    "ArgMax BatchNormalization GlobalAveragePool GroupNormalization LayerNormalization LogSoftmax ReduceL1 ReduceL2 "
-    "ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Softmax Sum".split()
+    [
+        "ArgMax",
+        "BatchNormalization",
+        "GlobalAveragePool",
+        "GroupNormalization",
+        "LayerNormalization",
+        "LogSoftmax",
+        "ReduceL1",
+        "ReduceL2",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceProd",
+        "ReduceSum",
+        "ReduceSumSquare",
+        "Softmax",
+        "Sum",
+    ]
 )
 SHAPE = frozenset(
-    "Concat Constant ConstantOfShape Expand Flatten Range Reshape Shape Size Slice Split Squeeze Tile Transpose "
-    "Unsqueeze".split()
+    [
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Expand",
+        "Flatten",
+        "Range",
+        "Reshape",
+        "Shape",
+        "Size",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    ]
 )
 SELECTION = frozenset({"TopK", "Gather"})
 ALLOWED = MATRIX | ELEMENTWISE | REDUCTION | SHAPE | SELECTION
@@ -55,7 +126,8 @@ def lint(model: onnx.ModelProto, plan: Plan) -> list[str]:
     """Every way in which the graph breaks the vocabulary or the plan, as readable lines; empty when it keeps both.
 
     Checks operators and domains, each TopK (sorted, largest, k constant and at most 3840, k's as the plan's
-    counts ask), each Gather by a computed index (axis 0; a constant index is a mere slice), and the outputs: `logits`, then `kept_i` int32 [batch, tokens_out].
+    counts ask), each Gather by a computed index (axis 0; a constant index is a mere slice), and the outputs:
+    `logits`, then `kept_i` int32 [batch, tokens_out].
     """
     constants = _constants(model)
     faults: list[str] = []

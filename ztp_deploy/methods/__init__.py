@@ -21,7 +21,9 @@ def get(name: str) -> Method:
     """The method of that name. Raises BadRequest with the nearest names."""
     if name not in METHODS:
         known = [*METHODS, "dense"]
-        raise BadRequest(f"There is no method {name!r}.", f"Did you mean: {nearest(name, known)}? `ztp list` shows all.")
+        raise BadRequest(
+            f"There is no method {name!r}.", f"Did you mean: {nearest(name, known)}? `ztp list` shows all."
+        )
     return cast(Method, import_module(METHODS[name]))
 
 

@@ -33,9 +33,7 @@ def counts(geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]
     return kept
 
 
-def schedule(
-    geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions
-) -> list[Stage]:
+def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions) -> list[Stage]:
     """One stage after each of `blocks`."""
     entering = [geometry.patch_tokens, *counts]
     return [

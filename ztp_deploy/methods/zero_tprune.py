@@ -84,9 +84,7 @@ def counts(geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]
     return kept
 
 
-def schedule(
-    geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions
-) -> list[Stage]:
+def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions) -> list[Stage]:
     """One stage after each of `blocks`, with `similar` (tokens S drops) and `rounds` (votes of I)."""
     assert isinstance(options, Options)
     if isinstance(options.rounds, list) and len(options.rounds) != len(blocks):
@@ -163,7 +161,8 @@ def score_spread(scores: Tensor, survivors: Tensor | None = None) -> Tensor:
     deviation = scores - 1
     if survivors is not None:
         deviation = deviation * survivors.to(scores).unsqueeze(1)
-    return torch.linalg.vector_norm(deviation, dim=-1, keepdim=True)
+    spread: Tensor = torch.linalg.vector_norm(deviation, dim=-1, keepdim=True)
+    return spread
 
 
 def counted_heads(spread: Tensor, bounds: tuple[float, float] | None, participants: int) -> Tensor:
@@ -183,7 +182,7 @@ def combine_heads(scores: Tensor, counted: Tensor, how: Literal["rms", "mean"] =
     weight = counted / counted.sum(1, keepdim=True)
     if how == "mean":
         return (scores * weight).sum(1)
-    return (scores.square() * weight).sum(1).sqrt()
+    return (scores * scores * weight).sum(1).sqrt()
 
 
 def importance(
@@ -204,15 +203,15 @@ def importance(
     return Importance(combine_heads(per_head, counted, options.heads), spread)
 
 
+def directions(features: Tensor) -> Tensor:
+    """Features [B, n, D] at unit length; a zero stays zero."""
+    # A product, not a square: exporters write the latter as Pow, which engines run slowly.
+    return features * (features * features).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
+
+
 def best_match(less: Tensor, more: Tensor) -> Tensor:
-    """Largest cosine [B, a] of each less important feature [B, a, D] with any more important one [B, b, D]."""
-    # The less important features' own lengths can wait until one product each is left.
-    directions = more / _length(more)
-    return (less @ directions.transpose(1, 2)).amax(-1) / _length(less).squeeze(-1)
-
-
-def _length(features: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(features, dim=-1, keepdim=True).clamp_min(1e-12)
+    """Largest cosine [B, a] of each less important direction [B, a, D] with any more important one [B, b, D]."""
+    return (less @ more.transpose(1, 2)).amax(-1)
 
 
 def more_important(tokens: int) -> int:
@@ -236,9 +235,11 @@ def select(
         pre_score = ranking.score[:, special_tokens:]
         order = top_k(pre_score, stage.tokens_in)
         half = more_important(stage.tokens_in)
-        features = take(keys.float().transpose(1, 2).flatten(2), order, skip=special_tokens)  # all heads' keys
+        keys_of_all_heads = keys.float().transpose(1, 2).flatten(2)  # [B, N, H·d]
+        features = directions(take(keys_of_all_heads, order, skip=special_tokens))
         match = best_match(features[:, half:], features[:, :half])
-        dropped = membership(take(order[:, half:], top_k(match, similar)), everyone, skip=special_tokens)
+        least = take(order, top_k(match, similar), skip=half)
+        dropped = membership(least, everyone, skip=special_tokens)
         scores |= {"pre_score": pre_score, "pre_spread": ranking.spread, "similarity": match}
     final = importance(
         attention,

@@ -91,7 +91,9 @@ def load_model(
     """
     if isinstance(name_or_module, nn.Module):
         if overrides is not None or weights != "auto":
-            raise BadRequest("A module of your own comes with its weights and sizes.", "Leave weights and overrides out.")
+            raise BadRequest(
+                "A module of your own comes with its weights and sizes.", "Leave weights and overrides out."
+            )
         return _own_module(name_or_module)
     key, architecture = _resolve(name_or_module)
     size = overrides or ModelSize()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import timm
 import torch
@@ -45,7 +46,7 @@ def architecture_of(name: str) -> str | None:
     return name if timm.is_model(name) else None
 
 
-def build(architecture: str, size: ModelSize, device: str = "cpu") -> VisionTransformer:
+def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
     """The untrained model in evaluation mode. Raises BadRequest for sizes that do not fit together."""
     sizes = size.given()
     heads = sizes.get("num_heads")
@@ -55,7 +56,7 @@ def build(architecture: str, size: ModelSize, device: str = "cpu") -> VisionTran
         )
     with torch.device(device):
         try:
-            model = timm.create_model(architecture, pretrained=False, **sizes)
+            model: nn.Module = timm.create_model(architecture, pretrained=False, **sizes)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise BadRequest(
                 f"timm could not build {architecture} with {sizes or 'its own sizes'}: {error}.",
@@ -84,7 +85,7 @@ class TimmVitHost:
                 )
         if getattr(model, "dynamic_img_size", False):
             raise BadRequest("Models with dynamic_img_size have no fixed token count.", "Build it without that option.")
-        self.model = model
+        self.model: Any = model
         self.geometry = _geometry(model)
 
     @property
@@ -93,12 +94,14 @@ class TimmVitHost:
 
     def embed(self, images: Tensor) -> Tensor:
         model = self.model
-        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        return tokens
 
-    def mix(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        return tokens + block.ls1(block.attn(block.norm1(tokens)))
+    def mix(self, block: Any, tokens: Tensor) -> Tensor:
+        mixed: Tensor = tokens + block.ls1(block.attn(block.norm1(tokens)))
+        return mixed
 
-    def attend(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Attention]:
+    def attend(self, block: Any, tokens: Tensor) -> tuple[Tensor, Attention]:
         attn = block.attn
         normed = block.norm1(tokens)
         batch, count, _ = normed.shape
@@ -117,17 +120,19 @@ class TimmVitHost:
         tokens = tokens + block.ls1(attn.proj(mixed))
         return tokens, Attention(logits, probabilities, queries, keys, values)
 
-    def transform(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        return tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    def transform(self, block: Any, tokens: Tensor) -> Tensor:
+        transformed: Tensor = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        return transformed
 
     def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
-        return self.model.forward_head(self.model.norm(tokens))
+        logits: Tensor = self.model.forward_head(self.model.norm(tokens))
+        return logits
 
 
 host = TimmVitHost
 
 
-def _geometry(model: VisionTransformer) -> Geometry:
+def _geometry(model: Any) -> Geometry:
     patches = model.patch_embed
     height, width = patches.img_size
     if height != width:

@@ -108,7 +108,11 @@ def _check_fit(plan: Plan, pruned: PrunedModel) -> None:
         "special tokens": (plan.special_tokens, geometry.special_tokens),
         "dense multiply-accumulates": (plan.flops.dense, count_flops(geometry, ()).dense),
     }
-    wrong = [f"{what}: {asked} in the plan, {found} in the model" for what, (asked, found) in wanted.items() if asked != found]
+    wrong = [
+        f"{what}: {asked} in the plan, {found} in the model"
+        for what, (asked, found) in wanted.items()
+        if asked != found
+    ]
     beyond = [stage.block for stage in plan.stages if stage.block > geometry.depth]
     if beyond:
         wrong.append(f"stages at blocks {beyond}, but the model has {geometry.depth}")

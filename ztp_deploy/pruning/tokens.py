@@ -57,4 +57,5 @@ def _first_row(values: Tensor) -> Tensor:
 
 
 def _rows(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    return values.flatten(0, 1).index_select(0, rows.reshape(-1)).unflatten(0, (-1, count))
+    picked: Tensor = values.flatten(0, 1).index_select(0, rows.reshape(-1)).unflatten(0, (-1, count))
+    return picked

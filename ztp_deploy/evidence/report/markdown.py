@@ -20,7 +20,7 @@ _TEMPLATE = """\
 {% if s.top1_dense_to_pruned is not none %}| dense → pruned | top-1 agrees on {{ percent(s.top1_dense_to_pruned) }} |
 {% endif %}| weights | {{ s.weights }} |
 | engine | `{{ s.engine }}` |
-| made in | {{ s.seconds }} s, peak memory {{ s.peak_gib }} GiB |
+| made in | {{ s.seconds }} s ({{ s.seconds_measuring }} s of them measuring latency), peak memory {{ s.peak_gib }} GiB |
 | command | `{{ s.command }}` |
 """
 
@@ -58,7 +58,7 @@ def table_rows(summary: Summary) -> list[list[str]]:
         speedup = limit = ""
         if gain:
             ratio = gain.speedup
-            speedup = f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f} to {ratio.high:.2f})"
+            speedup = f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})"
             if ratio.verdict == "inconclusive":
                 speedup += f" inconclusive: {ratio.reason}"
             limit = percent(gain.flop_limit_reached, 0)
@@ -87,5 +87,5 @@ def giga(macs: int) -> str:
 
 
 def _render(template: str, summary: Summary, **more: object) -> str:
-    environment = Environment(autoescape=False, trim_blocks=False, keep_trailing_newline=True)  # noqa: S701: Markdown
+    environment = Environment(autoescape=False, trim_blocks=False, keep_trailing_newline=True)
     return environment.from_string(template).render(s=summary, percent=percent, giga=giga, **more)

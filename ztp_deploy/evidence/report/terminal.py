@@ -20,10 +20,10 @@ def show_summary(summary: Summary, console: Console) -> None:
             ("ms/image", "right"),
             ("p90", "right"),
             ("images/s", "right"),
-            ("speed-up over dense", "left"),
-            ("of FLOP limit", "right"),
+            ("speed-up (95 % interval)", "left"),
+            ("of limit", "right"),
         ):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+            table.add_column(name, justify=justify, no_wrap="speed-up" not in name)  # type: ignore[arg-type]
         previous = None
         for row in table_rows(summary):
             if previous not in (None, row[0]):
@@ -49,6 +49,9 @@ def show_summary(summary: Summary, console: Console) -> None:
     console.print(f"{summary.gpu}.", highlight=False)
     for note in summary.notes:
         console.print(note, style="yellow", highlight=False)
-    console.print(f"Made in {summary.seconds} s, peak memory {summary.peak_gib} GiB.", highlight=False)
+    console.print(
+        f"Made in {summary.seconds} s ({summary.seconds_measuring} s measuring latency), peak memory {summary.peak_gib} GiB.",
+        highlight=False,
+    )
     console.print(f"Engine: {summary.engine}", highlight=False, soft_wrap=True)
     console.print(f"Report: {summary.engine}/evidence/report.md", highlight=False, soft_wrap=True)

@@ -1,0 +1,79 @@
+# ztp_deploy: token-pruned Vision Transformers, from a model's name to a checked, measured engine.
+#
+#   make engine MODEL=deit_s RATIO=0.7
+#   make test
+
+MODEL     ?= deit_s
+RATIO     ?= $(if $(FLOPS)$(KEEP)$(RECIPE)$(filter dense,$(METHOD)),,0.7)
+METHOD    ?= zero_tprune
+BACKEND   ?= auto
+PRECISION ?= fp32
+BATCH     ?= 1:8:64
+WEIGHTS   ?= auto
+PYTHON    ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+               $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+VENV  := .venv
+READY := $(VENV)/.ready
+ZTP   := $(VENV)/bin/ztp
+
+flag   = $(if $($(1)),$(2) "$($(1))")
+WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(call flag,FLOPS,--flops) \
+         $(call flag,KEEP,--keep) $(call flag,SITES,--sites) $(call flag,RECIPE,--recipe) --weights "$(WEIGHTS)"
+BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup engine export check bench classify list doctor test lint lock clean
+
+help:  ## Show the targets and variables
+	@echo "Targets:"; sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@echo "Variables: MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(METHOD) BACKEND=$(BACKEND) PRECISION=$(PRECISION)"
+	@echo "  BATCH=$(BATCH) WEIGHTS=$(WEIGHTS) IMAGES=folder FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name"
+
+setup: $(READY)  ## Make .venv from requirements.lock (every other target does it by itself)
+
+engine: $(READY)  ## Plan, export, build, prove and measure an engine: make engine MODEL=deit_s RATIO=0.7
+	@$(ZTP) engine $(WANTED) $(BUILT) $(call flag,IMAGES,--images)
+
+export: $(READY)  ## Export a pruned model only
+	@$(ZTP) export $(WANTED)
+
+check: $(READY)  ## Prove an engine again: make check ENGINE=engines/…
+	@$(ZTP) check --engine "$(ENGINE)" $(call flag,IMAGES,--images)
+
+bench: $(READY)  ## Build anew and measure long, recorded in engines/evidence
+	@$(ZTP) bench $(WANTED) $(BUILT) --fresh --record engines/evidence
+
+classify: $(READY)  ## Classify pictures: make classify ENGINE=engines/… IMAGES="cat.jpg dog.png"
+	@$(ZTP) classify $(IMAGES) --engine "$(ENGINE)"
+
+list: $(READY)  ## Models, methods, formats, back ends
+	@$(ZTP) list
+
+doctor: $(READY)  ## Versions, devices, what would be used here
+	@$(ZTP) doctor
+
+test: lint  ## Lint, type-check and run all tests
+	@$(VENV)/bin/python -m pytest
+
+lint: $(READY)  ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+lock: $(READY)  ## Resolve requirements.lock anew from pyproject.toml (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+	    --no-header --no-annotate --no-emit-index-url --upgrade -o requirements.lock
+
+clean:  ## Remove .venv and everything that was exported or built
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	find export engines -mindepth 1 -maxdepth 1 ! -name README.md ! -name '*.toml' ! -name evidence -exec rm -rf {} +
+
+# Made whole or not at all: the stamp comes last, and an interrupted set-up starts over.
+$(READY): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "ztp_deploy needs Python 3.11 or newer and found none: install one (apt-get install python3) or name it with PYTHON=/path/to/python3." >&2; exit 3; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ztp_deploy needs Python 3.11 or newer; $(PYTHON) is older or no Python: install one or name it with PYTHON=/path/to/python3." >&2; exit 3; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "This Python has no venv module: apt-get install python3-venv (Debian, Ubuntu), then run make again." >&2; exit 3; }
+	@echo "Setting up $(VENV) from requirements.lock (once; about 6 GB with torch) …"
+	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
