@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -144,11 +144,12 @@ def manifest_sha256(directory: Path) -> str:
     return hash_file(directory / MANIFEST).sha256
 
 
-def write_manifest(manifest: _Manifest, directory: Path) -> None:
-    """Writes `manifest.json`, sealed, into a folder that is still being made."""
+def write_manifest(manifest: M, directory: Path) -> M:
+    """Seals the manifest, writes `manifest.json` into a folder that is still being made, and returns it sealed."""
     manifest = manifest.model_copy(update={"seal": manifest.sealed()})
     text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
 
 
 def read_manifest(directory: Path, kind: type[M]) -> M:
@@ -226,7 +227,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise write_failed(str(path), error) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
 
 
 def sweep(parent: Path) -> None:

@@ -154,7 +154,7 @@ def build(
         )
         # Opening it once proves that the device takes it before anything is called built.
         module.open_runner(scratch, manifest).close()
-        write_manifest(manifest, scratch)
+        manifest = write_manifest(manifest, scratch)
     return Engine(final, manifest)
 
 

@@ -147,7 +147,7 @@ def check_parity(
     engine's input dtype. Returns the report, passed or not; `report.require()` raises GateFailed.
     Raises BadRequest where model and engine do not belong together.
     """
-    found = engine if isinstance(engine, Engine) else find_engine(engine)
+    found = find_engine(engine.directory if isinstance(engine, Engine) else engine)
     manifest = found.manifest
     if manifest.precision not in TOLERANCES:
         raise BadRequest(

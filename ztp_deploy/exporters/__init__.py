@@ -112,7 +112,7 @@ def export(
             recipe=recipe,
             files=hash_files(scratch),
         )
-        write_manifest(manifest, scratch)
+        manifest = write_manifest(manifest, scratch)
     return Artifact(final, manifest)
 
 

@@ -57,12 +57,7 @@ def model_names() -> dict[str, str]:
 
 def host_of(model: nn.Module) -> Host:
     """The host that takes this module apart. Raises BadRequest where no family carries it."""
-    for key in FAMILIES:
-        if family(key).adapts(model):
-            return family(key).host(model)
-    raise BadRequest(
-        f"No family here carries a {type(model).__name__}.", "`ztp list` shows the families; a timm ViT works."
-    )
+    return family(_family_of(model)).host(model)
 
 
 def describe(model_or_name: nn.Module | str, overrides: ModelSize | None = None) -> tuple[str, Geometry]:
@@ -158,7 +153,12 @@ def _own_module(module: nn.Module) -> nn.Module:
 
 
 def _family_of(model: nn.Module) -> str:
-    return next(key for key in FAMILIES if family(key).adapts(model))
+    for key in FAMILIES:
+        if family(key).adapts(model):
+            return key
+    raise BadRequest(
+        f"No family here carries a {type(model).__name__}.", "`ztp list` shows the families; a timm ViT works."
+    )
 
 
 def _resolve(name: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,7 +119,9 @@ def read_file(path: Path) -> dict[str, Any]:
         except (SafetensorError, OSError) as error:
             raise BadRequest(f"{path} cannot be read as safetensors: {error}.", "Is the file complete?") from error
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on old pickle protocols; what cannot be read is refused below
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise BadRequest(
             f"{path} cannot be read as a plain torch checkpoint: {str(error).splitlines()[0]}.",

@@ -1,0 +1,222 @@
+"""Engines of every back end: build, open, run, refuse; one set of tests over the registry."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy import backends, environment
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.evidence.images import photograph_crops
+from ztp_deploy.manifest import BatchRange
+
+
+@pytest.fixture(params=sorted(backends.BACKENDS))
+def any_engine(request, shared_engine, torchscript_engine):
+    return {"onnxruntime": shared_engine, "torchscript": torchscript_engine}[request.param]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
+def test_engines_equal_eager_at_every_batch(any_engine, pruned, batch):
+    images = tiny.images(batch, seed=batch)
+    with torch.inference_mode():
+        expected = pruned.run(torch.from_numpy(images))
+    with ztp.load_engine(any_engine.directory) as session:
+        logits = session.run(images)
+        kept = session.kept()
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(kept, expected.kept, strict=True):
+        assert ours.dtype == np.int32
+        assert ours.tolist() == theirs.sort(1).values.tolist()
+
+
+def test_audit_scores_equal_eager(any_engine, pruned):
+    images = tiny.images(3)
+    with torch.inference_mode():
+        scores = pruned.run(torch.from_numpy(images)).scores
+    with ztp.load_engine(any_engine.directory) as session:
+        audited = session.audit(images)
+        np.testing.assert_allclose(audited["logits"], session.run(images), rtol=1e-4, atol=1e-4)
+    for index, stage in enumerate(scores, start=1):
+        for name, value in stage.items():
+            np.testing.assert_allclose(audited[f"{name}_{index}"], value.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (tiny.images(9), "outside this engine's range 1 to 8"),
+        (tiny.images(0), "outside this engine's range"),
+        (tiny.images(1).astype(np.float64), "float64"),
+        (tiny.images(1).astype(np.uint8), "uint8"),
+        (tiny.images(1, size=64), r"\[1, 3, 64, 64\]"),
+        (tiny.images(1)[0], r"\[3, 96, 96\]"),
+        (tiny.images(1).tolist(), "list"),
+        (torch.zeros(1, 3, 96, 96), "Tensor"),
+        (np.full((1, 3, 96, 96), np.nan, np.float32), "27648 of the pixels are NaN"),
+        (np.concatenate([tiny.images(1), np.full((1, 3, 96, 96), np.inf, np.float32)]), "NaN or infinite"),
+    ],
+)
+def test_wrong_input_is_refused_with_the_reason(any_engine, images, message):
+    with ztp.load_engine(any_engine.directory) as session, pytest.raises(BadRequest, match=message):
+        session.run(images)
+
+
+def test_large_but_finite_pixels_pass(any_engine):
+    huge = np.full((1, 3, 96, 96), 1e38, np.float32)  # their sum overflows, they do not
+    with ztp.load_engine(any_engine.directory) as session, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        session.run(huge)
+
+
+def test_kept_belongs_to_the_threads_own_run(any_engine):
+    with ztp.load_engine(any_engine.directory) as session:
+        with pytest.raises(BadRequest, match="Nothing was run"):
+            session.kept()
+        session.run(tiny.images(2))
+        mine = session.kept()
+        theirs = []
+
+        def other() -> None:
+            session.run(tiny.images(1, seed=9))
+            theirs.extend(session.kept())
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert [k.shape for k in theirs] == [(1, 25), (1, 17), (1, 11)]
+        assert all(np.array_equal(a, b) for a, b in zip(session.kept(), mine, strict=True))
+
+
+def test_preprocess_equals_timms_transform(any_engine, tmp_path):
+    from timm.data import create_transform, resolve_data_config
+
+    crops = list(photograph_crops(3).values())
+    crops[0].save(tmp_path / "a.png")
+    with ztp.load_engine(any_engine.directory) as session:
+        ours = session.preprocess([tmp_path / "a.png", crops[1], crops[2].convert("L")])
+        config = resolve_data_config({}, model=tiny.model())
+        config["input_size"] = (3, 96, 96)
+        transform = create_transform(**config, is_training=False)
+        theirs = [transform(crop).numpy() for crop in (crops[0], crops[1], crops[2].convert("L").convert("RGB"))]
+        assert np.array_equal(ours, np.stack(theirs))
+        with pytest.raises(BadRequest, match="No image"):
+            session.preprocess([])
+
+
+def test_a_closed_session_says_so(any_engine):
+    session = ztp.load_engine(any_engine.directory)
+    session.close()
+    with pytest.raises(BadRequest, match="closed"):
+        session.run(tiny.images(1))
+
+
+def test_an_engine_is_found_again_and_rebuilt_for_other_settings(artifact, tmp_path):
+    first = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
+    written = (tmp_path / "e" / "manifest.json").stat().st_mtime_ns
+    assert ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e").manifest == first.manifest
+    assert (tmp_path / "e" / "manifest.json").stat().st_mtime_ns == written
+    other = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e", settings={"threads": 1})
+    assert other.manifest.settings["threads"] == 1
+
+
+def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    engine = ztp.build(artifact, "onnxruntime", device="cpu", batch=(1, 4, 8))
+    version = backends.get("onnxruntime").version()
+    assert str(engine.directory) == f"engines/onnxruntime-{version}-cpu/deit_t--zero_tprune-0.7--fp32--b1-4-8--random"
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"backend": "onnx_runtime"}, BadRequest, "onnxruntime"),
+        ({"backend": "torchscript"}, BadRequest, "built from torchscript; the artifact is onnx"),
+        ({"backend": "onnxruntime", "precision": "fp16"}, BadRequest, "the artifact holds fp32"),
+        ({"backend": "onnxruntime", "batch": "8:1:4"}, BadRequest, "no range"),
+        ({"backend": "onnxruntime", "device": "tpu"}, BadRequest, "auto, cpu or cuda"),
+        ({"backend": "onnxruntime", "settings": {"thread": 1}}, BadRequest, "threads"),
+        ({"backend": "onnxruntime", "settings": {"threads": -1}}, BadRequest, "threads"),
+    ],
+)
+def test_builds_that_cannot_be(artifact, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        ztp.build(artifact, directory=tmp_path / "e", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", sorted(backends.BACKENDS))
+def test_a_gpu_that_is_not_there_is_not_replaced(backend, monkeypatch):
+    monkeypatch.setattr(environment, "gpus", lambda: ())
+    module = backends.get(backend)
+    assert module.resolve_device("auto").name == "cpu"
+    with pytest.raises(MissingSoftware, match="cuda"):
+        module.resolve_device("cuda")
+
+
+def test_a_silent_fall_back_of_the_provider_is_an_error(shared_engine, monkeypatch):
+    """ONNX Runtime opens a CPU session although CUDA was asked for; that must not pass."""
+    from ztp_deploy.backends import onnxruntime as backend
+
+    monkeypatch.setattr(environment, "gpus", lambda: (environment.Gpu("NVIDIA Test", "9.0", 1.0),))
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None, raising=False)
+    manifest = shared_engine.manifest.model_copy(update={"provider": backend.CUDA, "device": "cuda"})
+    with warnings.catch_warnings(), pytest.raises(MissingSoftware, match="fell back to CPUExecutionProvider"):
+        warnings.simplefilter("ignore")  # ONNX Runtime's own remark on the provider
+        backend.open_runner(shared_engine.directory, manifest)
+
+
+def test_a_damaged_engine_is_not_opened(any_engine, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(any_engine.directory, copy)
+    [file] = any_engine.manifest.files
+    (copy / file).write_bytes((copy / file).read_bytes()[: -len(file)])
+    with pytest.raises(DamagedFiles, match="bytes, the manifest says"):
+        ztp.load_engine(copy)
+    tiny.reseal(copy)  # as if a builder had written half a file
+    with pytest.raises(DamagedFiles, match="cannot open"):
+        ztp.load_engine(copy)
+
+
+def test_another_version_of_the_library_is_announced(any_engine, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(any_engine.directory, copy)
+    tiny.reseal(copy, backend_version="0.1")
+    with pytest.warns(UserWarning, match="ztp check"):
+        ztp.load_engine(copy).close()
+
+
+def test_uint8_engines_take_pixels(pruned, tmp_path):
+    artifact = ztp.export(pruned, "onnx", tmp_path / "a", input="uint8")
+    engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
+    picture = Image.effect_noise((128, 128), 60).convert("RGB")
+    with ztp.load_engine(engine.directory) as session:
+        pixels = session.preprocess(picture)
+        assert pixels.dtype == np.uint8
+        logits = session.run(pixels)
+        with pytest.raises(BadRequest, match="uint8"):
+            session.run(pixels.astype(np.float32))
+    mean = np.array(pruned.source.preprocessing.mean, np.float32).reshape(1, 3, 1, 1)
+    std = np.array(pruned.source.preprocessing.std, np.float32).reshape(1, 3, 1, 1)
+    normalised = (pixels.astype(np.float32) / 255 - mean) / std
+    with torch.inference_mode():
+        expected = pruned(torch.from_numpy(normalised)).numpy()
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_range_is_in_the_manifest(shared_engine):
+    assert shared_engine.manifest.batch == BatchRange(min=1, opt=4, max=8)
+    fields = json.loads((shared_engine.directory / "manifest.json").read_text())
+    assert fields["schema"] == "ztp.engine/1"
+    assert fields["provider"] == "CPUExecutionProvider"
+    assert fields["files"]["model.onnx"]["sha256"]

@@ -1,0 +1,74 @@
+"""Tiny models, artifacts and engines shared by the tests, and the rule on skips in CI."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy.backends import Engine
+from ztp_deploy.exporters import Artifact
+from ztp_deploy.pruning.prune import PrunedModel
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """With ZTP_STRICT_SKIPS (set by .ci/run) a skip is a failure unless its reason is a missing GPU."""
+    if not os.environ.get("ZTP_STRICT_SKIPS"):
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    unexcused = [report for report in skipped if "GPU" not in str(report.longrepr)]
+    for report in unexcused:
+        reporter.write_line(f"skip not allowed here: {report.nodeid}: {report.longrepr}", red=True)
+    if unexcused and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def model() -> torch.nn.Module:
+    """A four-block ViT with 36 patch tokens and seeded random weights."""
+    return tiny.model()
+
+
+@pytest.fixture(scope="session")
+def pruned(model: torch.nn.Module) -> PrunedModel:
+    """That model, Zero-TPrune at 0.7."""
+    return ztp.prune(model, ztp.make_plan(model, ratio=0.7))
+
+
+@pytest.fixture(scope="session")
+def artifact(pruned: PrunedModel, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Its ONNX artifact; tests must not change it."""
+    return ztp.export(pruned, "onnx", tmp_path_factory.mktemp("artifacts") / "onnx")
+
+
+@pytest.fixture(scope="session")
+def torchscript_artifact(pruned: PrunedModel, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Its TorchScript artifact; tests must not change it."""
+    return ztp.export(pruned, "torchscript", tmp_path_factory.mktemp("artifacts") / "torchscript")
+
+
+@pytest.fixture
+def engine(artifact: Artifact, tmp_path: Path) -> Engine:
+    """A fresh ONNX Runtime engine that a test may damage."""
+    return ztp.build(artifact, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
+
+
+@pytest.fixture(scope="session")
+def shared_engine(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """An ONNX Runtime engine that tests only read."""
+    directory = tmp_path_factory.mktemp("engines") / "engine"
+    return ztp.build(artifact, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=directory)
+
+
+@pytest.fixture(scope="session")
+def torchscript_engine(torchscript_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """A TorchScript engine that tests only read."""
+    directory = tmp_path_factory.mktemp("engines") / "torchscript"
+    return ztp.build(torchscript_artifact, "torchscript", device="cpu", batch=(1, 4, 8), directory=directory)

@@ -1,0 +1,86 @@
+"""Photographs: distinct, deterministic crops; folders; files that are no images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.evidence.images import DEFAULT_COUNT, load_images, open_image, photograph_crops
+
+
+@pytest.fixture(scope="module")
+def preprocessing():
+    return tiny.model().source.preprocessing
+
+
+def test_the_default_crops_are_distinct_and_the_same_everywhere(preprocessing):
+    images = load_images(None, preprocessing, "float32")
+    assert len(images.names) == DEFAULT_COUNT == 64
+    assert images.pixels.shape == (64, 3, 96, 96)
+    assert images.pixels.dtype == np.float32
+    assert len({picture.tobytes() for picture in images.pixels}) == 64
+    assert len(set(images.names)) == 64
+    again = load_images(None, preprocessing, "float32")
+    assert images.sha256 == again.sha256
+
+
+def test_crops_stay_distinct_for_many():
+    assert len(photograph_crops(300)) == 300
+
+
+def test_uint8_comes_before_the_normalisation(preprocessing):
+    pixels = load_images(None, preprocessing, "uint8", 2).pixels
+    floats = load_images(None, preprocessing, "float32", 2).pixels
+    assert pixels.dtype == np.uint8
+    mean = np.array(preprocessing.mean, np.float32).reshape(1, 3, 1, 1)
+    std = np.array(preprocessing.std, np.float32).reshape(1, 3, 1, 1)
+    np.testing.assert_allclose((pixels.astype(np.float32) / 255 - mean) / std, floats, atol=1e-6)
+
+
+def test_a_folder_is_sampled_evenly_with_its_sub_folders(preprocessing, tmp_path):
+    for index in range(10):
+        folder = tmp_path / f"class{index % 2}"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (120, 100), (index * 20, 0, 0)).save(folder / f"{index}.png")
+    (tmp_path / ".hidden").write_text("not an image, not looked at")
+    images = load_images(tmp_path, preprocessing, "uint8", 4)
+    assert len(images.names) == 4
+    assert {name.split("/")[0] for name in images.names} == {"class0", "class1"}
+    assert "4 of 10" in images.origin
+    assert len(load_images(tmp_path, preprocessing, "uint8").names) == 10
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_every_colour_mode_becomes_rgb(mode, tmp_path):
+    suffix = ".tiff" if mode in ("CMYK", "I;16") else ".png"
+    picture = Image.new(mode, (20, 30))
+    picture.save(tmp_path / f"a{suffix}")
+    opened = open_image(tmp_path / f"a{suffix}")
+    assert opened.mode == "RGB"
+    assert opened.size == (20, 30)
+
+
+def test_what_is_no_image_is_named(preprocessing, tmp_path):
+    with pytest.raises(BadRequest, match="no folder"):
+        load_images(tmp_path / "missing", preprocessing, "uint8")
+    with pytest.raises(BadRequest, match="holds no images"):
+        load_images(tmp_path, preprocessing, "uint8")
+    Image.new("RGB", (50, 50)).save(tmp_path / "good.png")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(BadRequest, match=r"notes\.txt"):
+        load_images(tmp_path, preprocessing, "uint8")
+    (tmp_path / "notes.txt").rename(tmp_path / "notes.jpg")
+    with pytest.raises(BadRequest, match=r"notes\.jpg is no image"):
+        load_images(tmp_path, preprocessing, "uint8")
+    Image.effect_noise((300, 300), 90).save(tmp_path / "notes.jpg")
+    whole = (tmp_path / "notes.jpg").read_bytes()
+    (tmp_path / "notes.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadRequest, match=r"notes\.jpg cannot be read"):
+        load_images(tmp_path, preprocessing, "uint8")
+    with pytest.raises(BadRequest, match="no file"):
+        open_image(tmp_path / "nothing.png")
+    with pytest.raises(BadRequest, match="at least 1"):
+        load_images(None, preprocessing, "uint8", 0)

@@ -1,0 +1,99 @@
+"""Latency: interleaving, percentiles, intervals and verdicts; no figure of a machine is asserted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import ztp_deploy as ztp
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.evidence import latency
+
+
+def test_bootstrap_interval_of_the_median():
+    values = np.random.default_rng(1).normal(1.5, 0.1, 400)
+    low, high = latency.bootstrap_median(values)
+    assert low < 1.5 < high
+    assert high - low < 0.05
+    assert latency.bootstrap_median(np.full(20, 2.0)) == (2.0, 2.0)
+
+
+def ratio(reference, engine):
+    return latency._ratio("pruned", "dense", 1, {"dense": reference, "pruned": engine})
+
+
+def test_ratios_are_paired_round_by_round():
+    """A machine that doubles its speed half-way leaves the paired ratio alone."""
+    dense = np.r_[np.full(50, 3.0), np.full(50, 1.5)]
+    measured = ratio(dense, dense / 1.5)
+    assert measured.speedup == measured.low == measured.high == pytest.approx(1.5)
+    assert measured.verdict == "measured"
+    assert measured.rounds == 100
+
+
+def test_noise_and_drift_are_inconclusive():
+    generator = np.random.default_rng(2)
+    noisy = ratio(generator.uniform(1, 3, 15), np.ones(15))
+    assert (noisy.verdict, noisy.reason.split()[-1]) == ("inconclusive", "running")
+    drifting = ratio(np.linspace(1.0, 1.5, 2000), np.ones(2000))
+    assert drifting.verdict == "inconclusive"
+    assert "drifted" in drifting.reason
+
+
+def test_engines_are_interleaved_and_samples_kept(shared_engine, torchscript_engine):
+    seen = []
+    report = ztp.measure_latency(
+        {"dense": shared_engine, "pruned": torchscript_engine.directory},
+        batches=(1, 3),
+        seconds=0.2,
+        progress=seen.append,
+    )
+    assert sum(seen) == pytest.approx(2)
+    for batch in (1, 3):
+        counts = {len(report.sample(role, batch).milliseconds) for role in ("dense", "pruned")}
+        assert len(counts) == 1
+        assert counts.pop() >= latency.MIN_ROUNDS
+        one = report.ratio("pruned", "dense", batch)
+        assert one.low <= one.speedup <= one.high
+    sample = report.sample("dense", 3)
+    assert sample.median == pytest.approx(np.median(sample.milliseconds), abs=1e-3)
+    assert sample.median <= sample.p90 <= sample.p95
+    assert sample.images_per_second == pytest.approx(3000 / sample.median)
+    assert report.environment["cores"] >= 1
+    assert report.gpu.startswith("GPU: ")
+
+
+def test_p99_needs_a_hundred_samples(shared_engine):
+    few = latency._summary("dense", shared_engine, 1, [0.001] * 99)
+    many = latency._summary("dense", shared_engine, 1, [0.001] * 99 + [0.002])
+    assert few.p99 is None
+    assert many.p99 == pytest.approx(1.01, abs=0.02)
+
+
+def test_the_order_of_a_round_is_random(shared_engine):
+    """Whoever always ran after the same neighbour would inherit its caches."""
+    order = []
+
+    class Recorder:
+        def __init__(self, role):
+            self.role = role
+
+        def run(self, images):
+            order.append(self.role)
+
+    roles = {role: Recorder(role) for role in "abc"}
+    latency._interleave(roles, dict.fromkeys(roles), 0.001, lambda share: None)
+    rounds = ["".join(order[-3 * n : len(order) - 3 * (n - 1)]) for n in range(1, latency.MIN_ROUNDS + 1)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_refusals(shared_engine):
+    with pytest.raises(BadRequest, match="No batch size"):
+        ztp.measure_latency([shared_engine], batches=())
+    with pytest.raises(BadRequest, match="outside this engine's range"):
+        ztp.measure_latency([shared_engine], batches=(9,), seconds=0.1)
+    with pytest.raises(BadRequest, match="seconds"):
+        ztp.measure_latency([shared_engine], seconds=0)
+    with pytest.raises(BadRequest, match="No engine"):
+        ztp.measure_latency({})

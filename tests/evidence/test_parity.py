@@ -1,0 +1,149 @@
+"""The parity gate: it passes what is right, and engines damaged on purpose are caught and told apart."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy.errors import BadRequest, GateFailed
+from ztp_deploy.evidence import parity
+from ztp_deploy.evidence.images import load_images
+from ztp_deploy.manifest import manifest_sha256
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    return load_images(None, tiny.model().source.preprocessing, "float32", 24)
+
+
+def edge(report, reference, candidate):
+    return next(e for e in report.edges if (e.reference, e.candidate) == (reference, candidate))
+
+
+def test_an_honest_engine_passes_along_every_edge(shared_engine, model, photographs):
+    report = ztp.check_parity(shared_engine, model, photographs)
+    assert report.passed
+    assert report.require() is report
+    assert [(e.reference, e.candidate) for e in report.edges] == [
+        ("eager", "exported"),
+        ("exported", "engine"),
+        ("eager", "engine"),
+    ]
+    for one in report.edges:
+        assert [stage.images_agreeing for stage in one.stages] == [24, 24, 24]
+        assert [stage.token_agreement for stage in one.stages] == [1, 1, 1]
+        assert one.top1_equal == one.compared_logits == 24
+        assert one.worst_logit < 1e-4
+    assert report.dense_to_pruned is None  # random weights: agreement would mean nothing
+    written = json.loads((shared_engine.evidence / "parity.json").read_text())
+    assert written["manifest_sha256"] == manifest_sha256(shared_engine.directory)
+    assert written["passed"] is True
+
+
+def test_torchscript_has_one_edge(torchscript_engine, model, photographs):
+    report = ztp.check_parity(torchscript_engine, model, photographs)
+    assert report.passed
+    assert [(e.reference, e.candidate) for e in report.edges] == [("eager", "engine")]
+
+
+def test_wrong_weights_before_a_stage_are_a_weight_fault(engine, model, photographs):
+    def damage(graph: onnx.ModelProto) -> None:
+        [weight] = [t for t in graph.graph.initializer if t.name.endswith("blocks.0.norm1.weight")]
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.3), weight.name))
+
+    tiny.damage_graph(engine.directory, damage)
+    report = ztp.check_parity(engine, model, photographs)
+    assert not report.passed
+    assert edge(report, "eager", "exported").holds  # the export is innocent
+    broken = edge(report, "exported", "engine")
+    assert {fault.kind for fault in broken.faults} == {"weights"}
+    assert broken.faults[0].stage == 1
+    with pytest.raises(GateFailed, match="between exported and engine: weights fault, stage 1"):
+        report.require()
+
+
+def test_wrong_weights_after_the_last_stage_are_seen_in_the_logits(engine, model, photographs):
+    def damage(graph: onnx.ModelProto) -> None:
+        [bias] = [t for t in graph.graph.initializer if t.name.endswith("blocks.3.mlp.fc2.bias")]
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * np.float32(2), bias.name))
+
+    tiny.damage_graph(engine.directory, damage)
+    report = ztp.check_parity(engine, model, photographs)
+    broken = edge(report, "exported", "engine")
+    assert [stage.images_agreeing for stage in broken.stages] == [24, 24, 24]
+    assert {(fault.kind, fault.stage) for fault in broken.faults} == {("weights", None)}
+    with pytest.raises(GateFailed, match="same tokens are kept but logits differ"):
+        report.require()
+
+
+def test_a_top_k_that_keeps_the_wrong_tokens_is_a_selection_fault(engine, model, photographs):
+    def damage(graph: onnx.ModelProto) -> None:
+        [top_k] = [n for n in graph.graph.node if n.op_type == "TopK" and n.input[0] == "score_2"]
+        del top_k.attribute[:]
+        top_k.attribute.append(onnx.helper.make_attribute("largest", 0))
+
+    tiny.damage_graph(engine.directory, damage)
+    report = ztp.check_parity(engine, model, photographs)
+    broken = edge(report, "exported", "engine")
+    assert {fault.kind for fault in broken.faults} == {"selection"}
+    assert {fault.stage for fault in broken.faults} == {2}
+    assert broken.stages[0].images_agreeing == 24
+    assert broken.stages[1].images_agreeing == 0
+    with pytest.raises(GateFailed, match="selection fault, stage 2 keeps other tokens than its own scores call for"):
+        report.require()
+
+
+def test_too_many_near_ties_fail(shared_engine, model, photographs, monkeypatch):
+    """With the share of tolerated near-ties at zero, one flipped image is one too many."""
+    from ztp_deploy.evidence.selection import Difference
+
+    monkeypatch.setattr(parity, "same_sets", lambda a, b: np.arange(len(a)) > 1)
+    monkeypatch.setattr(
+        parity, "first_difference", lambda *arguments: Difference(1, "near_tie", "importance", 1e-6, [0, 1])
+    )
+    report = ztp.check_parity(shared_engine, model, photographs)
+    broken = report.edges[0]
+    assert len(broken.near_ties) == 2
+    assert broken.compared_logits == 22
+    assert [fault.kind for fault in broken.faults] == ["near_ties"]  # 2 of 24 is more than 5 %
+
+
+def test_a_model_that_does_not_belong_is_refused(shared_engine, photographs):
+    other = tiny.model()
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    stranger = ztp.load_model("deit_t", weights=other.state_dict(), overrides=tiny.SIZE)
+    with pytest.raises(BadRequest, match="not the one"):
+        ztp.check_parity(shared_engine, stranger, photographs)
+
+
+def test_a_missing_export_is_said_not_hidden(engine, model, photographs):
+    tiny.reseal(engine.directory, artifact="../nowhere")
+    report = ztp.check_parity(engine, model, photographs)
+    assert [(e.reference, e.candidate) for e in report.edges] == [("eager", "engine")]
+    assert "could not be checked" in report.notes[0]
+
+
+def test_plain_arrays_are_images_too(shared_engine, pruned):
+    report = ztp.check_parity(shared_engine, pruned, tiny.images(3))
+    assert report.passed
+    assert report.images == "3 given images"
+
+
+def test_dense_agreement_is_reported_for_real_weights(tmp_path):
+    """Weights that are not random: what pruning changes is reported, never gated."""
+    model = ztp.load_model("deit_t", weights=tiny.model().state_dict(), overrides=tiny.SIZE)
+    pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
+    artifact = ztp.export(pruned, "torchscript", tmp_path / "a")
+    engine = ztp.build(artifact, "torchscript", device="cpu", directory=tmp_path / "e")
+    report = ztp.check_parity(engine, model, tiny.images(4))
+    assert report.dense_to_pruned is not None
+    assert 0 <= report.dense_to_pruned.top1_equal <= 1
+    assert report.dense_to_pruned.mean_kl > 0

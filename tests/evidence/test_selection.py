@@ -1,0 +1,115 @@
+"""Selection parity on constructed runs: each cause is told from the others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from ztp_deploy.evidence.selection import Observation, first_difference, same_sets
+from ztp_deploy.models import host_of
+from ztp_deploy.plan import make_plan
+from ztp_deploy.pruning.prune import prune
+
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """One image's honest run, with its plan and geometry."""
+    model = tiny.model()
+    plan = make_plan(model, ratio=0.7)
+    with torch.inference_mode():
+        outputs = prune(model, plan).run(torch.from_numpy(tiny.images(1)))
+    scores = {
+        f"{name}_{index}": value.numpy().copy()
+        for index, stage in enumerate(outputs.scores, start=1)
+        for name, value in stage.items()
+    }
+    kept = [positions.numpy().copy() for positions in outputs.kept]
+    return Observation(outputs.logits.numpy(), kept, scores), plan, host_of(model).geometry
+
+
+def copy_of(observation):
+    return Observation(
+        observation.logits.copy(),
+        [kept.copy() for kept in observation.kept],
+        {name: value.copy() for name, value in observation.scores.items()},
+    )
+
+
+def swap_at_the_cut(observation, keep, gap):
+    """Gives the first dropped token the last kept one's score plus a relative gap; returns both slots."""
+    order = np.argsort(-observation.scores["score_1"][0], kind="stable")
+    inside, outside = order[keep - 1], order[keep]
+    score = observation.scores["score_1"][0]
+    score[inside], score[outside] = score[inside], score[inside] * (1 + gap)
+    slot = np.flatnonzero(observation.kept[0][0] == inside)
+    observation.kept[0][0, slot] = outside
+    return int(inside), int(outside)
+
+
+def test_equal_runs_have_no_difference(setting):
+    observation, plan, geometry = setting
+    assert first_difference(observation, copy_of(observation), plan, geometry, BOUND) is None
+    shuffled = copy_of(observation)
+    shuffled.kept[0][:] = shuffled.kept[0][:, ::-1]
+    assert same_sets(observation.kept[0], shuffled.kept[0]).all()
+
+
+def test_other_tokens_from_the_right_scores_is_a_selection_fault(setting):
+    observation, plan, geometry = setting
+    candidate = copy_of(observation)
+    out = sorted(set(range(36)) - set(candidate.kept[0][0].tolist()))[0]
+    gone = int(candidate.kept[0][0, 0])
+    candidate.kept[0][0, 0] = out
+    difference = first_difference(observation, candidate, plan, geometry, BOUND)
+    assert (difference.stage, difference.cause) == (1, "selection")
+    assert difference.tokens == sorted([out, gone])
+    assert difference.gap > BOUND
+
+
+def test_the_right_tokens_for_wrong_scores_is_a_weight_fault(setting):
+    observation, plan, geometry = setting
+    candidate = copy_of(observation)
+    inside, outside = swap_at_the_cut(candidate, 25, gap=0.01)
+    difference = first_difference(observation, candidate, plan, geometry, BOUND)
+    assert (difference.stage, difference.cause, difference.decision) == (1, "weights", "importance")
+    assert difference.tokens == sorted([inside, outside])
+
+
+def test_a_gap_within_the_bound_is_a_near_tie(setting):
+    observation, plan, geometry = setting
+    reference, candidate = copy_of(observation), copy_of(observation)
+    order = np.argsort(-reference.scores["score_1"][0], kind="stable")
+    inside, outside = order[24], order[25]
+    reference.scores["score_1"][0][outside] = reference.scores["score_1"][0][inside] * (1 - 1e-6)
+    candidate.scores["score_1"][0][outside] = reference.scores["score_1"][0][outside]
+    swap_at_the_cut(candidate, 25, gap=1e-6)
+    difference = first_difference(reference, candidate, plan, geometry, BOUND)
+    assert (difference.cause, difference.decision) == ("near_tie", "importance")
+    assert 0 < difference.gap <= 2e-6
+    assert first_difference(reference, candidate, plan, geometry, 1e-8).cause == "weights"
+
+
+def test_the_first_decision_that_flips_is_named(setting):
+    """A head's variance moved over a bound explains everything after it."""
+    observation, plan, geometry = setting
+    candidate = copy_of(observation)
+    candidate.scores["pre_spread_1"][0, :, 0] *= 10
+    swap_at_the_cut(candidate, 25, gap=0.01)
+    difference = first_difference(observation, candidate, plan, geometry, BOUND)
+    assert difference.decision == "pre_heads_below"
+    assert difference.cause == "weights"
+
+
+def test_slot_order_does_not_matter(setting):
+    """Engines may order kept tokens freely: the second stage's slots are compared by position."""
+    observation, plan, geometry = setting
+    candidate = copy_of(observation)
+    candidate.kept[0][0] = candidate.kept[0][0][::-1]
+    for name in ("pre_score_2", "score_2"):
+        candidate.scores[name][0] = candidate.scores[name][0][::-1]
+    # The similarity scores follow the ranking, which is unchanged.
+    assert first_difference(observation, candidate, plan, geometry, BOUND) is None

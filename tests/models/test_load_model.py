@@ -1,0 +1,152 @@
+"""Models by name: sources, random and given weights, refusals."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy import models
+from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.models.base import ModelSize
+from ztp_deploy.models.timm_vit import NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_has_a_timm_architecture_of_the_right_shape(name):
+    _, geometry = models.describe(name)
+    assert geometry.image_size == (384 if name.endswith("_384") else 224)
+    assert geometry.special_tokens == (2 if "distilled" in name else 1)
+    assert geometry.num_classes == 1000
+
+
+def test_random_weights_are_the_same_everywhere_and_spread_attention():
+    one, two = tiny.model(), tiny.model()
+    assert one.source.weights.kind == "random"
+    assert one.source.weights.sha256 == two.source.weights.sha256
+    assert one.source.weights.sha256 == "8666a2503742d1c8517dd3a98eebfe8b42cd6433b32d0d4c630b31b192c4f3e7"
+    images = torch.from_numpy(tiny.images(2))
+    with torch.inference_mode():
+        tokens = models.host_of(one).embed(images)
+        _, attention = models.host_of(one).attend(one.blocks[0], tokens)
+    entropy = -(attention.probabilities * attention.probabilities.log()).sum(-1).mean()
+    assert 0.3 < entropy / torch.log(torch.tensor(37.0)) < 0.95
+
+
+def test_the_source_says_what_the_model_is():
+    source = ztp.load_model("augreg_vit_t", weights="random").source
+    assert source.architecture == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert source.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert source.preprocessing.crop_pct == 0.9
+    assert source.labels is not None
+    assert source.labels[0].startswith("tench")
+    assert tiny.model().source.labels is None  # ten classes of its own
+    with pytest.raises(Exception, match="frozen"):
+        source.name = "other"
+
+
+def test_auto_falls_back_loudly_and_pretrained_refuses(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("ztp_deploy.models.weights.find_pretrained", _no_hub)
+    with pytest.warns(models.RandomWeightsWarning, match="predictions mean nothing"):
+        model = ztp.load_model("deit_t")
+    assert model.source.weights.kind == "random"
+    with pytest.raises(MissingSoftware, match="hub"):
+        ztp.load_model("deit_t", weights="pretrained")
+
+
+def _no_hub(repository):
+    raise MissingSoftware("the hub cannot be reached.", "Connect.")
+
+
+@pytest.mark.parametrize("container", [None, "model", "state_dict", "state_dict_ema"])
+def test_official_layouts_load(container, tmp_path):
+    state = {f"module.{name}": value for name, value in tiny.model().state_dict().items()}
+    wrapped = {container: state, "epoch": 3} if container else state
+    by_dict = ztp.load_model("deit_t", weights=wrapped, overrides=tiny.SIZE)
+    torch.save(wrapped, tmp_path / "checkpoint.pth")
+    by_file = ztp.load_model("deit_t", weights=tmp_path / "checkpoint.pth", overrides=tiny.SIZE)
+    assert by_dict.source.weights.kind == "given"
+    assert by_file.source.weights.kind == "file"
+    assert by_file.source.weights.sha256 == by_dict.source.weights.sha256 == tiny.model().source.weights.sha256
+
+
+def test_safetensors_load_and_a_cut_file_is_refused(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(tiny.model().state_dict(), path)
+    assert ztp.load_model("deit_t", weights=str(path), overrides=tiny.SIZE).source.weights.kind == "file"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BadRequest, match="safetensors"):
+        ztp.load_model("deit_t", weights=path, overrides=tiny.SIZE)
+
+
+def test_wrong_keys_are_listed():
+    state = tiny.model().state_dict()
+    state["extra.weight"] = torch.zeros(1)
+    del state["cls_token"]
+    state["head.bias"] = torch.zeros(3)
+    with pytest.raises(BadRequest) as refusal:
+        ztp.load_model("deit_t", weights=state, overrides=tiny.SIZE)
+    text = str(refusal.value)
+    assert "missing: cls_token" in text
+    assert "unexpected: extra.weight" in text
+    assert "head.bias (3,) instead of (10,)" in text
+
+
+class _Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_pickled_code_does_not_run(tmp_path, capsys):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps({"model": _Evil()}))
+    with pytest.raises(BadRequest, match="plain torch checkpoint"):
+        ztp.load_model("deit_t", weights=tmp_path / "evil.pth")
+    assert "code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"name_or_module": "deit_x"}, "deit_"),
+        ({"name_or_module": "resnet50", "weights": "random"}, "No family"),
+        ({"name_or_module": "deit_t", "weights": "no/such/file.pth"}, "is no file"),
+        ({"name_or_module": "deit_t", "weights": "random", "overrides": ModelSize(embed_dim=50, num_heads=3)}, "50"),
+        ({"name_or_module": "eva02_tiny_patch14_224", "weights": "random"}, "No family"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(BadRequest, match=message):
+        ztp.load_model(**arguments)
+
+
+def test_blocks_of_another_kind_are_refused():
+    parallel = timm.create_model("vit_small_patch16_36x1_224", depth=1)
+    with pytest.raises(BadRequest, match="plain Block"):
+        models.host_of(timm.create_model("vit_tiny_patch16_224", depth=1, block_fn=_OtherBlock))
+    assert models.host_of(parallel).geometry.depth == 1
+
+
+class _OtherBlock(timm.models.vision_transformer.Block):
+    pass
+
+
+def test_reload_gives_the_very_same_weights(tmp_path):
+    model = tiny.model()
+    assert models.reload_model(model.source).source == model.source
+    path = tmp_path / "weights.pth"
+    torch.save(model.state_dict(), path)
+    by_file = ztp.load_model("deit_t", weights=path, overrides=tiny.SIZE)
+    state = model.state_dict()
+    state["head.bias"] = state["head.bias"] + 1
+    torch.save(state, path)
+    with pytest.raises(BadRequest, match="not the ones"):
+        models.reload_model(by_file.source)
+    given = ztp.load_model("deit_t", weights=state, overrides=tiny.SIZE)
+    with pytest.raises(BadRequest, match="handed over in Python"):
+        models.reload_model(given.source)

@@ -1,0 +1,152 @@
+"""Manifests and atomic folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ztp_deploy import manifest as mf
+from ztp_deploy.errors import BadRequest, DamagedFiles, WriteFailed
+from ztp_deploy.manifest import ArtifactManifest, BatchRange, EngineManifest, new_directory, read_manifest, write_text
+
+
+def edit(directory, change):
+    path = directory / "manifest.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m["batch"].update(max=4096), "edited"),
+        (lambda m: m["plan"]["stages"][0].update(static={}), "edited"),
+        (lambda m: m["files"]["model.onnx"].update(sha256="0" * 64), "edited"),
+        (lambda m: m.update(precision="fp16"), "edited"),
+        (lambda m: m.pop("backend"), "backend"),
+        (lambda m: m.update(schema="ztp.engine/9"), "schema"),
+        (lambda m: m.update(more=1), "more"),
+    ],
+)
+def test_an_edited_manifest_is_refused(engine, change, message):
+    edit(engine.directory, change)
+    with pytest.raises(DamagedFiles, match=message):
+        read_manifest(engine.directory, EngineManifest)
+
+
+def test_folders_of_the_wrong_kind_are_named(engine, artifact, tmp_path):
+    with pytest.raises(BadRequest, match="no engine folder"):
+        read_manifest(tmp_path, EngineManifest)
+    with pytest.raises(DamagedFiles, match="not a valid engine manifest"):
+        read_manifest(artifact.directory, EngineManifest)
+    (engine.directory / "manifest.json").write_bytes(b"\xff\xfe not json")
+    with pytest.raises(DamagedFiles, match="not a valid"):
+        read_manifest(engine.directory, EngineManifest)
+
+
+def test_manifest_round_trip(artifact):
+    assert read_manifest(artifact.directory, ArtifactManifest) == artifact.manifest
+    assert artifact.manifest.seal == artifact.manifest.sealed()
+
+
+def test_files_are_verified_by_size_and_hash(engine):
+    path = engine.directory / "model.onnx"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(DamagedFiles, match=f"{len(whole) - 1} bytes"):
+        mf.verify_files(engine.directory, engine.manifest)
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DamagedFiles, match="sha256 differs"):
+        mf.verify_files(engine.directory, engine.manifest)
+    path.unlink()
+    with pytest.raises(DamagedFiles, match="missing"):
+        mf.verify_files(engine.directory, engine.manifest)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(engine):
+    record = mf.FileRecord(bytes=1, sha256="0")
+    outside = engine.manifest.model_copy(update={"files": {"../../etc/passwd": record}})
+    with pytest.raises(DamagedFiles, match="outside"):
+        mf.verify_files(engine.directory, outside)
+
+
+@pytest.mark.parametrize("text, triple", [("1:8:64", (1, 8, 64)), ("4", (4, 4, 4)), ((1, 2, 3), (1, 2, 3))])
+def test_batch_ranges(text, triple):
+    span = BatchRange.parse(text)
+    assert (span.min, span.opt, span.max) == triple
+
+
+@pytest.mark.parametrize("text", ["8:1:4", "0:1:2", "1:2", "a", "", "1:8:64:128", "-1", "1.5"])
+def test_wrong_batch_ranges(text):
+    with pytest.raises(BadRequest, match="no range"):
+        BatchRange.parse(text)
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    final = tmp_path / "deep" / "folder"
+    with pytest.raises(ValueError), new_directory(final) as scratch:
+        (scratch / "half").write_text("half")
+        assert not final.exists()
+        raise ValueError
+    assert list((tmp_path / "deep").iterdir()) == []
+    with new_directory(final) as scratch:
+        (scratch / "file").write_text("one")
+    with pytest.raises(KeyboardInterrupt), new_directory(final) as scratch:
+        raise KeyboardInterrupt
+    assert (final / "file").read_text() == "one"
+    with new_directory(final) as scratch:
+        (scratch / "file").write_text("two")
+    assert (final / "file").read_text() == "two"
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["folder"]
+
+
+def test_what_a_killed_run_left_is_swept_and_a_living_one_keeps_its_own(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".old.{dead.pid}.partial").mkdir()
+    (tmp_path / f".file.{dead.pid}.partial").write_text("x")
+    (tmp_path / f".mine.{os.getpid()}.partial").mkdir()
+    with new_directory(tmp_path / "new"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".mine.{os.getpid()}.partial", "new"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    """A real refusal by the kernel: a limit on file size stands in for the full disk."""
+    script = """
+import resource, sys, signal
+from pathlib import Path
+from ztp_deploy.manifest import new_directory, write_text
+from ztp_deploy.errors import WriteFailed
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+root = Path(sys.argv[1])
+for attempt in (1, 2):
+    try:
+        if attempt == 1:
+            with new_directory(root / "a") as scratch:
+                (scratch / "big").write_bytes(b"x" * 5000)
+        else:
+            write_text(root / "b", "x" * 5000)
+    except WriteFailed as error:
+        print(error.exit_code, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("2 ") and "full" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_text_replaces_whole(tmp_path):
+    write_text(tmp_path / "sub" / "file", "one")
+    write_text(tmp_path / "sub" / "file", "two")
+    assert (tmp_path / "sub" / "file").read_text() == "two"
+    with pytest.raises(WriteFailed):
+        write_text(tmp_path / "sub" / "file" / "below", "three")
