@@ -86,7 +86,7 @@ def test_flop_share_is_nearest():
     assert plan.flops.share == pytest.approx(0.653, rel=0.005)
     # Every schedule that some ratio gives is at least as far away.
     best = abs(plan.flops.share - 0.653)
-    others = [make_plan("deit_s", ratio=0.7 + step / 1000).flops.share for step in range(0, 60)]
+    others = [make_plan("deit_s", ratio=0.7 + step / 1000).flops.share for step in range(60)]
     assert best <= min(abs(share - 0.653) for share in others) + 1e-12
 
 
@@ -128,7 +128,10 @@ def test_json_round_trip():
         *("stages", "flops"),
     }
     assert fields["stages"][0] == {
-        **{"block": 3, "place": "after_block", "tokens_in": 196, "tokens_out": 137},
+        "block": 3,
+        "place": "after_block",
+        "tokens_in": 196,
+        "tokens_out": 137,
         "static": {"similar": 29, "rounds": 30},
     }
 

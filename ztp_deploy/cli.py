@@ -132,12 +132,14 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Export a pruned model to a folder with its graph and manifest."""
-    from ztp_deploy import exporters, workflow
+    from ztp_deploy import exporters, models, workflow
 
     exporters.get(format)
     wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
-    wanted.plan(wanted.model)
     request = _build_request(None, None, None, precision, None, input, directory, Path("engines"))
+    exporters.check_precision(format, request.precision)
+    models.check_request(wanted.model, wanted.weights)
+    wanted.plan(wanted.model)
     clock = workflow.Clock(_Bars())
     module = workflow.load(wanted.model, wanted.weights, clock)
     artifact = workflow.export_model(module, wanted.plan(module), request, format, clock)
@@ -414,8 +416,11 @@ def list_(as_json: AsJson = False) -> None:
             out.print("and any timm ViT made of plain blocks, by its timm name.\n")
             continue
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column()
         for row in rows:
-            table.add_row(row["name"], row["about"], str(row.get("status", "")))
+            table.add_row(row["name"], str(row.get("status", "")), row["about"])
         out.print(table)
         out.print()
 
@@ -635,7 +640,7 @@ def _record(summary: Any, folder: Path) -> None:
     machine = "-".join(filter(None, machine.split("-")))
     backend = summary.backend.split()[0]
     name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}--{machine}"
-    write_text(folder / f"{name}.json", summary.model_dump_json(indent=2) + "\n")
+    write_text(folder / f"{name}.json", summary.to_json())
     write_text(folder / f"{name}.md", render_tables(summary))
     err.print(f"Recorded {folder / name}.json and .md", soft_wrap=True)
 

@@ -20,7 +20,7 @@ from torch import nn
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.evidence.images import DEFAULT_COUNT, load_images
+from ztp_deploy.evidence.images import DEFAULT_COUNT, image_files, load_images
 from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, measure_latency
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
 from ztp_deploy.evidence.report.markdown import render_markdown
@@ -237,7 +237,12 @@ def make_engine(
         )
     backend = backends.choose(build.backend)
     format = backends.usable(backend).FORMAT
-    wanted.plan(wanted.model)  # refuses bad numbers before anything heavy is loaded
+    # Whatever can be refused is refused before anything heavy is loaded.
+    exporters.check_precision(format, build.precision)
+    models.check_request(wanted.model, wanted.weights)
+    wanted.plan(wanted.model)
+    if images is not None:
+        image_files(Path(images))
     model = load(wanted.model, wanted.weights, clock)
     plan = wanted.plan(model)
     plans: dict[str, Plan] = {"pruned": plan}
@@ -255,7 +260,7 @@ def make_engine(
     if measure:
         roles: dict[str, Engine] = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
         latency = bench(roles, batches, seconds, clock, line)
-        write_text(engines["pruned"].evidence / LATENCY_FILE, latency.model_dump_json(indent=2) + "\n")
+        write_text(engines["pruned"].evidence / LATENCY_FILE, latency.to_json())
     summary = summarise(
         engines["pruned"].manifest,
         engines["pruned"].directory,
@@ -266,7 +271,7 @@ def make_engine(
         peak_gib=round(clock.peak_gib(), 2),
         machine=environment.snapshot(),
     )
-    write_text(engines["pruned"].evidence / SUMMARY_FILE, summary.model_dump_json(indent=2) + "\n")
+    write_text(engines["pruned"].evidence / SUMMARY_FILE, summary.to_json())
     write_text(engines["pruned"].evidence / REPORT_FILE, render_markdown(summary))
     engine = engines.pop("pruned")
     return Result(engine, engines, parity, latency, summary)

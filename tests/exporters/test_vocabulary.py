@@ -70,7 +70,9 @@ def test_every_rule_can_fail(old, new, finding):
 
 
 def test_a_k_computed_at_run_time_is_refused():
-    text = GOOD.replace("float[batch,6] images)", "float[batch,6] images, int64[1] k)").replace("int64[1] k = {3}, ", "")
+    text = GOOD.replace("float[batch,6] images)", "float[batch,6] images, int64[1] k)").replace(
+        "int64[1] k = {3}, ", ""
+    )
     assert any("computed at run time" in fault for fault in lint(text))
 
 

@@ -48,14 +48,14 @@ class _Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-SCRIPT = f"""
+SCRIPT = """
 import json, time, ztp_deploy as ztp
 begin = time.perf_counter()
 try:
     source = ztp.load_model("deit_t", weights="pretrained").source
     print(json.dumps(source.weights.model_dump()))
 except ztp.ZtpError as error:
-    print(json.dumps({{"problem": error.problem, "code": error.exit_code, "seconds": time.perf_counter() - begin}}))
+    print(json.dumps({"problem": error.problem, "code": error.exit_code, "seconds": time.perf_counter() - begin}))
 """
 
 

@@ -85,9 +85,7 @@ def load_images(
         pixels = np.stack([transform(crop) for crop in crops.values()])
         return ImageSet(pixels, tuple(crops), f"{count} crops of scikit-learn's sample photographs")
     root = Path(folder)
-    if not root.is_dir():
-        raise BadRequest(f"IMAGES={str(root)!r} is no folder.", "Give a folder of photographs.")
-    files = _image_files(root)
+    files = image_files(root)
     chosen = [files[index] for index in _evenly(len(files), count)]
     pixels = np.stack([transform(open_image(path)) for path in chosen])
     names = tuple(str(path.relative_to(root)) for path in chosen)
@@ -116,7 +114,13 @@ def photograph_crops(count: int) -> dict[str, Image.Image]:
     return crops
 
 
-def _image_files(root: Path) -> list[Path]:
+def image_files(root: Path) -> list[Path]:
+    """All files of a folder and its sub-folders, hidden ones apart.
+
+    Raises BadRequest for a missing or empty folder and for a file whose name is no image's.
+    """
+    if not root.is_dir():
+        raise BadRequest(f"IMAGES={str(root)!r} is no folder.", "Give a folder of photographs.")
     known = Image.registered_extensions()
     files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
     strange = [path for path in files if path.suffix.lower() not in known]

@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import Engine, find_engine, load_engine
 from ztp_deploy.backends.base import Session
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import manifest_sha256
 
 WARM_UP_SECONDS = 1.0
@@ -64,10 +65,10 @@ class Ratio(BaseModel):
     reason: str | None
 
 
-class LatencyReport(BaseModel):
+class LatencyReport(EvidenceFile):
     """One interleaved run (`evidence/latency.json`)."""
 
-    schema_: Literal["ztp.latency/1"] = "ztp.latency/1"
+    schema_: Literal["ztp.latency/1"] = Field(default="ztp.latency/1", alias="schema")
     command: str
     started: str
     samples: list[Samples]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ztp_deploy import environment
@@ -22,6 +22,7 @@ from ztp_deploy.backends import Engine, find_engine, load_engine
 from ztp_deploy.backends.base import Runner
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.images import ImageSet
+from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.evidence.selection import Difference, Observation, first_difference, same_sets
 from ztp_deploy.exporters import load_artifact
 from ztp_deploy.exporters.graph import InferenceGraph
@@ -105,10 +106,10 @@ class Agreement(BaseModel):
     mean_kl: float
 
 
-class ParityReport(BaseModel):
+class ParityReport(EvidenceFile):
     """The gate's finding for one engine (`evidence/parity.json`)."""
 
-    schema_: Literal["ztp.parity/1"] = "ztp.parity/1"
+    schema_: Literal["ztp.parity/1"] = Field(default="ztp.parity/1", alias="schema")
     engine: str
     manifest_sha256: str
     images: str
@@ -197,7 +198,7 @@ def check_parity(
         dense_to_pruned=agreement,
         environment=environment.snapshot(),
     )
-    write_text(found.evidence / PARITY_FILE, report.model_dump_json(indent=2) + "\n")
+    write_text(found.evidence / PARITY_FILE, report.to_json())
     return report
 
 

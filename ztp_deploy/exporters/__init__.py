@@ -73,11 +73,7 @@ def export(
     Raises BadRequest, WriteFailed, and GateFailed where the graph breaks the op vocabulary.
     """
     exporter = get(format)
-    if precision not in exporter.PRECISIONS:
-        raise BadRequest(
-            f"{format} is exported in {', '.join(exporter.PRECISIONS)}; precision={precision!r} was asked for.",
-            f"Use precision={exporter.PRECISIONS[0]}.",
-        )
+    check_precision(format, precision)
     if input not in ("float32", "uint8"):
         raise BadRequest(f"input={input!r} is unknown.", "Use float32 (normalised) or uint8 (pixels).")
     if image_batch < 2:
@@ -114,6 +110,16 @@ def export(
         )
         manifest = write_manifest(manifest, scratch)
     return Artifact(final, manifest)
+
+
+def check_precision(format: str, precision: str) -> None:
+    """Raises BadRequest where the format is not exported in that precision."""
+    known = get(format).PRECISIONS
+    if precision not in known:
+        raise BadRequest(
+            f"{format} is exported in {', '.join(known)}; precision={precision!r} was asked for.",
+            f"Use precision={known[0]}.",
+        )
 
 
 def load_artifact(directory: Path | str) -> Artifact:

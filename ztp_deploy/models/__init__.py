@@ -109,6 +109,13 @@ def load_model(
     return model
 
 
+def check_request(name: str, weights: str) -> None:
+    """Refuses, before anything is loaded, a name that nobody carries and a checkpoint that is not there."""
+    describe(name)
+    if weights not in ("auto", "pretrained", "random"):
+        weights_module.check_file(Path(weights).expanduser())
+
+
 def reload_model(source: Source) -> nn.Module:
     """The model a manifest's source describes, with the very same weights.
 

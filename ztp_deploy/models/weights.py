@@ -104,12 +104,17 @@ def load_given(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
     model.load_state_dict(found)
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """A state dict from `.safetensors`, or from a torch file read without running any code in it."""
+def check_file(path: Path) -> None:
+    """Raises BadRequest where there is no such file."""
     if not path.is_file():
         raise BadRequest(
             f"weights={str(path)!r} is no file.", "Give auto, pretrained, random, or the path of a checkpoint."
         )
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A state dict from `.safetensors`, or from a torch file read without running any code in it."""
+    check_file(path)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from ztp_deploy.evidence.latency import LatencyReport, Ratio
 from ztp_deploy.evidence.parity import ParityReport
+from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import EngineManifest
 
 SUMMARY_FILE = "report.json"
@@ -44,10 +45,10 @@ class Gain(BaseModel):
     selection_cost_high: float | None
 
 
-class Summary(BaseModel):
+class Summary(EvidenceFile):
     """Everything a reader of the report needs (`evidence/report.json`)."""
 
-    schema_: str = "ztp.report/1"
+    schema_: Literal["ztp.report/1"] = Field(default="ztp.report/1", alias="schema")
     engine: str
     model: str
     method: str

@@ -1,0 +1,334 @@
+"""The command line: what it prints, what it returns, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import tiny
+from ztp_deploy import cli
+from ztp_deploy.evidence.images import photograph_crops
+
+
+@pytest.fixture
+def ztp(monkeypatch, capsys, tmp_path):
+    """Runs a command in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ztp", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """`ztp engine` from a name, once: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("made")
+    command = [sys.executable, "-m", "ztp_deploy.cli", "engine", "--model", "deit_t", "--ratio", "0.7"]
+    command += ["--weights", "random", "--batches", "1,2", "--seconds", "0.5", "--batch", "1:2:4"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return folder, done
+
+
+def one_sentence(code, out, err, expected, *words):
+    """A refusal: the code, nothing on stdout, one line with the words (after any steps' titles), no traceback."""
+    assert code == expected, err
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("error: ")
+    assert err.count("error: ") == 1
+    for word in words:
+        assert word in err
+
+
+def test_engine_from_a_name(made):
+    folder, done = made
+    assert done.returncode == 0, done.stderr
+    assert "speed-up" in done.stdout
+    assert "Selection costs" in done.stdout
+    assert "of limit" in done.stdout
+    assert "Parity holds" in done.stdout
+    assert "GPU: " in done.stdout
+    assert "Random weights" in done.stdout + done.stderr
+    [engine] = folder.glob("engines/*/deit_t--zero_tprune-0.7--fp32--b1-2-4--random")
+    assert {p.name for p in (engine / "evidence").iterdir()} == {
+        *("parity.json", "latency.json", "report.json", "report.md")
+    }
+    report = json.loads((engine / "evidence" / "report.json").read_text())
+    assert report["schema"] == "ztp.report/1"
+    assert report["parity_passed"] is True
+    assert {(t["role"], t["batch"]) for t in report["timings"]} == {
+        (role, batch) for role in ("dense", "pruned", "slice") for batch in (1, 2)
+    }
+    assert [gain["batch"] for gain in report["gains"]] == [1, 2]
+    assert 0.1 < report["gains"][0]["flop_limit_reached"] < 2
+    assert report["command"].startswith("ztp engine --model deit_t")
+    markdown = (engine / "evidence" / "report.md").read_text()
+    assert "| 1 | pruned |" in markdown
+    assert "Selection costs" in markdown
+    assert str(Path.home()) not in markdown
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_check_and_classify_the_engine(made, ztp):
+    folder, _ = made
+    [engine] = folder.glob("engines/*/deit_t--zero_tprune*")
+    code, out, err = ztp("check", "--engine", engine, "--count", 8)
+    assert code == 0, err
+    assert "holds" in out
+    code, out, _ = ztp("check", "--engine", engine, "--count", 8, "--json")
+    assert (code, json.loads(out)["passed"]) == (0, True)
+    names = []
+    for index, crop in enumerate(photograph_crops(3).values()):
+        crop.save(f"{index}.png")
+        names.append(f"{index}.png")
+    code, out, err = ztp("classify", *names, "--engine", engine)
+    assert code == 0, err
+    assert out.count("%") == 15
+    assert "random weights" in err
+    code, out, _ = ztp("classify", *names, "--engine", engine, "--json", "--top", 2)
+    found = json.loads(out)
+    assert found["random_weights"] is True
+    assert [len(image["top"]) for image in found["images"]] == [2, 2, 2]
+    import timm.data
+
+    import ztp_deploy
+
+    with ztp_deploy.load_engine(engine) as session:
+        logits = session.run(session.preprocess(names))[1].astype(np.float64)
+    best = int(logits.argmax())
+    top = found["images"][1]["top"][0]
+    assert top["class"] == best
+    assert top["name"] == timm.data.ImageNetInfo().index_to_description(best)
+    probability = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    assert top["probability"] == pytest.approx(probability.max())
+
+
+def test_a_failed_gate_returns_1(made, ztp, tmp_path):
+    folder, _ = made
+    [engine] = folder.glob("engines/*/deit_t--zero_tprune*")
+    copy = tmp_path / "copy"
+    shutil.copytree(engine, copy)
+
+    def damage(graph):
+        top_k = next(n for n in graph.graph.node if n.op_type == "TopK" and n.input[0] == "score_1")
+        top_k.input[0] = "pre_score_1"
+
+    tiny.damage_graph(copy, damage)
+    code, _, err = ztp("check", "--engine", copy, "--count", 4)
+    assert code == 1
+    assert "selection fault" in err
+
+
+def test_bench_of_engine_folders(made, ztp):
+    folder, _ = made
+    engines = sorted(folder.glob("engines/*/deit_t*"))
+    assert len(engines) == 3
+    arguments = [word for path in engines for word in ("--engine", path)]
+    code, out, err = ztp("bench", *arguments, "--batches", "1", "--seconds", "0.3", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["schema"] == "ztp.latency/1"
+    assert len(report["samples"]) == 3
+    assert len(report["ratios"]) == 3
+
+
+def test_the_second_run_builds_nothing(made, ztp):
+    folder, _ = made
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+    assert len(before) == 6
+    os.chdir(folder)
+    code, out, err = ztp("engine", "-m", "deit_t", "-r", 0.7, "--weights", "random", "--no-bench", "--batch", "1:2:4", "--json",
+                         "--export-directory", folder / "export", "--directory", folder / "engines")  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["parity_passed"] is True
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}
+
+
+def test_export_then_build(ztp, tmp_path):
+    code, out, err = ztp(
+        "export", "-m", "deit_t", "-r", 0.5, "--weights", "random", "--format", "torchscript", "--json"
+    )
+    assert code == 0, err
+    artifact = json.loads(out)["artifact"]
+    assert artifact == "export/deit_t--zero_tprune-0.5--torchscript--fp32--random"
+    code, out, err = ztp("build", "--artifact", artifact, "--backend", "torchscript", "--batch", "2")
+    assert code == 0, err
+    assert "b2-2-2" in out
+    code, out, err = ztp("build", "--artifact", artifact, "--backend", "onnxruntime")
+    one_sentence(code, out, err, 2, "built from onnx", "format='onnx'")
+
+
+def test_plan_prints_counts_and_flops(ztp):
+    code, out, _ = ztp("plan", "-m", "deit_s", "-r", 0.7)
+    assert code == 0
+    for word in ("137", "95", "66", "4.60 G dense", "2.87 G planned (62.3 %)", "FLOP limit"):
+        assert word in " ".join(out.split())
+    code, out, _ = ztp("plan", "-m", "deit_s", "--keep", "0.9,0.8,0.7", "--json")
+    assert json.loads(out)["flops"]["planned"] == 3547539456
+    code, out, _ = ztp("plan", "-m", "deit_s", "--method", "dense")
+    assert (code, "196 patch tokens" in out) == (0, True)
+    code, out, _ = ztp("plan", "-m", "deit_s", "-r", 0.7, "-o", "rounds=[5,5,5]", "-o", "start=uniform", "--json")
+    assert json.loads(out)["options"]["start"] == "uniform"
+
+
+def test_list_and_doctor(ztp):
+    code, out, _ = ztp("list")
+    assert code == 0
+    for word in ("deit_s", "augreg_vit_l_384", "zero_tprune", "slice", "onnx", "torchscript", "onnxruntime", "OK"):
+        assert word in out
+    code, out, _ = ztp("list", "--json")
+    assert {entry["name"] for entry in json.loads(out)["backends"]} == {"onnxruntime", "torchscript"}
+    code, out, _ = ztp("doctor")
+    assert code == 0
+    assert "BACKEND=auto takes" in out
+    code, out, _ = ztp("doctor", "--json")
+    assert json.loads(out)["machine"]["packages"]["torch"]
+
+
+def test_missing_software_is_named_with_its_command(ztp, monkeypatch):
+    monkeypatch.setattr("ztp_deploy.backends.onnxruntime.missing", lambda: "onnxruntime-gpu")
+    code, out, _ = ztp("list")
+    assert (code, "pip install onnxruntime-gpu" in out) == (0, True)
+    code, out, err = ztp("engine", "-m", "deit_t", "-r", 0.7)
+    one_sentence(code, out, err, 3, "pip install onnxruntime-gpu")
+
+
+COMMANDS = ["plan", "export", "build", "check", "bench", "engine", "classify", "list", "doctor"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(ztp, command):
+    code, out, _ = ztp(command, "--help")
+    assert code == 0
+    assert "--json" in out
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (("plan", "-m", "deit_x", "-r", 0.7), 2, ("deit_x", "deit_s")),
+        (("engine", "-m", "deit_smal", "-r", 0.7), 2, ("Did you mean",)),
+        (("engine", "-m", "resnet50", "-r", 0.7), 2, ("ResNet",)),
+        (("engine", "-m", "deit_t", "-r", 0), 2, ("(0, 1]",)),
+        (("engine", "-m", "deit_t", "-r", 1.5), 2, ("(0, 1]",)),
+        (("engine", "-m", "deit_t", "-r", "nan"), 2, ("(0, 1]",)),
+        (("engine", "-m", "deit_t", "-r", "much"), 2, ("--ratio",)),
+        (("engine", "-m", "deit_t"), 2, ("exactly one",)),
+        (("engine", "-m", "deit_t", "--keep", "50,100,20"), 2, ("grows",)),
+        (("engine", "-m", "deit_t", "--keep", "a,b"), 2, ("137,95,66",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--sites", "9,3"), 2, ("must rise",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--sites", "x"), 2, ("whole numbers",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--method", "tome2"), 2, ("no method",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "-o", "tau=1"), 2, ("tau", "temperature")),
+        (("engine", "-m", "deit_t", "-r", 0.7, "-o", "tau"), 2, ("name=value",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "8:4:1"), 2, ("min:opt:max",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:2:4"), 2, ("batch 8", "1:2:4")),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "0"), 2, ("batch 0",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--backend", "trt"), 2, ("no back end",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--input", "fp8"), 2, ("uint8",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--precision", "int4", "--weights", "random"), 2, ("fp32",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--weights", "no/such.pth"), 2, ("no/such.pth", "no file")),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--recipe", "none"), 2, ("no recipe",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--profile", "none"), 2, ("no profile",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--weights", "random", "--images", "nowhere"), 2, ("no folder",)),
+        (("export", "-m", "deit_t", "-r", 0.7, "--format", "onyx"), 2, ("onnx",)),
+        (("build", "--artifact", "nowhere"), 2, ("no artifact folder",)),
+        (("check", "--engine", "nowhere"), 2, ("no engine folder",)),
+        (("bench",), 2, ("--engine", "--model")),
+        (("bench", "--engine", "nowhere"), 2, ("no engine folder",)),
+        (("classify", "a.png", "--engine", "nowhere"), 2, ("no engine folder",)),
+        (("classify", "--engine", "nowhere"), 2, ("IMAGE",)),
+        (("fly",), 2, ("fly", "ztp --help")),
+        (("plan", "--colour"), 2, ("--colour",)),
+    ],
+)
+def test_bad_requests(ztp, tmp_path, arguments, code, words):
+    one_sentence(*ztp(*arguments), code, *words)
+    assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_refusals_in_json(ztp):
+    code, out, err = ztp("plan", "-m", "deit_x", "-r", 0.7, "--json")
+    assert (code, err) == (2, "")
+    error = json.loads(out)["error"]
+    assert error["exit_code"] == 2
+    assert "deit_x" in error["problem"]
+    assert "deit_s" in error["fix"]
+
+
+def test_bad_files_for_an_engine(made, ztp, tmp_path):
+    folder, _ = made
+    [engine] = folder.glob("engines/*/deit_t--zero_tprune*")
+    Path("good.png").write_bytes(b"")
+    one_sentence(*ztp("classify", "good.png", "--engine", engine), 2, "good.png")
+    one_sentence(*ztp("classify", "missing.png", "--engine", engine), 2, "missing.png")
+    one_sentence(*ztp("classify", ".", "--engine", engine), 2, "no file")
+    copy = tmp_path / "copy"
+    shutil.copytree(engine, copy)
+    manifest = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(manifest.replace('"max": 4', '"max": 64'))
+    Image.new("RGB", (30, 30)).save("good.png")
+    one_sentence(*ztp("classify", "good.png", "--engine", copy), 2, "edited")
+    (copy / "manifest.json").write_text(manifest)
+    graph = copy / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:1000])
+    one_sentence(*ztp("classify", "good.png", "--engine", copy), 2, "1000 bytes")
+
+
+def test_recipes_and_profiles(ztp, tmp_path):
+    Path("export").mkdir()
+    Path("engines").mkdir()
+    Path("export/mine.toml").write_text('model = "deit_t"\nflops = 0.65\n[options]\nrounds = 4\n')
+    Path("engines/small.toml").write_text('backend = "torchscript"\nbatch = "1:1:2"\n')
+    code, out, err = ztp(
+        "export", "-m", "deit_t", "--recipe", "mine", "--weights", "random", "--format", "torchscript", "--json"
+    )
+    assert code == 0, err
+    plan = json.loads(out)["manifest"]["plan"]
+    assert plan["asked"]["flops"] == 0.65
+    assert plan["options"]["rounds"] == 4
+    code, out, err = ztp("build", "--artifact", json.loads(out)["artifact"], "--profile", "small", "--json")
+    assert code == 0, err
+    assert json.loads(out)["manifest"]["batch"] == {"min": 1, "opt": 1, "max": 2}
+    one_sentence(*ztp("export", "-m", "deit_s", "--recipe", "mine"), 2, "deit_t")
+    Path("export/mine.toml").write_text('model = "deit_t"\nratios = 0.65\n')
+    one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "ratios")
+    Path("export/mine.toml").write_text("model = \n")
+    one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "TOML")
+
+
+@pytest.mark.parametrize("seconds", [1.0, 4.0, 7.0])
+def test_interrupts_return_130_and_leave_nothing_partial(tmp_path, seconds):
+    command = [sys.executable, "-m", "ztp_deploy.cli", "engine", "-m", "deit_t", "-r", "0.7", "--weights", "random"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not list(tmp_path.rglob("*.partial"))
+    for folder in tmp_path.glob("e*/**/manifest.json"):
+        assert json.loads(folder.read_text())["seal"]
+
+
+def test_the_command_line_starts_without_engine_libraries():
+    script = "import sys, ztp_deploy, ztp_deploy.cli; print([m for m in ('torch', 'onnx', 'onnxruntime', 'timm') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
