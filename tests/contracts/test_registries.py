@@ -1,0 +1,86 @@
+"""Contracts over the registries: whatever is listed has the face its kind promises, and works end to end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy import backends, exporters, methods, models
+from ztp_deploy.backends.base import Backend
+from ztp_deploy.exporters import Exporter
+from ztp_deploy.methods.base import Method, MethodOptions
+from ztp_deploy.models import Family
+
+KINDS = [
+    *((methods.get(name), Method) for name in methods.METHODS),
+    *((models.family(name), Family) for name in models.FAMILIES),
+    *((exporters.get(name), Exporter) for name in exporters.FORMATS),
+    *((backends.get(name), Backend) for name in backends.BACKENDS),
+]
+
+
+@pytest.mark.parametrize("module, face", KINDS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_modules_have_the_names_of_their_face(module, face):
+    promised = {name for name in (*face.__annotations__, *vars(face)) if not name.startswith("_")}
+    assert promised
+    missing = {name for name in promised if not hasattr(module, name)}
+    assert not missing
+    assert module.__doc__
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_traces_with_its_counts_and_replays_its_selection(name, model):
+    plan = ztp.make_plan(model, method=name, ratio=0.6)
+    assert plan.counts == sorted(plan.counts, reverse=True)
+    pruned = ztp.prune(model, plan)
+    images = torch.from_numpy(tiny.images(2))
+    with torch.inference_mode():
+        outputs = pruned.run(images)
+    rule = methods.get(name)
+    options = methods.parse_options(name, plan.options)
+    assert isinstance(options, MethodOptions)
+    entering = torch.arange(plan.patch_tokens, dtype=torch.int32).expand(2, -1)
+    for stage, kept, scores in zip(plan.stages, outputs.kept, outputs.scores, strict=True):
+        assert tuple(scores) == rule.score_names(stage)
+        assert kept.shape == (2, stage.tokens_out)
+        replay = rule.replay(stage, scores, pruned.host.geometry, options)
+        slots = replay.kept.expand(2, -1).long()
+        assert entering.gather(1, slots).sort(1).values.tolist() == kept.sort(1).values.tolist()
+        entering = kept
+    for trace, stage in zip(ztp.trace_tokens(pruned, images), plan.stages, strict=True):
+        assert (trace.assignment >= 0).sum(1).tolist() == [stage.tokens_out] * 2
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_passes_the_gate_on_every_back_end(name, backend, model, tmp_path):
+    pruned = ztp.prune(model, ztp.make_plan(model, method=name, ratio=0.6))
+    artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
+    engine = ztp.build(artifact, backend, device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
+    assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
+
+
+@pytest.mark.parametrize("name", ["deit_t_distilled", "augreg_vit_t"])
+def test_models_with_other_heads_pass_the_gate(name, tmp_path):
+    model = tiny.model(name)
+    pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
+    engine = ztp.build(
+        ztp.export(pruned, "onnx", tmp_path / "a"), "onnxruntime", device="cpu", directory=tmp_path / "e"
+    )
+    assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
+    from ztp_deploy import environment
+
+    if not environment.gpus():
+        pytest.skip("no NVIDIA GPU here")
+    pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.6))
+    artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
+    engine = ztp.build(artifact, backend, device="cuda", directory=tmp_path / "engine")
+    assert engine.manifest.device == "cuda"
+    assert ztp.check_parity(engine, model, tiny.images(5)).edges

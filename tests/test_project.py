@@ -1,0 +1,194 @@
+"""The project's face: README, Makefile, lock file, public names."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import ztp_deploy as ztp
+from ztp_deploy.evidence.report.markdown import render_tables
+from ztp_deploy.evidence.report.summary import Summary
+from ztp_deploy.recipes import Profile, Recipe, read_profile, read_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def blocks(kind):
+    """Fenced blocks of one kind in the README ("" for plain)."""
+    return re.findall(rf"^```{kind}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_public_name_is_documented_and_annotated():
+    assert set(ztp.__all__) == set(ztp._HOMES)
+    for name in ztp.__all__:
+        value = getattr(ztp, name)
+        assert inspect.getdoc(value), name
+        if inspect.isfunction(value):
+            signature = inspect.signature(value)
+            assert signature.return_annotation is not inspect.Signature.empty, name
+            assert all(p.annotation is not p.empty for p in signature.parameters.values()), name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = ztp.no_such_name
+
+
+def test_the_readmes_python_runs(monkeypatch, tmp_path):
+    """The ten lines of the README, on DeiT-T with random weights instead of a download."""
+    from PIL import Image
+
+    [script] = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((300, 200), 80).convert("RGB").save("photo.jpg")
+    script = script.replace('ztp.load_model("deit_s")', 'ztp.load_model("deit_t", weights="random")')
+    names: dict[str, object] = {}
+    exec(compile(script, "README", "exec"), names)  # noqa: S102
+    assert names["logits"].shape == (1, 1000)
+    assert [k.shape for k in names["kept"]] == [(1, 137), (1, 95), (1, 66)]
+
+
+def test_the_readmes_commands_exist():
+    from typer.main import get_command
+
+    from ztp_deploy.cli import app
+
+    commands = get_command(app).commands
+    shell = "\n".join(blocks(""))
+    used = re.findall(r"\.venv/bin/ztp (\w+)(.*)", shell)
+    assert used
+    for command, rest in used:
+        assert command in commands
+        known = {option for parameter in commands[command].params for option in parameter.opts}
+        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known
+    targets = set(re.findall(r"^(\w+):", MAKEFILE, flags=re.MULTILINE))
+    made = re.findall(r"make (\w+)((?: [A-Z]+=\S+)*)", shell)
+    assert {target for target, _ in made} == {"engine", "test"} <= targets
+    for _, variables in made:
+        for variable in re.findall(r"([A-Z]+)=", variables):
+            assert f"{variable}" in MAKEFILE
+
+
+def test_links_in_the_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_readmes_table_is_the_recorded_one():
+    """What stands in the README is the rendering of a committed measurement, letter by letter."""
+    shown = README.split("<!-- bench -->")[1].split("<!-- /bench -->")[0].strip()
+    recorded = {
+        render_tables(Summary.model_validate_json(path.read_text(encoding="utf-8"))).strip()
+        for path in (ROOT / "engines" / "evidence").glob("*.json")
+    }
+    assert shown in recorded
+
+
+def test_recorded_evidence_names_machines_not_paths():
+    for path in (ROOT / "engines" / "evidence").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert json.loads(text)["machine"]["cpu"]
+        assert not re.search(r'"/(home|root|work|tmp|Users)/', text)
+
+
+def test_the_lock_is_hashed_names_no_index_and_holds_every_dependency():
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock
+    assert "index" not in lock.lower()
+    requirements = re.split(r"\n(?=[a-z])", lock.strip())
+    assert all("--hash=sha256:" in requirement for requirement in requirements)
+    locked = {re.match(r"[a-z0-9-]+", requirement)[0] for requirement in requirements}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    assert {re.match(r"[a-z0-9-]+", w.lower())[0] for w in wanted} <= locked
+    # The two would overwrite each other: their markers exclude one another.
+    gpu = next(r for r in requirements if r.startswith("onnxruntime-gpu=="))
+    plain = next(r for r in requirements if r.startswith("onnxruntime=="))
+    assert "== 'linux'" in gpu
+    assert "!= 'linux'" in plain
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "export").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(path):
+    assert isinstance(read_recipe(str(path)), Recipe)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "engines").glob("*.toml")), ids=lambda path: path.stem)
+def test_profiles_are_valid(path):
+    from ztp_deploy import backends
+
+    profile = read_profile(str(path))
+    assert isinstance(profile, Profile)
+    backends.get(backends.choose(profile.backend)).parse_settings(dict(profile.settings))
+
+
+def make(*arguments, cwd=ROOT):
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_make_prints_its_own_help():
+    done = make()
+    assert done.returncode == 0
+    for target in ("engine", "test", "bench", "clean", "MODEL=deit_s"):
+        assert target in done.stdout
+
+
+def test_make_passes_variables_on():
+    done = make(
+        "-n", "-o", ".venv/.ready", "engine", "MODEL=deit_b", "KEEP=100,50,20", "METHOD=slice", "IMAGES=my photos"
+    )
+    line = done.stdout.strip().splitlines()[-1]
+    for words in (
+        '--model "deit_b"',
+        '--keep "100,50,20"',
+        '--method "slice"',
+        '--images "my photos"',
+        '--batch "1:8:64"',
+    ):
+        assert words in line
+    assert "--ratio" not in line
+    assert '--ratio "0.7"' in make("-n", "-o", ".venv/.ready", "engine").stdout
+    assert "--ratio" not in make("-n", "-o", ".venv/.ready", "engine", "METHOD=dense").stdout
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what set-up reads, without a .venv."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_an_old_python_is_one_sentence(checkout):
+    old = checkout / "oldpython"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = make("setup", f"PYTHON={old}", cwd=checkout)
+    assert done.returncode != 0
+    sentence = done.stderr.splitlines()[0]
+    assert "Python 3.11 or newer" in sentence
+    assert not (checkout / ".venv").exists()
+    assert "Python 3.11 or newer" in make("setup", "PYTHON=", cwd=checkout).stderr
+
+
+def test_a_missing_venv_module_is_one_sentence(checkout):
+    python = checkout / "python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    done = make("setup", f"PYTHON={python}", cwd=checkout)
+    assert done.returncode != 0
+    assert "apt-get install python3-venv" in done.stderr.splitlines()[0]
+    assert not (checkout / ".venv").exists()
+
+
+def test_the_wheel_holds_the_package_and_its_marker():
+    done = subprocess.run([sys.executable, "-c", "import ztp_deploy, pathlib; print(pathlib.Path(ztp_deploy.__file__).parent)"],
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert (Path(done.stdout.strip()) / "py.typed").is_file()
