@@ -255,6 +255,14 @@ def test_every_command_explains_itself(ztp, command):
         (("bench", "--engine", "nowhere"), 2, ("no engine folder",)),
         (("classify", "a.png", "--engine", "nowhere"), 2, ("no engine folder",)),
         (("classify", "--engine", "nowhere"), 2, ("IMAGE",)),
+        (("bench", "--engine", "a", "--ratio", 0.7), 2, ("--ratio", "no sense")),
+        (("bench", "--engine", "a", "--engine", "a"), 2, ("twice",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--seconds", "nan"), 2, ("seconds",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--device", "tpu"), 2, ("tpu",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--images", "nowhere"), 2, ("no folder",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "-o", "variance_bounds=[-1,-1]"), 2, ("variance_bounds",)),
+        (("classify", "a" * 300, "--engine", "b" * 300), 2, ("too long",)),
+        (("plan", "-m", "vitamin_small_224", "-r", 0.7), 2, ("cannot be pruned",)),
         (("fly",), 2, ("fly", "ztp --help")),
         (("plan", "--colour"), 2, ("--colour",)),
     ],
@@ -271,6 +279,9 @@ def test_refusals_in_json(ztp):
     assert error["exit_code"] == 2
     assert "deit_x" in error["problem"]
     assert "deit_s" in error["fix"]
+    code, out, err = ztp("plan", "-m", "deit_s", "--ratio", "x", "--json")
+    assert (code, err) == (2, "")
+    assert "--ratio" in json.loads(out)["error"]["problem"]
 
 
 def test_bad_files_for_an_engine(made, ztp, tmp_path):
@@ -308,6 +319,23 @@ def test_recipes_and_profiles(ztp, tmp_path):
     assert code == 0, err
     assert json.loads(out)["manifest"]["batch"] == {"min": 1, "opt": 1, "max": 2}
     one_sentence(*ztp("export", "-m", "deit_s", "--recipe", "mine"), 2, "deit_t")
+    Path("export/mine.toml").write_text('model = "deit_t"\nmethod = "slice"\nratio = 0.5\n')
+    arguments = (
+        "export",
+        "-m",
+        "deit_t",
+        "--recipe",
+        "mine",
+        "--weights",
+        "random",
+        "--format",
+        "torchscript",
+        "--json",
+    )
+    assert json.loads(ztp(*arguments)[1])["manifest"]["plan"]["method"] == "slice"
+    assert json.loads(ztp(*arguments, "--method", "zero_tprune")[1])["manifest"]["plan"]["method"] == "zero_tprune"
+    Path("export/mine.toml").write_bytes(b"\xff\xfe")
+    one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "TOML")
     Path("export/mine.toml").write_text('model = "deit_t"\nratios = 0.65\n')
     one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "ratios")
     Path("export/mine.toml").write_text("model = \n")
@@ -323,6 +351,7 @@ def test_interrupts_return_130_and_leave_nothing_partial(tmp_path, seconds):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert "Interrupted" in err
     assert not list(tmp_path.rglob("*.partial"))
     for folder in tmp_path.glob("e*/**/manifest.json"):
         assert json.loads(folder.read_text())["seal"]

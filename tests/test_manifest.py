@@ -150,3 +150,54 @@ def test_write_text_replaces_whole(tmp_path):
     assert (tmp_path / "sub" / "file").read_text() == "two"
     with pytest.raises(WriteFailed):
         write_text(tmp_path / "sub" / "file" / "below", "three")
+
+
+def test_nothing_of_the_users_is_overwritten(pruned, artifact, tmp_path):
+    """Only an empty folder or an earlier folder of the same kind is ever replaced."""
+    import ztp_deploy as ztp
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("keep me")
+    (tmp_path / "file").write_text("keep me too")
+    for name in ("mine", "file"):
+        with pytest.raises(BadRequest, match="in the way"):
+            ztp.export(pruned, "torchscript", tmp_path / name)
+        with pytest.raises(BadRequest, match="in the way"):
+            ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / name)
+    with pytest.raises(BadRequest, match="no engine folder"):
+        ztp.build(artifact, "onnxruntime", device="cpu", directory=artifact.directory)
+    assert (tmp_path / "mine" / "precious.txt").read_text() == "keep me"
+    assert (tmp_path / "file").read_text() == "keep me too"
+    (tmp_path / "empty").mkdir()
+    assert ztp.export(pruned, "torchscript", tmp_path / "empty").manifest.files
+
+
+def test_leavings_are_swept_even_where_nothing_is_rebuilt(pruned, tmp_path):
+    import ztp_deploy as ztp
+
+    ztp.export(pruned, "torchscript", tmp_path / "a")
+    (tmp_path / ".b.999999.partial").mkdir()
+    ztp.export(pruned, "torchscript", tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_folder_names_tell_weights_and_settings_apart(artifact, tmp_path):
+    from ztp_deploy import backends
+    from ztp_deploy.manifest import folder_tags
+
+    source = artifact.manifest.source
+    own = source.model_copy(update={"weights": source.weights.model_copy(update={"kind": "file"})})
+    hub = source.model_copy(update={"weights": source.weights.model_copy(update={"kind": "pretrained"})})
+    assert folder_tags(source, "float32") == ["random"]
+    assert folder_tags(own, "uint8") == ["uint8", f"w{source.weights.sha256[:6]}"]
+    assert folder_tags(hub, "float32") == []
+    module = backends.get("onnxruntime")
+    device, span = module.resolve_device("cpu"), BatchRange.parse("1:2:4")
+
+    def path(settings):
+        chosen = module.parse_settings(settings)
+        return backends.engine_directory(tmp_path, artifact.manifest, "onnxruntime", device, span, chosen).name
+
+    assert path({}) == "deit_t--zero_tprune-0.7--fp32--b1-2-4--random"
+    assert path({"threads": 1}).startswith("deit_t--zero_tprune-0.7--fp32--b1-2-4--random--s")
+    assert path({"threads": 1}) != path({"threads": 2})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from tests import tiny
@@ -118,6 +119,17 @@ def test_explicit_counts_and_sites():
     assert plan.label != make_plan("deit_t", keep=[100, 0.5], sites=[4, 9]).label
 
 
+def test_labels_tell_plans_apart():
+    one, two = make_plan("deit_t", ratio=0.35714285), make_plan("deit_t", ratio=0.35714286)
+    assert one.counts != two.counts
+    assert one.label != two.label
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert make_plan("deit_t", ratio=np.float64(0.7)) == make_plan("deit_t", ratio=0.7)
+    assert make_plan("deit_t", keep=list(np.array([100, 50, 20]))).counts == [100, 50, 20]
+
+
 def test_json_round_trip():
     plan = make_plan("deit_s", ratio=0.7, options={"rounds": [30, 8, 1]})
     assert Plan.from_json(plan.to_json()) == plan
@@ -145,6 +157,12 @@ def test_json_round_trip():
         (lambda p: p.update(schema="ztp.plan/9"), "schema"),
         (lambda p: p.pop("flops"), "flops"),
         (lambda p: p.update(colour="red"), "colour"),
+        (lambda p: p.update(model="../../evil"), "model"),
+        (lambda p: p["stages"][0]["static"].update(rounds=-1), "static"),
+        (lambda p: p["flops"].update(executed=0), "executed"),
+        (lambda p: p.update(method="dense"), "no stages"),
+        (lambda p: p.update(asked={}), "neither ratio"),
+        (lambda p: p.update(asked={"ratio": "../x"}), "no number"),
     ],
 )
 def test_broken_plan_files_are_refused(change, message):
@@ -174,6 +192,9 @@ def test_ratio_outside_is_refused(ratio):
         ({"ratio": 0.7, "sites": [0]}, "not there"),
         ({"ratio": 0.7, "sites": [13]}, "not there"),
         ({"ratio": 0.7, "method": "dense"}, "prunes nothing"),
+        ({"sites": [3], "method": "dense"}, "prunes nothing"),
+        ({"keep": [9] * 12}, "no default sites"),
+        ({"keep": []}, "no default sites"),
         ({"ratio": 0.7, "method": "zero_prune"}, "zero_tprune"),
     ],
 )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +42,9 @@ err = Console(stderr=True, highlight=False)
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")
 ]
-Method = Annotated[str, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.")]
+Method = Annotated[
+    str | None, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.  [default: zero_tprune]")
+]
 Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
 FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
 Keep = Annotated[str | None, typer.Option(help="Per stage a count or a share, such as 137,95,66 or 0.9,0.8,0.7.")]
@@ -86,7 +90,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 @app.command()
 def plan(
     model: Model,
-    method: Method = "zero_tprune",
+    method: Method = None,
     ratio: Ratio = None,
     flops: FlopShare = None,
     keep: Keep = None,
@@ -117,7 +121,7 @@ def plan(
 @app.command()
 def export(
     model: Model,
-    method: Method = "zero_tprune",
+    method: Method = None,
     ratio: Ratio = None,
     flops: FlopShare = None,
     keep: Keep = None,
@@ -213,7 +217,7 @@ def bench(
         str | None,
         typer.Option("--model", "-m", help="Or a model: dense, pruned and slice twin are built and compared."),
     ] = None,
-    method: Method = "zero_tprune",
+    method: Method = None,
     ratio: Ratio = None,
     flops: FlopShare = None,
     keep: Keep = None,
@@ -261,6 +265,20 @@ def bench(
         _show_result(result, as_json)
         return
     assert engine is not None
+    idle = {
+        "--ratio": ratio,
+        "--flops": flops,
+        "--keep": keep,
+        "--sites": sites,
+        "--method": method,
+        "--record": record,
+    }
+    given = [name for name, value in idle.items() if value is not None]
+    if given or fresh or len(set(engine)) < len(engine):
+        raise BadRequest(
+            f"{given[0] if given else '--fresh' if fresh else 'The same engine twice'} makes no sense with --engine.",
+            "Give each folder once, or --model.",
+        )
     from ztp_deploy.backends import find_engine
 
     named = {
@@ -290,7 +308,7 @@ def bench(
 @app.command()
 def engine(
     model: Model,
-    method: Method = "zero_tprune",
+    method: Method = None,
     ratio: Ratio = None,
     flops: FlopShare = None,
     keep: Keep = None,
@@ -336,7 +354,7 @@ def engine(
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE…")],
     engine: EngineDir,
-    top: Annotated[int, typer.Option(help="How many classes.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="How many classes.")] = 5,
     as_json: AsJson = False,
 ) -> None:
     """Classify images with an engine: the best classes and their probabilities."""
@@ -363,7 +381,7 @@ def classify(
             "image": str(path),
             "top": [
                 {"class": int(index), "name": labels[index] if labels else None, "probability": float(row[index])}
-                for index in np.argsort(-row, kind="stable")[: max(1, top)]
+                for index in np.argsort(-row, kind="stable")[:top]
             ],
         }
         for path, row in zip(images, probabilities, strict=True)
@@ -482,7 +500,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _plan_request(
     model: str,
-    method: str,
+    method: str | None,
     ratio: float | None,
     flops: float | None,
     keep: str | None,
@@ -504,8 +522,8 @@ def _plan_request(
         raise BadRequest(f"The recipe {recipe} is for {base.model}, --model says {model}.", "Leave one of them out.")
     return PlanRequest(
         model=model,
-        method=base.method if base and method == "zero_tprune" else method,
-        sites=_integers("sites", sites) if sites else (base.sites if base else None),
+        method=method or (base.method if base else "zero_tprune"),
+        sites=_integers("sites", sites) if sites is not None else (base.sites if base else None),
         options=options,
         weights=weights,
         **numbers,
@@ -532,7 +550,7 @@ def _build_request(
     chosen: Literal["float32", "uint8"] = input or base.input  # type: ignore[assignment]
     if chosen not in ("float32", "uint8"):
         raise BadRequest(f"--input {chosen} is unknown.", "Use float32 or uint8.")
-    BatchRange.parse(batch or base.batch)
+    BatchRange.parse(base.batch if batch is None else batch)
     backends.get(backends.choose(backend or base.backend))
     return BuildRequest(
         backend=backend or base.backend,
@@ -654,43 +672,60 @@ def _command() -> str:
     return shlex.join(["ztp", *sys.argv[1:]])
 
 
+class _Interrupts:
+    """Remembers that Ctrl-C was pressed, since libraries wrap the exception it raises."""
+
+    pressed = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        self.pressed = True
+        raise KeyboardInterrupt
+
+
 def main() -> None:
     """Entry point: runs a command, turns every refusal into one sentence and its exit code."""
-    as_json = "--json" in sys.argv
+    interrupts = _Interrupts()
+    previous = signal.signal(signal.SIGINT, interrupts)
     try:
         code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except ZtpError as error:
-        if as_json:
-            _print_json({"error": {"problem": error.problem, "fix": error.fix, "exit_code": error.exit_code}})
-        else:
-            err.print("error: ", style="bold red", end="")
-            err.print(str(error), markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+        code = code if isinstance(code, int) else 0
+    except (Exception, KeyboardInterrupt) as error:
+        pressed = interrupts.pressed or isinstance(error, KeyboardInterrupt)
+        code = INTERRUPTED if pressed else _refuse(error)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if code == INTERRUPTED:
         err.print("Interrupted; nothing partial was left.")
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        code = _usage_error(error)
-        if code is None:
-            raise
-        sys.exit(code)
+        sys.stdout.flush()
+        # Python would kill itself with the signal where the interrupt once passed through an exec().
+        os._exit(INTERRUPTED)
+    sys.exit(code)
 
 
-def _usage_error(error: Exception) -> int | None:
-    """Shows a wrong command or option as click does; None for anything else."""
-    name = type(error).__name__
-    if name == "Exit":
+def _refuse(error: BaseException) -> int:
+    """Prints a refusal, as JSON where that was asked for, and returns its exit code; raises what is a fault of ours."""
+    if isinstance(error, ZtpError):
+        problem, fix, code = error.problem, error.fix, error.exit_code
+    elif isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename else ""
+        problem, fix, code = f"{named}{error.strerror or error}.", "Check the path.", BadRequest.exit_code
+    elif type(error).__name__ == "Exit":
         return int(getattr(error, "exit_code", 0))
-    if name == "Abort":
-        err.print("Interrupted; nothing partial was left.")
+    elif type(error).__name__ == "Abort":
         return INTERRUPTED
-    show = getattr(error, "format_message", None)
-    if show is None:
-        return None
-    err.print("error: ", style="bold red", end="")
-    err.print(str(show()).rstrip("."), ". See `ztp --help`.", sep="", markup=False, soft_wrap=True)
-    return BadRequest.exit_code
+    elif hasattr(error, "format_message"):  # how click and typer refuse a command line
+        message = str(error.format_message()).rstrip(". ")
+        if not message:  # no command: the help was shown
+            return BadRequest.exit_code
+        problem, fix, code = f"{message}.", "See `ztp --help`.", BadRequest.exit_code
+    else:
+        raise error
+    if "--json" in sys.argv:
+        _print_json({"error": {"problem": problem, "fix": fix, "exit_code": code}})
+    else:
+        err.print("error: ", style="bold red", end="")
+        err.print(f"{problem} {fix}".strip(), markup=False, soft_wrap=True)
+    return code
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -40,6 +40,12 @@ class ImageInput(BaseModel):
     size: int
 
 
+def folder_tags(source: Source, dtype: str) -> list[str]:
+    """`uint8` for pixel input, `random` for random weights, `w` and six digits for weights of the user's own."""
+    weights = {"random": ["random"], "pretrained": []}.get(source.weights.kind, [f"w{source.weights.sha256[:6]}"])
+    return (["uint8"] if dtype == "uint8" else []) + weights
+
+
 class _Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -57,6 +63,11 @@ class _Manifest(BaseModel):
     def sealed(self) -> str:
         """sha256 over everything but the seal: shows an edit; it is no signature."""
         return recipe_hash(manifest=self.model_dump(mode="json", by_alias=True, exclude={"seal"}))
+
+    @property
+    def tags(self) -> list[str]:
+        """What folder names add to model, plan and precision."""
+        return folder_tags(self.source, self.input.dtype)
 
     @property
     def random_weights(self) -> bool:
@@ -82,11 +93,12 @@ class BatchRange(BaseModel):
     max: int = Field(ge=1)
 
     @classmethod
-    def parse(cls, value: str | tuple[int, int, int]) -> BatchRange:
+    def parse(cls, value: str | int | Sequence[int]) -> BatchRange:
         """`"1:8:64"`, one number, or a triple; raises BadRequest unless 1 ≤ min ≤ opt ≤ max."""
         try:
-            parts = [int(part) for part in value.split(":")] if isinstance(value, str) else [int(v) for v in value]
-        except ValueError:
+            listed = value.split(":") if isinstance(value, str) else [value] if isinstance(value, int) else value
+            parts = [int(part) for part in listed]
+        except (TypeError, ValueError):
             parts = []
         if len(parts) == 1:
             parts = parts * 3
@@ -195,6 +207,22 @@ def verify_files(directory: Path, manifest: _Manifest) -> None:
             )
 
 
+def check_replaceable(directory: Path, kind: type[_Manifest]) -> None:
+    """Refuses to write where anything stands but an empty folder or an earlier folder of the same kind."""
+    noun = "engine" if kind is EngineManifest else "artifact"
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    try:
+        ours = f'"schema": "ztp.{noun}/' in (directory / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        ours = False
+    if not ours:
+        raise BadRequest(
+            f"{directory} is in the way: it is no {noun} folder, and nothing of yours is overwritten.",
+            "Choose another folder, or move it away.",
+        )
+
+
 @contextmanager
 def new_directory(final: Path) -> Iterator[Path]:
     """A scratch folder beside `final` that takes its place when the block ends well, else disappears.
@@ -222,6 +250,7 @@ def write_text(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(path)
     except OSError as error:
@@ -233,6 +262,8 @@ def write_text(path: Path, text: str) -> None:
 
 def sweep(parent: Path) -> None:
     """Removes what killed runs left in `parent`; runs that still live keep theirs."""
+    if not parent.is_dir():
+        return
     for left in parent.glob(".*.partial"):
         owner = left.name.split(".")[-2]
         if owner.isdigit() and not _alive(int(owner)):

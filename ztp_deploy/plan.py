@@ -12,7 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -63,7 +64,7 @@ class Stage(BaseModel):
     place: Place
     tokens_in: int = Field(ge=1)
     tokens_out: int = Field(ge=1)
-    static: dict[str, int] = {}
+    static: dict[str, Annotated[int, Field(ge=0)]] = {}
 
 
 class Flops(BaseModel):
@@ -75,9 +76,9 @@ class Flops(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dense: int
-    planned: int
-    executed: int
+    dense: int = Field(ge=1)
+    planned: int = Field(ge=1)
+    executed: int = Field(ge=1)
 
     @property
     def share(self) -> float:
@@ -100,8 +101,8 @@ class Plan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     schema_: Literal["ztp.plan/1"] = Field(default="ztp.plan/1", alias="schema")
-    model: str
-    method: str
+    model: str = Field(pattern=r"^[\w.\-]+$")
+    method: str = Field(pattern=r"^\w+$")
     options: dict[str, Any] = {}
     asked: dict[str, Any] = {}
     image_size: int
@@ -114,6 +115,13 @@ class Plan(BaseModel):
     def _counts_chain(self) -> Plan:
         tokens = self.patch_tokens
         last_block = 0
+        if (self.method == "dense") != (not self.stages):
+            raise ValueError("the dense plan, and no other, has no stages")
+        for kind in ("ratio", "flops"):
+            if kind in self.asked and not isinstance(self.asked[kind], (int, float)):
+                raise ValueError(f"asked {kind} is no number")
+        if self.stages and not {"ratio", "flops", "keep"} & self.asked.keys():
+            raise ValueError("asked says neither ratio nor flops nor keep")
         for stage in self.stages:
             if stage.block <= last_block:
                 raise ValueError(f"stages must come in block order, one per block; block {stage.block} does not")
@@ -142,9 +150,9 @@ class Plan(BaseModel):
         if not self.stages:
             return "dense"
         if "ratio" in self.asked:
-            name = f"{self.method}-{self.asked['ratio']:g}"
+            name = f"{self.method}-{_shortest(self.asked['ratio'])}"
         elif "flops" in self.asked:
-            name = f"{self.method}-flops{self.asked['flops']:g}"
+            name = f"{self.method}-flops{_shortest(self.asked['flops'])}"
         else:
             name = f"{self.method}-{'-'.join(map(str, self.counts))}"
         if "sites" in self.asked or "options" in self.asked:
@@ -167,6 +175,11 @@ class Plan(BaseModel):
                 f"This is not a valid plan: {where}: {first['msg']}.",
                 "Make one with `ztp plan --model … --ratio … --json > plan.json`.",
             ) from error
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that reads back as the number: 0.7, 1e-05."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def default_sites(depth: int, stages: int = DEFAULT_STAGES) -> list[int]:
@@ -230,8 +243,10 @@ def make_plan(
         kind: value for kind, value in (("ratio", ratio), ("flops", flops), ("keep", keep)) if value is not None
     }
     if method == "dense":
-        if request and request != {"ratio": 1.0}:
-            raise BadRequest(f"The dense model prunes nothing, but {next(iter(request))} was given.", "Leave it out.")
+        idle = [*request] if request != {"ratio": 1.0} else []
+        idle += [name for name, value in (("sites", sites), ("options", options)) if value]
+        if idle:
+            raise BadRequest(f"The dense model prunes nothing, but {idle[0]} was given.", "Leave it out.")
         return _assemble(name, geometry, method, {}, {}, [])
     rule = methods.get(method)
     if len(request) != 1:
@@ -252,12 +267,14 @@ def make_plan(
 
     if keep is not None:
         stages = stages_for(_kept_counts(keep, geometry.patch_tokens, len(blocks)))
-        request = {"keep": list(keep)}
+        request = {"keep": [int(value) if _is_whole(value) else float(value) for value in keep]}
     elif ratio is not None:
         stages = stages_at(_unit_interval("ratio", ratio))
+        request = {"ratio": float(ratio)}
     else:
         assert flops is not None
         stages = _nearest_share(geometry, stages_at, _unit_interval("flops", flops))
+        request = {"flops": float(flops)}
     asked = request | ({"sites": blocks} if sites is not None else {}) | ({"options": dict(options)} if options else {})
     return _assemble(name, geometry, method, chosen.model_dump(mode="json"), asked, stages)
 
@@ -283,24 +300,26 @@ def _assemble(
     )
 
 
-def _unit_interval(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise BadRequest(
-            f"{name}={value!r} is outside (0, 1].", f"Give a share such as {name}=0.7; 1 is the dense model."
-        )
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _unit_interval(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+        raise BadRequest(f"{name}={value!r} is outside (0, 1].", "Give a share such as 0.7; 1 keeps everything.")
     return float(value)
 
 
 def _checked_sites(sites: Sequence[int] | None, depth: int, stages: int) -> list[int]:
     if sites is None:
         blocks = default_sites(depth, stages)
-        if len(blocks) < stages and stages != DEFAULT_STAGES:
+        if not blocks or (len(blocks) < stages and stages != DEFAULT_STAGES):
             raise BadRequest(
-                f"{stages} stages do not fit into {depth} blocks.", "Give fewer counts, or sites of your own."
+                f"{stages} stages have no default sites in {depth} blocks.", "Give sites, one block for each stage."
             )
         return blocks
-    blocks = list(sites)
-    if any(isinstance(b, bool) or not isinstance(b, int) or not 1 <= b <= depth for b in blocks) or not blocks:
+    blocks = [int(block) if _is_whole(block) else block for block in sites]
+    if any(not _is_whole(block) or not 1 <= block <= depth for block in blocks) or not blocks:
         raise BadRequest(f"sites={blocks} names blocks that are not there.", f"This model has blocks 1 to {depth}.")
     if sorted(set(blocks)) != blocks:
         raise BadRequest(f"sites={blocks} must rise, one stage per block.", "Sort them and drop repeats.")
@@ -311,13 +330,14 @@ def _kept_counts(keep: Sequence[int | float], tokens: int, sites: int) -> list[i
     if len(keep) != sites:
         raise BadRequest(f"keep has {len(keep)} entries for {sites} sites.", "Give one entry per site.")
     counts: list[int] = []
-    for value in keep:
-        if isinstance(value, float):
-            count = share_of(_unit_interval("a share in keep", value), tokens)
-        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise BadRequest(f"keep={list(keep)} holds {value!r}.", "Give counts of at least 1, or shares in (0, 1].")
+    given: Sequence[Any] = keep
+    for value in given:
+        if _is_whole(value) and value >= 1:
+            count = int(value)
+        elif isinstance(value, Real) and not _is_whole(value):
+            count = share_of(_unit_interval("keep", value), tokens)
         else:
-            count = value
+            raise BadRequest(f"keep={list(keep)} holds {value!r}.", "Give counts of at least 1, or shares in (0, 1].")
         if count > tokens:
             raise BadRequest(
                 f"keep={list(keep)} grows: a stage that {tokens} tokens reach cannot keep {count}.",

@@ -58,7 +58,7 @@ def _read(name: str, folder: Path, kind: type[T], noun: str) -> T:
         raise BadRequest(f"There is no {noun} {path}.", f"In {folder}/ there are: {there}.")
     try:
         return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path} is no valid TOML: {error}.", "Correct the file.") from error
     except ValidationError as error:
         first = error.errors()[0]

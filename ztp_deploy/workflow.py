@@ -21,12 +21,12 @@ from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.images import DEFAULT_COUNT, image_files, load_images
-from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, measure_latency
+from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, check_seconds, measure_latency
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise
 from ztp_deploy.exporters import Artifact
-from ztp_deploy.manifest import BatchRange, write_text
+from ztp_deploy.manifest import BatchRange, folder_tags, write_text
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.plan import Plan, make_plan
@@ -152,10 +152,8 @@ def load(name: str, weights: str, clock: Clock) -> nn.Module:
 def export_model(model: nn.Module, plan: Plan, request: BuildRequest, format: str, clock: Clock) -> Artifact:
     """Exports one plan of a model into its canonical folder."""
     source = models.source_of(model)
-    tags = [format, request.precision]
-    tags += ["uint8"] if request.input == "uint8" else []
-    tags += ["random"] if source.weights.kind == "random" else []
-    directory = request.export_root / "--".join([source.name, plan.label, *tags])
+    parts = [source.name, plan.label, format, request.precision, *folder_tags(source, request.input)]
+    directory = request.export_root / "--".join(parts)
     with clock.step(f"export {plan.label} as {format}"):
         return exporters.export(prune(model, plan), format, directory, precision=request.precision, input=request.input)
 
@@ -166,17 +164,9 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Eng
     module = backends.usable(name)
     device = module.resolve_device(request.device)
     manifest = artifact.manifest
-    tags = ["uint8"] if manifest.input.dtype == "uint8" else []
-    tags += ["random"] if manifest.random_weights else []
+    settings = module.parse_settings(dict(request.settings))
     directory = backends.engine_directory(
-        request.engines_root,
-        name,
-        device,
-        manifest.plan,
-        manifest.source.name,
-        request.precision,
-        BatchRange.parse(request.batch),
-        tags,
+        request.engines_root, manifest, name, device, BatchRange.parse(request.batch), settings
     )
     with clock.step(f"build {manifest.plan.label} for {name} on {device.name}"):
         return backends.build(
@@ -235,8 +225,13 @@ def make_engine(
             f"Latency at batch {outside[0]} was asked for, but the engine's range is {build.batch}.",
             "Widen BATCH or measure other batches.",
         )
+    if measure:
+        check_seconds(seconds)
     backend = backends.choose(build.backend)
-    format = backends.usable(backend).FORMAT
+    module = backends.usable(backend)
+    module.resolve_device(build.device)
+    module.parse_settings(dict(build.settings))
+    format = module.FORMAT
     # Whatever can be refused is refused before anything heavy is loaded.
     exporters.check_precision(format, build.precision)
     models.check_request(wanted.model, wanted.weights)

@@ -63,6 +63,15 @@ def test_every_colour_mode_becomes_rgb(mode, tmp_path):
     assert opened.size == (20, 30)
 
 
+def test_sixteen_bit_greys_are_scaled(tmp_path):
+    values = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "a.png"))[..., 0], values >> 8)
+    Image.new("F", (5, 5)).save(tmp_path / "a.tiff")
+    with pytest.raises(BadRequest, match="F pixels"):
+        open_image(tmp_path / "a.tiff")
+
+
 def test_what_is_no_image_is_named(preprocessing, tmp_path):
     with pytest.raises(BadRequest, match="no folder"):
         load_images(tmp_path / "missing", preprocessing, "uint8")

@@ -98,6 +98,29 @@ def test_wrong_keys_are_listed():
     assert "head.bias (3,) instead of (10,)" in text
 
 
+@pytest.mark.parametrize(
+    "value, reason",
+    [
+        (torch.full((48,), float("nan")), "NaN"),
+        (torch.zeros(48, dtype=torch.complex64), "complex"),
+        (torch.zeros(48).to_sparse(), "plain values"),
+        ("text", "not a tensor"),
+    ],
+)
+def test_values_that_are_no_weights_are_refused(value, reason):
+    state = {**tiny.model().state_dict(), "norm.bias": value}
+    with pytest.raises(BadRequest, match=reason):
+        ztp.load_model("deit_t", weights=state, overrides=tiny.SIZE)
+
+
+@pytest.mark.parametrize("name", ["empty.pt", "text.pth", "text.npz", "none.npz"])
+def test_files_that_are_no_checkpoints_are_refused(name, tmp_path):
+    if not name.startswith("none"):
+        (tmp_path / name).write_text("" if name.startswith("empty") else "hello")
+    with pytest.raises(BadRequest, match=name.replace(".", r"\.")):
+        ztp.load_model("augreg_vit_t", weights=tmp_path / name)
+
+
 class _Evil:
     def __reduce__(self):
         return print, ("code ran",)

@@ -114,6 +114,49 @@ def test_an_own_timm_module_needs_no_name():
         assert pruned(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
 
 
+def test_stages_edited_by_hand_are_refused(model):
+    for static in ({}, {"similar": 99, "rounds": 1}, {"similar": 1, "rounds": 0}):
+        text = make_plan(model, ratio=0.7)
+        stage = text.stages[0].model_copy(update={"static": static})
+        with pytest.raises(BadRequest, match="fixed numbers"):
+            prune(model, text.model_copy(update={"stages": (stage, *text.stages[1:])}))
+
+
 def test_other_modules_are_refused():
     with pytest.raises(BadRequest, match="Linear"):
         prune(torch.nn.Linear(1, 1), make_plan("deit_t", ratio=0.7))
+    with pytest.raises(BadRequest, match="str and NoneType"):
+        prune("deit_t", None)
+
+
+class _Changed(timm.models.vision_transformer.VisionTransformer):
+    def forward_features(self, x, **more):
+        return super().forward_features(x, **more) * 2
+
+
+def small(kind=timm.models.vision_transformer.VisionTransformer, **changes):
+    sizes = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return kind(**(sizes | changes))
+
+
+@pytest.mark.parametrize(
+    "build, reason",
+    [
+        (lambda: small(_Changed), "changes would be lost"),
+        (lambda: small(in_chans=1), "1 channels"),
+        (lambda: small().half(), "not float32"),
+        (lambda: small(num_classes=0), "no classifier"),
+        (lambda: small(dynamic_img_size=True), "token count"),
+        (lambda: timm.create_model("vit_tiny_r_s16_p8_224"), "stem"),
+        (lambda: _hooked(), "hooks"),
+    ],
+)
+def test_modules_whose_behaviour_would_be_lost_are_refused(build, reason):
+    with pytest.raises(BadRequest, match=reason):
+        ztp.load_model(build())
+
+
+def _hooked():
+    model = small()
+    model.blocks[0].register_forward_hook(lambda *arguments: None)
+    return model

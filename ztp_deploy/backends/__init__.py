@@ -15,17 +15,19 @@ from ztp_deploy.backends.base import Backend, Device, Session
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import (
+    ArtifactManifest,
     BatchRange,
     EngineManifest,
+    check_replaceable,
     hash_files,
     manifest_sha256,
     new_directory,
     read_manifest,
     recipe_hash,
+    sweep,
     verify_files,
     write_manifest,
 )
-from ztp_deploy.plan import Plan
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "ztp_deploy.backends.onnxruntime",
@@ -70,11 +72,18 @@ def usable(name: str) -> Backend:
 
 
 def engine_directory(
-    root: Path, backend: str, device: Device, plan: Plan, model: str, precision: str, batch: BatchRange, tags: list[str]
+    root: Path, artifact: ArtifactManifest, backend: str, device: Device, batch: BatchRange, settings: dict[str, Any]
 ) -> Path:
-    """`root/<backend>-<version>-<device>/<model>--<method>-<ratio>--<precision>--b<min>-<opt>-<max>[--tag…]`."""
+    """`root/<backend>-<version>-<device>/<model>--<method>-<ratio>--<precision>--b<min>-<opt>-<max>[--tag…]`.
+
+    Tags: `uint8` input, `random` weights or the first digits of weights of your own, a hash of settings
+    that are not the back end's own choice: engines that differ never share a folder.
+    """
     machine = f"{backend}-{get(backend).version()}-{device.slug}"
-    return root / machine / "--".join([model, plan.label, precision, f"b{batch}", *tags])
+    parts = [artifact.source.name, artifact.plan.label, artifact.precision, f"b{batch}", *artifact.tags]
+    if settings != get(backend).parse_settings({}):
+        parts.append(f"s{recipe_hash(settings=settings)[:6]}")
+    return root / machine / "--".join(parts)
 
 
 def build(
@@ -83,7 +92,7 @@ def build(
     *,
     device: str = "auto",
     precision: str = "fp32",
-    batch: tuple[int, int, int] | str = DEFAULT_BATCH,
+    batch: tuple[int, int, int] | str | int = DEFAULT_BATCH,
     directory: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Engine:
@@ -110,12 +119,13 @@ def build(
     span = BatchRange.parse(batch)
     target = module.resolve_device(device)
     chosen = module.parse_settings(dict(settings or {}))
-    tags = (["uint8"] if source.input.dtype == "uint8" else []) + (["random"] if source.random_weights else [])
     final = (
         Path(directory)
         if directory is not None
-        else engine_directory(Path("engines"), name, target, source.plan, source.source.name, precision, span, tags)
+        else engine_directory(Path("engines"), source, name, target, span, chosen)
     )
+    check_replaceable(final, EngineManifest)
+    sweep(final.parent)
     artifact_sha256 = manifest_sha256(artifact.directory)
     recipe = recipe_hash(
         artifact=source.recipe,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -99,7 +98,7 @@ class Session:
         self._check(images)
         return self._runner.audit(images)
 
-    def preprocess(self, images: Image | Path | str | Sequence[Image | Path | str]) -> NDArray[Any]:
+    def preprocess(self, images: Image | Path | str | list[Any] | tuple[Any, ...]) -> NDArray[Any]:
         """Pictures (PIL images or paths) → what `run` takes; equals timm's transform for the model.
 
         Raises BadRequest for files that are no readable images.
@@ -108,7 +107,7 @@ class Session:
 
         if self._transform is None:
             self._transform = transform_for(self.manifest.source.preprocessing, self.manifest.input.dtype)
-        many = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        many = images if isinstance(images, (list, tuple)) else [images]
         if not many:
             raise BadRequest("No image was given.", "Give at least one.")
         return np.stack([self._transform(open_image(image)) for image in many])

@@ -27,7 +27,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    threads: int = Field(default=0, ge=0)
+    threads: int = Field(default=0, ge=0, le=1024)
     spin_between_runs: bool = False
 
 
@@ -108,7 +108,7 @@ class OnnxRuntimeRunner:
         return self._run(self._session, images, self._manifest.outputs)
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        if self._audit_session is None:
+        if self._session is not None and self._audit_session is None:
             self._audit_session = self._open(self._audited())
         return self._run(self._audit_session, images, (*self._manifest.outputs, *self._manifest.audit))
 

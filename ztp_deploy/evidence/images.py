@@ -50,21 +50,34 @@ def transform_for(preprocessing: Preprocessing, dtype: Literal["float32", "uint8
 
 
 def open_image(image: Image.Image | Path | str) -> Image.Image:
-    """A picture in RGB. Raises BadRequest for what is no readable image."""
+    """A picture in RGB, as timm's own loaders make it: EXIF rotation is not applied, transparency is dropped.
+
+    16-bit greys are scaled to 8 bits. Raises BadRequest for what is no readable image.
+    """
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _to_rgb(image, "The image")
+    if not isinstance(image, (str, Path)):
+        raise BadRequest(f"{type(image).__name__} is no picture.", "Give PIL images or paths.")
     path = Path(image)
     if not path.is_file():
         raise BadRequest(f"There is no file {path}.", "Check the path.")
     try:
         with Image.open(path) as opened:
-            return opened.convert("RGB")
+            return _to_rgb(opened, str(path))
     except UnidentifiedImageError as error:
         raise BadRequest(
             f"{path} is no image Pillow can read.", "Take it out, or convert it to PNG or JPEG."
         ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadRequest(f"{path} cannot be read: {error}.", "Take it out, or save it again.") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadRequest(f"{name} has {image.mode} pixels, whose range is not known.", "Save it with 8 bits a channel.")
+    return image.convert("RGB")
 
 
 def load_images(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -110,8 +111,7 @@ def measure_latency(
     named = _named(engines)
     if not batches:
         raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
-    if seconds <= 0:
-        raise BadRequest(f"seconds={seconds} leaves no time to measure.", "Give a positive number.")
+    check_seconds(seconds)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     before = environment.snapshot()
     samples: list[Samples] = []
@@ -141,6 +141,12 @@ def measure_latency(
         gpu=environment.gpu_line(),
         notes=notes,
     )
+
+
+def check_seconds(seconds: float) -> None:
+    """Raises BadRequest unless `seconds` is a positive, finite number."""
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise BadRequest(f"seconds={seconds} is no time to measure.", "Give a positive number of seconds.")
 
 
 def _named(engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str]) -> dict[str, Engine]:

@@ -156,6 +156,19 @@ def check_parity(
         )
     pictures = images if isinstance(images, ImageSet) else _named(images)
     pruned = model if isinstance(model, PrunedModel) else prune(model, manifest.plan)
+    wanted = manifest.input
+    if (
+        not isinstance(pictures.pixels, np.ndarray)
+        or pictures.pixels.dtype != np.dtype(wanted.dtype)
+        or pictures.pixels.shape[1:] != (3, wanted.size, wanted.size)
+        or not len(pictures.pixels)
+    ):
+        raise BadRequest(
+            f"Parity is checked on {wanted.dtype} images [M, 3, {wanted.size}, {wanted.size}], at least one; "
+            f"{getattr(pictures.pixels, 'dtype', type(pictures.pixels).__name__)} "
+            f"{list(getattr(pictures.pixels, 'shape', []))} came.",
+            "Use load_images, or session.preprocess.",
+        )
     if pruned.source.weights.sha256 != manifest.source.weights.sha256 or pruned.plan != manifest.plan:
         raise BadRequest(
             f"This model is not the one {found.directory} was built from.", "Give the same weights and the same plan."

@@ -13,10 +13,12 @@ from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import (
     ArtifactManifest,
     ImageInput,
+    check_replaceable,
     hash_files,
     new_directory,
     read_manifest,
     recipe_hash,
+    sweep,
     verify_files,
     write_manifest,
 )
@@ -78,7 +80,13 @@ def export(
         raise BadRequest(f"input={input!r} is unknown.", "Use float32 (normalised) or uint8 (pixels).")
     if image_batch < 2:
         raise BadRequest(f"image_batch={image_batch} would fix the batch in the graph.", "Use at least 2.")
+    if not isinstance(pruned, PrunedModel):
+        raise BadRequest(
+            f"Only pruned modules are exported; a {type(pruned).__name__} came.", "Call ztp.prune(model, plan) first."
+        )
     final = Path(directory)
+    check_replaceable(final, ArtifactManifest)
+    sweep(final.parent)
     versions = {package: version(package) for package in ("ztp_deploy", "torch", "timm", *exporter.PACKAGES)}
     recipe = recipe_hash(
         exporter=EXPORTER_VERSION,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +45,10 @@ def write(graph: InferenceGraph, directory: Path, image_batch: int) -> None:
                 f"The trace breaks the op vocabulary: {'; '.join(faults)}.",
                 "Nothing was kept. Rewrite the method's stage in the allowed operators.",
             )
-        torch.jit.save(frozen, str(directory / GRAPH_FILE))
+        # Through memory: torch's own file writer aborts the process on a full disk.
+        buffer = io.BytesIO()
+        torch.jit.save(frozen, buffer)
+    (directory / GRAPH_FILE).write_bytes(buffer.getbuffer())
 
 
 def _kinds(graph: Any) -> Iterator[str]:

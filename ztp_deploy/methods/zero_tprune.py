@@ -27,6 +27,7 @@ from ztp_deploy.pruning.tokens import TokenState, keep_tokens, membership, take,
 PLACE: Place = "after_block"
 SUMMARY = "training-free: weighted PageRank on attention, then similarity, then importance (CVPR 2024)"
 
+MAX_ROUNDS = 1000
 EARLY_ROUNDS, MIDDLE_ROUNDS, LATE_ROUNDS = 30, 8, 1
 
 
@@ -45,15 +46,22 @@ class Options(MethodOptions):
     start: Literal["class", "uniform"] = "class"
     variance_bounds: tuple[float, float] | None = (0.01, 0.7)
     heads: Literal["rms", "mean"] = "rms"
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
     @field_validator("rounds")
     @classmethod
     def _positive(cls, rounds: int | list[int] | None) -> int | list[int] | None:
         given = rounds if isinstance(rounds, list) else [1 if rounds is None else rounds]
-        if any(number < 1 for number in given):
-            raise ValueError("voting rounds are at least 1")
+        if any(not 1 <= number <= MAX_ROUNDS for number in given):
+            raise ValueError(f"voting rounds are 1 to {MAX_ROUNDS}")
         return rounds
+
+    @field_validator("variance_bounds")
+    @classmethod
+    def _ordered(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not 0 <= bounds[0] < bounds[1] < float("inf"):
+            raise ValueError("the bounds must rise from 0 or more")
+        return bounds
 
 
 @dataclass(frozen=True)
@@ -288,8 +296,16 @@ class ZeroTPruneStage(StageModule):
 
 
 def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions) -> StageModule:
-    """The stage for `stage`."""
+    """The stage for `stage`. Raises BadRequest where its fixed numbers cannot be (a plan edited by hand)."""
     assert isinstance(options, Options)
+    most = min(stage.tokens_in // 2, stage.tokens_in - stage.tokens_out)
+    rounds, similar = stage.static.get("rounds", 0), stage.static.get("similar", -1)
+    if not (1 <= rounds <= MAX_ROUNDS and 0 <= similar <= most):
+        raise BadRequest(
+            f"The stage at block {stage.block} has the fixed numbers {stage.static}; Zero-TPrune needs "
+            f"rounds from 1 to {MAX_ROUNDS} and similar from 0 to {most}.",
+            "Make the plan anew with `ztp plan`.",
+        )
     return ZeroTPruneStage(stage, geometry, options)
 
 

@@ -84,6 +84,10 @@ def load_model(
     checkpoint, or a state dict with official keys. `overrides` change sizes.
     Raises BadRequest (unknown name, weights that do not fit) and MissingSoftware (no pre-trained weights).
     """
+    if not isinstance(name_or_module, (str, nn.Module)):
+        raise BadRequest(
+            f"load_model takes a name or a module; {type(name_or_module).__name__} came.", "See `ztp list`."
+        )
     if isinstance(name_or_module, nn.Module):
         if overrides is not None or weights != "auto":
             raise BadRequest(
@@ -113,7 +117,7 @@ def check_request(name: str, weights: str) -> None:
     """Refuses, before anything is loaded, a name that nobody carries and a checkpoint that is not there."""
     describe(name)
     if weights not in ("auto", "pretrained", "random"):
-        weights_module.check_file(Path(weights).expanduser())
+        weights_module.check_file(weights_module.user_path(weights))
 
 
 def reload_model(source: Source) -> nn.Module:
@@ -204,9 +208,15 @@ def _give_weights(
             origin=f"seed {weights_module.RANDOM_SEED}",
             sha256=weights_module.digest(model.state_dict()),
         )
-    path = Path(weights).expanduser()
+    path = weights_module.user_path(weights)
     if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
-        cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
+        weights_module.check_file(path)
+        try:
+            cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
+        except Exception as error:  # numpy and timm raise what they like on a foreign file
+            raise BadRequest(
+                f"{path} is no AugReg checkpoint that fits {architecture}.", "Check the model name and the file."
+            ) from error
     else:
         weights_module.load_given(model, weights_module.read_file(path), str(path))
     return Weights(kind="file", origin=str(path.resolve()), sha256=weights_module.digest(model.state_dict()))

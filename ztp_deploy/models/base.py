@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ztp_deploy.plan import Geometry
@@ -18,13 +18,13 @@ class ModelSize(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    img_size: int | None = None
-    patch_size: int | None = None
-    embed_dim: int | None = None
-    depth: int | None = None
-    num_heads: int | None = None
-    mlp_ratio: float | None = None
-    num_classes: int | None = None
+    img_size: int | None = Field(default=None, ge=1)
+    patch_size: int | None = Field(default=None, ge=1)
+    embed_dim: int | None = Field(default=None, ge=1)
+    depth: int | None = Field(default=None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
+    mlp_ratio: float | None = Field(default=None, gt=0)
+    num_classes: int | None = Field(default=None, ge=2)
 
     def given(self) -> dict[str, Any]:
         """The sizes that were set."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -70,23 +71,41 @@ def adapts(model: nn.Module) -> bool:
     return isinstance(model, VisionTransformer)
 
 
+def _check_plain(model: Any) -> None:
+    """Raises BadRequest for everything that would make the host compute something else than the module."""
+    reason = None
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        reason = f"{type(model).__name__} changes timm's VisionTransformer, and its changes would be lost"
+    elif type(model.patch_embed) is not PatchEmbed or not isinstance(model.patch_embed.proj, nn.Conv2d):
+        reason = f"its stem is a {type(model.patch_embed).__name__}, not a plain patch embedding"
+    elif model.patch_embed.proj.in_channels != 3:
+        reason = f"it takes {model.patch_embed.proj.in_channels} channels, not 3"
+    elif any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        reason = "its parameters are not float32 (precision is chosen at export)"
+    elif any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
+        reason = "it carries forward hooks, which no engine would run"
+    elif not model.global_pool or model.num_classes < 2:
+        reason = "it has no classifier"
+    elif getattr(model, "dynamic_img_size", False):
+        reason = "dynamic_img_size leaves its token count open"
+    if reason:
+        raise BadRequest(f"This {type(model).__name__} cannot be pruned: {reason}.", "`ztp list` shows what can.")
+
+
 class TimmVitHost:
     """A timm VisionTransformer (optionally distilled) taken apart; shares the model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, VisionTransformer):
-            raise BadRequest(f"{type(model).__name__} is no timm VisionTransformer.", "See `ztp list`.")
-        for number, block in enumerate(model.blocks, start=1):
+        self.model: Any = model
+        _check_plain(self.model)
+        for number, block in enumerate(self.blocks, start=1):
             if type(block) is not Block or type(block.attn) is not TimmAttention:
                 raise BadRequest(
                     f"Block {number} is a {type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}; "
                     "pruning knows timm's plain Block with Attention.",
                     "Choose a model whose blocks are plain (`ztp list`).",
                 )
-        if getattr(model, "dynamic_img_size", False):
-            raise BadRequest("Models with dynamic_img_size have no fixed token count.", "Build it without that option.")
-        self.model: Any = model
-        self.geometry = _geometry(model)
+        self.geometry = _geometry(self.model)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -78,13 +77,7 @@ def load_given(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
         if isinstance(state.get(container), Mapping):
             state = state[container]
             break
-    found: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if not isinstance(value, (Tensor, np.ndarray)):
-            raise BadRequest(
-                f"{origin} holds {type(value).__name__} under {name!r}, not a tensor.", "Give a plain state dict."
-            )
-        found[name.removeprefix("module.")] = torch.as_tensor(value)
+    found = {str(name).removeprefix("module."): _tensor(name, value, origin) for name, value in state.items()}
     expected = model.state_dict()
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
@@ -104,12 +97,37 @@ def load_given(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
     model.load_state_dict(found)
 
 
+def user_path(text: str | Path) -> Path:
+    """The path with `~` expanded where that can be done."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def check_file(path: Path) -> None:
     """Raises BadRequest where there is no such file."""
     if not path.is_file():
         raise BadRequest(
             f"weights={str(path)!r} is no file.", "Give auto, pretrained, random, or the path of a checkpoint."
         )
+
+
+def _tensor(name: object, value: object, origin: str) -> Tensor:
+    """A dense, finite tensor. Raises BadRequest for anything else under a name."""
+    if not isinstance(value, (Tensor, np.ndarray)):
+        reason = f"{type(value).__name__}, not a tensor"
+    else:
+        tensor = torch.as_tensor(value)
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            reason = "a tensor without plain values"
+        elif tensor.is_complex():
+            reason = "complex numbers"
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            reason = "NaN or infinite values"
+        else:
+            return tensor
+    raise BadRequest(f"{origin} holds {reason} under {name!r}.", "Give a plain state dict of finite tensors.")
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -127,9 +145,9 @@ def read_file(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on old pickle protocols; what cannot be read is refused below
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
+    except Exception as error:  # damaged pickles raise anything
         raise BadRequest(
-            f"{path} cannot be read as a plain torch checkpoint: {str(error).splitlines()[0]}.",
+            f"{path} cannot be read as a plain torch checkpoint: it is damaged, or holds more than tensors.",
             "Save its state dict alone with torch.save or safetensors.",
         ) from error
     if not isinstance(loaded, dict):

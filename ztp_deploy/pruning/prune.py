@@ -97,6 +97,11 @@ def prune(model: nn.Module, plan: Plan) -> PrunedModel:
 
     Raises BadRequest, with the reason, where the plan does not fit the model.
     """
+    if not isinstance(model, nn.Module) or not isinstance(plan, Plan):
+        raise BadRequest(
+            f"prune takes a module and a Plan; {type(model).__name__} and {type(plan).__name__} came.",
+            "Call ztp.load_model and ztp.make_plan first.",
+        )
     return PrunedModel(model, plan)
 
 
