@@ -20,6 +20,7 @@ from ztp_deploy.recipes import Profile, Recipe, read_profile, read_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SUMMARIES = [path for path in (ROOT / "engines" / "evidence").glob("*.json") if ".samples" not in path.name]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
@@ -85,17 +86,20 @@ def test_the_readmes_table_is_the_recorded_one():
     """What stands in the README is the rendering of a committed measurement, letter by letter."""
     shown = README.split("<!-- bench -->")[1].split("<!-- /bench -->")[0].strip()
     recorded = {
-        render_tables(Summary.model_validate_json(path.read_text(encoding="utf-8"))).strip()
-        for path in (ROOT / "engines" / "evidence").glob("*.json")
+        render_tables(Summary.model_validate_json(path.read_text(encoding="utf-8"))).strip() for path in SUMMARIES
     }
     assert shown in recorded
 
 
 def test_recorded_evidence_names_machines_not_paths():
-    for path in (ROOT / "engines" / "evidence").glob("*.json"):
-        text = path.read_text(encoding="utf-8")
-        assert json.loads(text)["machine"]["cpu"]
-        assert not re.search(r'"/(home|root|work|tmp|Users)/', text)
+    assert SUMMARIES
+    for path in SUMMARIES:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        assert summary["machine"]["cpu"]
+        samples = json.loads(path.with_suffix(".samples.json").read_text(encoding="utf-8"))
+        assert samples["command"] == summary["command"]
+        for text in (path.read_text(encoding="utf-8"), path.with_suffix(".samples.json").read_text(encoding="utf-8")):
+            assert not re.search(r"/(home|root|work|tmp|Users)/", text)
 
 
 def test_the_lock_is_hashed_names_no_index_and_holds_every_dependency():

@@ -261,7 +261,7 @@ def bench(
                 request = dataclasses.replace(request, **roots)
             result = workflow.make_engine(wanted, request, _Bars(), batches=sizes, seconds=seconds, command=_command())
         if record is not None:
-            _record(result.summary, record)
+            _record(result, record)
         _show_result(result, as_json)
         return
     assert engine is not None
@@ -650,17 +650,21 @@ def _show_parity(report: Any) -> None:
         _warn(note)
 
 
-def _record(summary: Any, folder: Path) -> None:
+def _record(result: Any, folder: Path) -> None:
+    """Writes summary, raw samples and table, named after model, plan, back end and machine, without local paths."""
     from ztp_deploy.evidence.report.markdown import render_tables
     from ztp_deploy.manifest import write_text
 
+    where = Path(result.summary.engine)
+    summary = result.summary.model_copy(update={"engine": f"engines/{where.parent.name}/{where.name}"})
     machine = "".join(c if c.isalnum() else "-" for c in summary.machine["cpu"].lower()).strip("-")
     machine = "-".join(filter(None, machine.split("-")))
     backend = summary.backend.split()[0]
     name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}--{machine}"
     write_text(folder / f"{name}.json", summary.to_json())
+    write_text(folder / f"{name}.samples.json", result.latency.to_json())
     write_text(folder / f"{name}.md", render_tables(summary))
-    err.print(f"Recorded {folder / name}.json and .md", soft_wrap=True)
+    err.print(f"Recorded {folder / name}.json, .samples.json and .md", soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

@@ -305,7 +305,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _unit_interval(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise BadRequest(f"{name}={value!r} is outside (0, 1].", "Give a share such as 0.7; 1 keeps everything.")
     return float(value)
 

@@ -82,8 +82,12 @@ def test_the_order_of_a_round_is_random(shared_engine):
             order.append(self.role)
 
     roles = {role: Recorder(role) for role in "abc"}
-    latency._interleave(roles, dict.fromkeys(roles), 0.001, lambda share: None)
-    rounds = ["".join(order[-3 * n : len(order) - 3 * (n - 1)]) for n in range(1, latency.MIN_ROUNDS + 1)]
+    times = latency._interleave(roles, dict.fromkeys(roles), 0.001, lambda share: None)
+    measured = order[-6 * latency.MIN_ROUNDS :]  # what came before was warm-up
+    # Every turn is an untimed run and a timed one.
+    assert measured[::2] == measured[1::2]
+    assert {len(values) for values in times.values()} == {latency.MIN_ROUNDS}
+    rounds = ["".join(measured[start : start + 6 : 2]) for start in range(0, len(measured), 6)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 2
 

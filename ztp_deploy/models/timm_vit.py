@@ -12,6 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models.base import Attention, ModelSize
@@ -123,9 +124,12 @@ class TimmVitHost:
     def attend(self, block: Any, tokens: Tensor) -> tuple[Tensor, Attention]:
         attn = block.attn
         normed = block.norm1(tokens)
-        batch, count, _ = normed.shape
-        qkv = attn.qkv(normed).reshape(batch, count, 3, attn.num_heads, attn.head_dim)
-        queries, keys, values = qkv.unbind(2)  # [B, N, H, d]
+        # Three projections instead of one that is cut apart again: engines then copy nothing.
+        biases = attn.qkv.bias.chunk(3) if attn.qkv.bias is not None else (None, None, None)
+        queries, keys, values = (
+            functional.linear(normed, weight, bias).unflatten(2, (attn.num_heads, attn.head_dim))  # [B, N, H, d]
+            for weight, bias in zip(attn.qkv.weight.chunk(3), biases, strict=True)
+        )
         queries, keys = attn.q_norm(queries).transpose(1, 2), attn.k_norm(keys).transpose(1, 2)
         values = values.transpose(1, 2)
         logits = (queries * attn.scale) @ keys.transpose(-2, -1)
