@@ -11,15 +11,26 @@ from ztp_deploy.evidence import latency
 
 
 def test_bootstrap_interval_of_the_median():
-    values = np.random.default_rng(1).normal(1.5, 0.1, 400)
-    low, high = latency.bootstrap_median(values)
+    generator = np.random.default_rng(1)
+    alike = [generator.normal(1.5, 0.1, 80) for _ in range(5)]
+    low, high = latency.bootstrap_median(alike)
     assert low < 1.5 < high
     assert high - low < 0.05
-    assert latency.bootstrap_median(np.full(20, 2.0)) == (2.0, 2.0)
+    assert latency.bootstrap_median([np.full(20, 2.0)] * 3) == (2.0, 2.0)
+
+
+def test_sittings_that_differ_widen_the_interval():
+    """Rounds alone would be sure of themselves; what differs from opening to opening must show."""
+    generator = np.random.default_rng(1)
+    shifted = [generator.normal(mean, 0.01, 80) for mean in (1.40, 1.45, 1.50, 1.55, 1.60)]
+    low, high = latency.bootstrap_median(shifted)
+    assert high - low > 0.05
+    pooled = [np.concatenate(shifted)]
+    assert latency.bootstrap_median(pooled)[1] - latency.bootstrap_median(pooled)[0] < high - low
 
 
 def ratio(reference, engine):
-    return latency._ratio("pruned", "dense", 1, {"dense": reference, "pruned": engine})
+    return latency._ratio("pruned", "dense", 1, {"dense": [reference] * 2, "pruned": [engine] * 2})
 
 
 def test_ratios_are_paired_round_by_round():
@@ -28,16 +39,19 @@ def test_ratios_are_paired_round_by_round():
     measured = ratio(dense, dense / 1.5)
     assert measured.speedup == measured.low == measured.high == pytest.approx(1.5)
     assert measured.verdict == "measured"
-    assert measured.rounds == 100
+    assert measured.rounds == 200
 
 
 def test_noise_and_drift_are_inconclusive():
     generator = np.random.default_rng(2)
     noisy = ratio(generator.uniform(1, 3, 15), np.ones(15))
     assert (noisy.verdict, noisy.reason.split()[-1]) == ("inconclusive", "running")
-    drifting = ratio(np.linspace(1.0, 1.5, 2000), np.ones(2000))
+    halves = {"dense": [np.full(300, 1.0), np.full(300, 1.5)], "pruned": [np.ones(300)] * 2}
+    drifting = latency._ratio("pruned", "dense", 1, halves)
     assert drifting.verdict == "inconclusive"
-    assert "drifted" in drifting.reason
+    steady = [np.r_[np.linspace(1.0, 1.2, 3000)]]
+    slow = latency._ratio("pruned", "dense", 1, {"dense": steady, "pruned": [np.ones(3000)]})
+    assert "drifted" in slow.reason
 
 
 def test_engines_are_interleaved_and_samples_kept(shared_engine, torchscript_engine):
@@ -50,13 +64,14 @@ def test_engines_are_interleaved_and_samples_kept(shared_engine, torchscript_eng
     )
     assert sum(seen) == pytest.approx(2)
     for batch in (1, 3):
-        counts = {len(report.sample(role, batch).milliseconds) for role in ("dense", "pruned")}
-        assert len(counts) == 1
-        assert counts.pop() >= latency.MIN_ROUNDS
+        dense, pruned = (report.sample(role, batch).milliseconds for role in ("dense", "pruned"))
+        assert [len(sitting) for sitting in dense] == [len(sitting) for sitting in pruned]
+        assert len(dense) == latency.SITTINGS
+        assert min(len(sitting) for sitting in dense) >= latency.MIN_ROUNDS
         one = report.ratio("pruned", "dense", batch)
         assert one.low <= one.speedup <= one.high
     sample = report.sample("dense", 3)
-    assert sample.median == pytest.approx(np.median(sample.milliseconds), abs=1e-3)
+    assert sample.median == pytest.approx(np.median(np.concatenate(sample.milliseconds)), abs=1e-3)
     assert sample.median <= sample.p90 <= sample.p95
     assert sample.images_per_second == pytest.approx(3000 / sample.median)
     assert report.environment["cores"] >= 1
@@ -64,8 +79,8 @@ def test_engines_are_interleaved_and_samples_kept(shared_engine, torchscript_eng
 
 
 def test_p99_needs_a_hundred_samples(shared_engine):
-    few = latency._summary("dense", shared_engine, 1, [0.001] * 99)
-    many = latency._summary("dense", shared_engine, 1, [0.001] * 99 + [0.002])
+    few = latency._summary("dense", shared_engine, 1, [[0.001] * 99])
+    many = latency._summary("dense", shared_engine, 1, [[0.001] * 50, [0.001] * 49 + [0.002]])
     assert few.p99 is None
     assert many.p99 == pytest.approx(1.01, abs=0.02)
 
@@ -82,14 +97,14 @@ def test_the_order_of_a_round_is_random(shared_engine):
             order.append(self.role)
 
     roles = {role: Recorder(role) for role in "abc"}
-    times = latency._interleave(roles, dict.fromkeys(roles), 0.001, lambda share: None)
-    measured = order[-6 * latency.MIN_ROUNDS :]  # what came before was warm-up
+    times = latency._interleave(roles, dict.fromkeys(roles), 0.001, np.random.default_rng(0), lambda share: None)
+    measured = order[-6 * latency.MAX_ROUNDS :]  # what came before was warm-up
     # Every turn is an untimed run and a timed one.
     assert measured[::2] == measured[1::2]
-    assert {len(values) for values in times.values()} == {latency.MIN_ROUNDS}
+    assert {len(values) for values in times.values()} == {latency.MAX_ROUNDS}
     rounds = ["".join(measured[start : start + 6 : 2]) for start in range(0, len(measured), 6)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    assert len(set(rounds)) > 2
+    assert len(set(rounds)) == 6
 
 
 def test_refusals(shared_engine):

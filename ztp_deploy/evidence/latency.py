@@ -1,4 +1,8 @@
-"""Latency: engines interleaved in one process, raw samples kept, paired ratios with bootstrap intervals."""
+"""Latency: engines interleaved in one process, raw samples kept, paired ratios with bootstrap intervals.
+
+An engine's speed depends by a percent or so on where its memory came to lie when it was opened. So engines
+are opened anew in several sittings, and intervals resample sittings first, rounds within them second.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,10 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import manifest_sha256
 
-WARM_UP_SECONDS = 1.0
-MIN_ROUNDS, MAX_ROUNDS = 15, 400
+SITTINGS = 5
+WARM_UP_SECONDS = 0.4
+MIN_ROUNDS, MAX_ROUNDS = 4, 100
+"""Rounds of one sitting."""
 DEFAULT_SECONDS = 20.0
 BOOTSTRAP_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -33,13 +39,17 @@ Progress = Callable[[float], None]
 
 
 class Samples(BaseModel):
-    """Wall times of one engine at one batch, in milliseconds a batch; `p99` only from 100 samples on."""
+    """Wall times of one engine at one batch, in milliseconds a batch, one list a sitting.
+
+    `p99` only from 100 samples on.
+    """
 
     engine: str
     role: str
     manifest_sha256: str
     batch: int
-    milliseconds: list[float]
+    milliseconds: list[list[float]]
+    runs: int
     median: float
     p90: float
     p95: float
@@ -104,10 +114,10 @@ def measure_latency(
     """Times `session.run` of several engines against each other.
 
     `engines` by role (`{"dense": …, "pruned": …, "slice": …}`) or a sequence, which takes folder names as
-    roles; the first is the reference of all ratios, and every later pair is compared too. In each
-    round every engine has one turn, in a random order, so that a drifting machine hits all alike; a turn is
-    one untimed run, so that caches are the engine's own, and one timed. `seconds` is
-    the time spent a batch. Raises BadRequest for batches outside an engine's range.
+    roles; the first is the reference of all ratios, and every later pair is compared too. Engines are opened
+    anew in each of several sittings. In each round of a sitting every engine has one turn, in a random order,
+    so that a drifting machine hits all alike; a turn is one untimed run, so that caches are the engine's own,
+    and one timed. `seconds` is the time spent a batch, warm-up aside. Raises BadRequest for batches outside an engine's range.
     """
     named = _named(engines)
     if not batches:
@@ -118,18 +128,26 @@ def measure_latency(
     samples: list[Samples] = []
     ratios: list[Ratio] = []
     advance = progress or (lambda share: None)
-    with ExitStack() as stack:
-        sessions = {role: stack.enter_context(load_engine(engine.directory)) for role, engine in named.items()}
-        for batch in batches:
-            images = {role: _images(session, batch) for role, session in sessions.items()}
-            times = _interleave(sessions, images, seconds, advance)
-            samples += [_summary(role, named[role], batch, times[role]) for role in sessions]
-            roles = list(sessions)
-            ratios += [
-                _ratio(faster, reference, batch, times)
-                for index, reference in enumerate(roles)
-                for faster in roles[index + 1 :]
-            ]
+    roles = list(named)
+    order = np.random.default_rng(0)
+    for batch in batches:
+        times: dict[str, list[list[float]]] = {role: [] for role in roles}
+        for _ in range(SITTINGS):
+            with ExitStack() as stack:
+                sessions = {
+                    role: stack.enter_context(load_engine(named[role].directory))
+                    for role in order.permutation(roles).tolist()
+                }
+                images = {role: _images(session, batch) for role, session in sessions.items()}
+                sitting = _interleave(sessions, images, seconds / SITTINGS, order, lambda s: advance(s / SITTINGS))
+            for role in roles:
+                times[role].append(sitting[role])
+        samples += [_summary(role, named[role], batch, times[role]) for role in roles]
+        ratios += [
+            _ratio(faster, reference, batch, times)
+            for index, reference in enumerate(roles)
+            for faster in roles[index + 1 :]
+        ]
     notes = []
     if before["load_average"] > 0.5 * before["cores"]:
         notes.append(f"The machine was busy when this began (load average {before['load_average']}).")
@@ -173,13 +191,17 @@ def _images(session: Session, batch: int) -> NDArray[Any]:
 
 
 def _interleave(
-    sessions: Mapping[str, Session], images: Mapping[str, NDArray[Any]], seconds: float, advance: Progress
+    sessions: Mapping[str, Session],
+    images: Mapping[str, NDArray[Any]],
+    seconds: float,
+    order: np.random.Generator,
+    advance: Progress,
 ) -> dict[str, list[float]]:
     """Seconds a run, by role; the i-th samples of all roles belong to one round."""
     roles = list(sessions)
     for role in roles:
         deadline = time.perf_counter() + WARM_UP_SECONDS
-        for _ in range(3):
+        for _ in range(2):
             sessions[role].run(images[role])
         while time.perf_counter() < deadline:
             sessions[role].run(images[role])
@@ -188,16 +210,14 @@ def _interleave(
     done = 0.0
     # A random order each round, and one untimed run a turn: whoever ran before leaves its mark on caches and
     # clocks, which in service, where one engine runs again and again, is the engine's own.
-    order = np.random.default_rng(0)
-    for number in range(MAX_ROUNDS):
+    for number in range(1, MAX_ROUNDS + 1):
         for role in order.permutation(roles).tolist():
             sessions[role].run(images[role])
             start = time.perf_counter()
             sessions[role].run(images[role])
             times[role].append(time.perf_counter() - start)
-        share = min(1.0, max((time.perf_counter() - begin) / seconds, (number + 1) / MAX_ROUNDS))
-        if number + 1 < MIN_ROUNDS:
-            share = min(share, (number + 1) / MIN_ROUNDS)
+        share = max((time.perf_counter() - begin) / seconds, number / MAX_ROUNDS)
+        share = min(1.0, share, number / MIN_ROUNDS)
         advance(share - done)
         done = share
         if share >= 1:
@@ -205,15 +225,16 @@ def _interleave(
     return times
 
 
-def _summary(role: str, engine: Engine, batch: int, seconds: Sequence[float]) -> Samples:
-    milliseconds = np.array(seconds) * 1e3
+def _summary(role: str, engine: Engine, batch: int, seconds: Sequence[Sequence[float]]) -> Samples:
+    milliseconds = np.concatenate([np.array(sitting) for sitting in seconds]) * 1e3
     p90, p95, p99 = np.percentile(milliseconds, [90, 95, 99])
     return Samples(
         engine=engine.directory.name,
         role=role,
         manifest_sha256=manifest_sha256(engine.directory),
         batch=batch,
-        milliseconds=[round(float(value), 4) for value in milliseconds],
+        milliseconds=[[round(value * 1e3, 4) for value in sitting] for sitting in seconds],
+        runs=len(milliseconds),
         median=float(np.median(milliseconds)),
         p90=float(p90),
         p95=float(p95),
@@ -229,9 +250,10 @@ def _drift(values: NDArray[Any]) -> float:
     return float(np.median(values[-third:]) / np.median(values[:third]) - 1)
 
 
-def _ratio(engine: str, reference: str, batch: int, times: Mapping[str, Sequence[float]]) -> Ratio:
-    paired = np.array(times[reference]) / np.array(times[engine])
-    low, high = bootstrap_median(paired)
+def _ratio(engine: str, reference: str, batch: int, times: Mapping[str, Sequence[Sequence[float]]]) -> Ratio:
+    sittings = [np.array(slow) / np.array(fast) for slow, fast in zip(times[reference], times[engine], strict=True)]
+    paired = np.concatenate(sittings)
+    low, high = bootstrap_median(sittings)
     drift = _drift(paired)
     reason = None
     if (high - low) / float(np.median(paired)) > MAX_RELATIVE_WIDTH:
@@ -251,10 +273,15 @@ def _ratio(engine: str, reference: str, batch: int, times: Mapping[str, Sequence
     )
 
 
-def bootstrap_median(values: NDArray[Any], resamples: int = BOOTSTRAP_RESAMPLES) -> tuple[float, float]:
-    """Percentile bootstrap interval of the median, seeded."""
+def bootstrap_median(sittings: Sequence[NDArray[Any]], resamples: int = BOOTSTRAP_RESAMPLES) -> tuple[float, float]:
+    """Percentile bootstrap interval of the median over all rounds: sittings are resampled, then rounds in them."""
     generator = np.random.default_rng(0)
-    medians = np.median(generator.choice(values, (resamples, len(values))), axis=1)
+    medians = []
+    for _ in range(resamples):
+        chosen = generator.integers(0, len(sittings), len(sittings))
+        medians.append(
+            np.median(np.concatenate([generator.choice(sittings[index], len(sittings[index])) for index in chosen]))
+        )
     tail = (1 - CONFIDENCE) / 2 * 100
     low, high = np.percentile(medians, [tail, 100 - tail])
     return float(low), float(high)

@@ -160,7 +160,7 @@ def _timings(latency: LatencyReport) -> list[Timing]:
         Timing(
             role=sample.role,
             batch=sample.batch,
-            runs=len(sample.milliseconds),
+            runs=sample.runs,
             median=sample.median / sample.batch,
             p90=sample.p90 / sample.batch,
             p95=sample.p95 / sample.batch,
