@@ -464,10 +464,9 @@ def doctor(as_json: AsJson = False) -> None:
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, install one."
         )
-    if machine["load_average"] > 0.5 * machine["cores"]:
-        problems.append(
-            f"The machine is busy (load average {machine['load_average']}): latency figures will not be quiet."
-        )
+    busy = environment.busy_share()
+    if busy > 0.1:
+        problems.append(f"The machine is busy ({busy:.0%} of its processor time): latency figures will not be quiet.")
     facts = {
         "machine": machine,
         "gpu": environment.gpu_line(),

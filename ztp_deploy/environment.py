@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import time
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -107,6 +108,23 @@ def versions() -> dict[str, str]:
     return {name: found for name in REPORTED_PACKAGES if (found := installed(name))}
 
 
+def busy_share(seconds: float = 0.5) -> float:
+    """The share of all processor time that is used while this process sleeps; 0 where the system does not tell."""
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(value) for value in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        return sum(fields[:8]), fields[3] + fields[4]
+
+    try:
+        total, idle = ticks()
+        time.sleep(seconds)
+        later_total, later_idle = ticks()
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    spent = max(1, later_total - total)
+    return max(0.0, 1 - (later_idle - idle) / spent)
+
+
 def snapshot() -> dict[str, Any]:
     """The environment as evidence files record it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -119,7 +137,6 @@ def snapshot() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": versions(),
-        "load_average": round(os.getloadavg()[0], 2),
     }
 
 

@@ -34,6 +34,7 @@ CONFIDENCE = 0.95
 P99_SAMPLES = 100
 MAX_RELATIVE_WIDTH = 0.06
 MAX_DRIFT = 0.10
+MAX_BUSY = 0.10
 
 Progress = Callable[[float], None]
 
@@ -125,6 +126,7 @@ def measure_latency(
     check_seconds(seconds)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     before = environment.snapshot()
+    busy = environment.busy_share()
     samples: list[Samples] = []
     ratios: list[Ratio] = []
     advance = progress or (lambda share: None)
@@ -149,8 +151,8 @@ def measure_latency(
             for faster in roles[index + 1 :]
         ]
     notes = []
-    if before["load_average"] > 0.5 * before["cores"]:
-        notes.append(f"The machine was busy when this began (load average {before['load_average']}).")
+    if busy > MAX_BUSY:
+        notes.append(f"The machine was busy with other work when this began ({busy:.0%} of its processor time).")
     return LatencyReport(
         command=command,
         started=started,

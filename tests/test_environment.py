@@ -1,0 +1,42 @@
+"""Probes of the machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from ztp_deploy import environment
+from ztp_deploy.environment import Gpu
+
+
+def test_a_snapshot_names_the_machine():
+    facts = environment.snapshot()
+    assert facts["cpu"]
+    assert facts["cores"] >= 1
+    assert facts["memory_gib"] > 0
+    assert facts["packages"]["torch"] == environment.installed("torch")
+    assert environment.installed("no-such-package") is None
+
+
+def test_gpus_have_names_fit_for_folders():
+    assert Gpu("NVIDIA H200", "9.0", 139.8).slug == "nvidia-h200-sm90"
+    assert Gpu("NVIDIA GeForce RTX 4090 (Laptop)", "8.9", 16).slug == "nvidia-geforce-rtx-4090-laptop-sm89"
+
+
+def test_the_gpu_line_says_when_there_is_none(monkeypatch):
+    monkeypatch.setattr(environment, "gpus", lambda: ())
+    assert environment.gpu_line() == "GPU: none found; everything ran on the CPU"
+    monkeypatch.setattr(environment, "gpus", lambda: (Gpu("NVIDIA H200", "9.0", 139.8),))
+    assert environment.gpu_line() == "GPU: NVIDIA H200"
+
+
+def test_other_work_is_noticed():
+    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(environment.usable_cores())]
+    try:
+        time.sleep(0.3)
+        assert environment.busy_share(0.3) > 0.5
+    finally:
+        for process in spin:
+            process.kill()
+            process.wait()
