@@ -14,16 +14,13 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ztp_deploy.console import Bars, err, out, print_json, record_result, show_parity, show_result, warn
 from ztp_deploy.errors import INTERRUPTED, BadRequest, ZtpError
 
 app = typer.Typer(
@@ -34,8 +31,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 # --- options shared by several commands --------------------------------------------------------
 
@@ -43,7 +38,7 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")
 ]
 Method = Annotated[
-    str | None, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.  [default: zero_tprune]")
+    str | None, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.  \\[default: zero_tprune]")
 ]
 Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
 FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
@@ -62,15 +57,17 @@ Profile = Annotated[
     str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")
 ]
 BackendName = Annotated[
-    str | None, typer.Option("--backend", "-b", help="auto, onnxruntime or torchscript.  [default: auto]")
+    str | None, typer.Option("--backend", "-b", help="auto, onnxruntime or torchscript.  \\[default: auto]")
 ]
-DeviceName = Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  [default: auto]")]
-Precision = Annotated[str | None, typer.Option(help="fp32.  [default: fp32]")]
-Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  [default: 1:8:64]")]
+DeviceName = Annotated[
+    str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
+]
+Precision = Annotated[str | None, typer.Option(help="fp32.  \\[default: fp32]")]
+Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  \\[default: 1:8:64]")]
 InputType = Annotated[
     str | None,
     typer.Option(
-        "--input", help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  [default: float32]"
+        "--input", help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  \\[default: float32]"
     ),
 ]
 ExportRoot = Annotated[Path, typer.Option(help="Where artifacts go.")]
@@ -103,7 +100,7 @@ def plan(
 
     made = _plan_request(model, method, ratio, flops, keep, sites, option, "auto", None).plan(model)
     if as_json:
-        _print_json(json.loads(made.to_json()))
+        print_json(json.loads(made.to_json()))
         return
     table = Table(title=f"{made.model} · {made.label}", title_justify="left", title_style="bold")
     for name in ("stage", "after block", "tokens in", "tokens out", "fixed numbers"):
@@ -144,11 +141,11 @@ def export(
     exporters.check_precision(format, request.precision)
     models.check_request(wanted.model, wanted.weights)
     wanted.plan(wanted.model)
-    clock = workflow.Clock(_Bars())
+    clock = workflow.Clock(Bars())
     module = workflow.load(wanted.model, wanted.weights, clock)
     artifact = workflow.export_model(module, wanted.plan(module), request, format, clock)
     if as_json:
-        _print_json(
+        print_json(
             {"artifact": str(artifact.directory), "manifest": artifact.manifest.model_dump(mode="json", by_alias=True)}
         )
         return
@@ -173,9 +170,9 @@ def build(
     from ztp_deploy import exporters, workflow
 
     request = _build_request(profile, backend, device, precision, batch, None, Path("export"), directory)
-    engine = workflow.build_engine(exporters.load_artifact(artifact), request, workflow.Clock(_Bars()))
+    engine = workflow.build_engine(exporters.load_artifact(artifact), request, workflow.Clock(Bars()))
     if as_json:
-        _print_json(
+        print_json(
             {"engine": str(engine.directory), "manifest": engine.manifest.model_dump(mode="json", by_alias=True)}
         )
         return
@@ -196,14 +193,14 @@ def check(
     from ztp_deploy.backends import find_engine
 
     found = find_engine(engine)
-    clock = workflow.Clock(_Bars())
+    clock = workflow.Clock(Bars())
     with clock.step(f"load {found.manifest.source.name}"):
         model = models.reload_model(found.manifest.source)
     report = workflow.check(found, model, images, clock, count)
     if as_json:
-        _print_json(report.model_dump(mode="json"))
+        print_json(report.model_dump(mode="json"))
     else:
-        _show_parity(report)
+        show_parity(report)
     report.require()
 
 
@@ -259,10 +256,10 @@ def bench(
             if scratch:
                 roots = {"export_root": Path(scratch, "export"), "engines_root": Path(scratch, "engines")}
                 request = dataclasses.replace(request, **roots)
-            result = workflow.make_engine(wanted, request, _Bars(), batches=sizes, seconds=seconds, command=_command())
+            result = workflow.make_engine(wanted, request, Bars(), batches=sizes, seconds=seconds, command=_command())
         if record is not None:
-            _record(result, record)
-        _show_result(result, as_json)
+            record_result(result, record)
+        show_result(result, as_json)
         return
     assert engine is not None
     idle = {
@@ -284,9 +281,9 @@ def bench(
     named = {
         path.name if len({p.name for p in engine}) == len(engine) else str(path): find_engine(path) for path in engine
     }
-    report = workflow.bench(named, sizes, seconds, workflow.Clock(_Bars()), _command())
+    report = workflow.bench(named, sizes, seconds, workflow.Clock(Bars()), _command())
     if as_json:
-        _print_json(report.model_dump(mode="json"))
+        print_json(report.model_dump(mode="json"))
         return
     table = Table("batch", "engine", "ms/image", "p90", "images/s")
     for sample in report.samples:
@@ -340,14 +337,14 @@ def engine(
     result = workflow.make_engine(
         wanted,
         request,
-        _Bars(),
+        Bars(),
         images=images,
         batches=_integers("batches", batches),
         seconds=seconds,
         measure=measure,
         command=_command(),
     )
-    _show_result(result, as_json)
+    show_result(result, as_json)
 
 
 @app.command()
@@ -387,10 +384,10 @@ def classify(
         for path, row in zip(images, probabilities, strict=True)
     ]
     if as_json:
-        _print_json({"engine": str(engine), "random_weights": manifest.random_weights, "images": found})
+        print_json({"engine": str(engine), "random_weights": manifest.random_weights, "images": found})
         return
     if manifest.random_weights:
-        _warn("This engine has random weights: the names below mean nothing.")
+        warn("This engine has random weights: the names below mean nothing.")
     for entry in found:
         table = Table(title=str(entry["image"]), title_justify="left", title_style="bold", show_header=False, box=None)
         for guess in entry["top"]:
@@ -423,7 +420,7 @@ def list_(as_json: AsJson = False) -> None:
         ],
     }
     if as_json:
-        _print_json(known)
+        print_json(known)
         return
     for title, rows in known.items():
         if title == "models":
@@ -475,7 +472,7 @@ def doctor(as_json: AsJson = False) -> None:
         "problems": problems,
     }
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     table = Table(show_header=False, box=None)
     table.add_row("processor", f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['cpu_features'])})")
@@ -489,7 +486,7 @@ def doctor(as_json: AsJson = False) -> None:
     table.add_row("BACKEND=auto takes", backends.choose("auto"))
     out.print(table)
     for problem in problems:
-        _warn(problem)
+        warn(problem)
     if not problems:
         out.print("No problems found.", style="green")
 
@@ -589,87 +586,6 @@ def _option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-# --- output ------------------------------------------------------------------------------------
-
-
-class _Bars:
-    """Progress on stderr: one line a step, with a bar where the amount of work is known."""
-
-    @contextlib.contextmanager
-    def step(self, title: str, total: float | None) -> Iterator[Any]:
-        progress = Progress(
-            SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=err,
-            transient=False,
-            disable=not err.is_terminal,
-        )
-        if not err.is_terminal:
-            err.print(title)
-        with progress:
-            task = progress.add_task(title, total=total)
-            yield lambda amount: progress.update(task, advance=amount)
-            progress.update(task, total=total or 1, completed=total or 1)
-
-    def warn(self, text: str) -> None:
-        _warn(text)
-
-
-def _warn(text: str) -> None:
-    err.print(Panel(text, title="note", title_align="left", border_style="yellow"))
-
-
-def _show_result(result: Any, as_json: bool) -> None:
-    from ztp_deploy.evidence.report.terminal import show_summary
-
-    if as_json:
-        _print_json(result.summary.model_dump(mode="json"))
-    else:
-        show_summary(result.summary, out)
-
-
-def _show_parity(report: Any) -> None:
-    table = Table(title=f"parity of {report.engine} on {report.images}", title_justify="left", title_style="bold")
-    for name in ("edge", "kept sets agree", "worst logit", "top-1", "near-ties", "verdict"):
-        table.add_column(name)
-    for edge in report.edges:
-        kept = ", ".join(f"stage {stage.stage}: {stage.images_agreeing}/{edge.images}" for stage in edge.stages)
-        table.add_row(
-            f"{edge.reference} → {edge.candidate}",
-            kept or "no stages",
-            f"{edge.worst_logit:.1e} σ",
-            f"{edge.top1_equal}/{edge.compared_logits}",
-            str(len(edge.near_ties)),
-            "[green]holds[/green]" if edge.holds else f"[bold red]{len(edge.faults)} faults[/bold red]",
-        )
-    out.print(table)
-    for note in report.notes:
-        _warn(note)
-
-
-def _record(result: Any, folder: Path) -> None:
-    """Writes summary, raw samples and table, named after model, plan, back end and machine, without local paths."""
-    from ztp_deploy.evidence.report.markdown import render_tables
-    from ztp_deploy.manifest import write_text
-
-    where = Path(result.summary.engine)
-    summary = result.summary.model_copy(update={"engine": f"engines/{where.parent.name}/{where.name}"})
-    machine = "".join(c if c.isalnum() else "-" for c in summary.machine["cpu"].lower()).strip("-")
-    machine = "-".join(filter(None, machine.split("-")))
-    backend = summary.backend.split()[0]
-    name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}--{machine}"
-    write_text(folder / f"{name}.json", summary.to_json())
-    write_text(folder / f"{name}.samples.json", result.latency.to_json())
-    write_text(folder / f"{name}.md", render_tables(summary))
-    err.print(f"Recorded {folder / name}.json, .samples.json and .md", soft_wrap=True)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _command() -> str:
     """The command as typed, without the interpreter's and the machine's paths."""
     return shlex.join(["ztp", *sys.argv[1:]])
@@ -724,7 +640,7 @@ def _refuse(error: BaseException) -> int:
     else:
         raise error
     if "--json" in sys.argv:
-        _print_json({"error": {"problem": problem, "fix": fix, "exit_code": code}})
+        print_json({"error": {"problem": problem, "fix": fix, "exit_code": code}})
     else:
         err.print("error: ", style="bold red", end="")
         err.print(f"{problem} {fix}".strip(), markup=False, soft_wrap=True)

@@ -192,6 +192,15 @@ def share_of(ratio: float, count: int, rounding: Callable[[Fraction], int] = mat
     return max(1, rounding(Fraction(repr(float(ratio))) * count))
 
 
+def floor_counts(tokens: int, stages: int, ratio: float) -> list[int]:
+    """n ← ⌊ρn⌋ stage after stage (196 at 0.7: 137, 95, 66)."""
+    counts = []
+    for _ in range(stages):
+        tokens = share_of(ratio, tokens)
+        counts.append(tokens)
+    return counts
+
+
 def count_flops(geometry: Geometry, stages: Sequence[Stage]) -> Flops:
     """Multiply-accumulates of the dense and the planned model for one image.
 

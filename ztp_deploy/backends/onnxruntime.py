@@ -117,7 +117,7 @@ class OnnxRuntimeRunner:
 
     def _run(self, session: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         if session is None:
-            raise BadRequest("This session is closed.", "Open the engine again with load_engine.")
+            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         values = session.run(list(names), {self._manifest.input.name: np.ascontiguousarray(images)})
         return dict(zip(names, values, strict=True))
 

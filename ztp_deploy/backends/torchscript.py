@@ -98,7 +98,7 @@ class TorchScriptRunner:
         import torch
 
         if self._module is None:
-            raise BadRequest("This session is closed.", "Open the engine again with load_engine.")
+            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         with torch.inference_mode():
             batch = torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider)
             values = getattr(self._module, method)(batch)

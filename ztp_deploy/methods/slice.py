@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ztp_deploy.methods.base import MethodOptions, Replay, StageModule, StageOutput
 from ztp_deploy.models.base import Attention
-from ztp_deploy.plan import Geometry, Place, Plan, Stage, share_of
+from ztp_deploy.plan import Geometry, Place, Plan, Stage, floor_counts
 from ztp_deploy.pruning.tokens import TokenState
 
 PLACE: Place = "after_block"
@@ -26,11 +26,7 @@ class Options(MethodOptions):
 
 def counts(geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
     """n ← ⌊ρn⌋ per stage."""
-    kept, tokens = [], geometry.patch_tokens
-    for _ in blocks:
-        tokens = share_of(ratio, tokens)
-        kept.append(tokens)
-    return kept
+    return floor_counts(geometry.patch_tokens, len(blocks), ratio)
 
 
 def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions) -> list[Stage]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
 from ztp_deploy.models.base import Attention
-from ztp_deploy.plan import Geometry, Place, Stage, share_of
+from ztp_deploy.plan import Geometry, Place, Stage, floor_counts
 from ztp_deploy.pruning.tokens import TokenState, keep_tokens, membership, take, top_k
 
 PLACE: Place = "after_block"
@@ -85,11 +85,7 @@ class Selection:
 
 def counts(geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
     """n ← ⌊ρn⌋ per stage (196 at 0.7: 137, 95, 66)."""
-    kept, tokens = [], geometry.patch_tokens
-    for _ in blocks:
-        tokens = share_of(ratio, tokens)
-        kept.append(tokens)
-    return kept
+    return floor_counts(geometry.patch_tokens, len(blocks), ratio)
 
 
 def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions) -> list[Stage]:

@@ -1,0 +1,96 @@
+"""What the command line shows: progress on stderr, results on stdout, JSON on demand."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Bars:
+    """Progress on stderr: one line a step, with a bar where the amount of work is known."""
+
+    @contextlib.contextmanager
+    def step(self, title: str, total: float | None) -> Iterator[Any]:
+        progress = Progress(
+            SpinnerColumn(finished_text="[green]✓[/green]"),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=err,
+            transient=False,
+            disable=not err.is_terminal,
+        )
+        if not err.is_terminal:
+            err.print(title)
+        with progress:
+            task = progress.add_task(title, total=total)
+            yield lambda amount: progress.update(task, advance=amount)
+            progress.update(task, total=total or 1, completed=total or 1)
+
+    def warn(self, text: str) -> None:
+        warn(text)
+
+
+def warn(text: str) -> None:
+    err.print(Panel(text, title="note", title_align="left", border_style="yellow"))
+
+
+def show_result(result: Any, as_json: bool) -> None:
+    from ztp_deploy.evidence.report.terminal import show_summary
+
+    if as_json:
+        print_json(result.summary.model_dump(mode="json"))
+    else:
+        show_summary(result.summary, out)
+
+
+def show_parity(report: Any) -> None:
+    table = Table(title=f"parity of {report.engine} on {report.images}", title_justify="left", title_style="bold")
+    for name in ("edge", "kept sets agree", "worst logit", "top-1", "near-ties", "verdict"):
+        table.add_column(name)
+    for edge in report.edges:
+        kept = ", ".join(f"stage {stage.stage}: {stage.images_agreeing}/{edge.images}" for stage in edge.stages)
+        table.add_row(
+            f"{edge.reference} → {edge.candidate}",
+            kept or "no stages",
+            f"{edge.worst_logit:.1e} σ",
+            f"{edge.top1_equal}/{edge.compared_logits}",
+            str(len(edge.near_ties)),
+            "[green]holds[/green]" if edge.holds else f"[bold red]{len(edge.faults)} faults[/bold red]",
+        )
+    out.print(table)
+    for note in report.notes:
+        warn(note)
+
+
+def record_result(result: Any, folder: Path) -> None:
+    """Writes summary, raw samples and table, named after model, plan, back end and machine, without local paths."""
+    from ztp_deploy.evidence.report.markdown import render_tables
+    from ztp_deploy.manifest import write_text
+
+    where = Path(result.summary.engine)
+    summary = result.summary.model_copy(update={"engine": f"engines/{where.parent.name}/{where.name}"})
+    machine = "".join(c if c.isalnum() else "-" for c in summary.machine["cpu"].lower()).strip("-")
+    machine = "-".join(filter(None, machine.split("-")))
+    backend = summary.backend.split()[0]
+    name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}--{machine}"
+    write_text(folder / f"{name}.json", summary.to_json())
+    write_text(folder / f"{name}.samples.json", result.latency.to_json())
+    write_text(folder / f"{name}.md", render_tables(summary))
+    err.print(f"Recorded {folder / name}.json, .samples.json and .md", soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
