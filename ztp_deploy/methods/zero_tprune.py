@@ -207,15 +207,17 @@ def importance(
     return Importance(combine_heads(per_head, counted, options.heads), spread)
 
 
-def directions(features: Tensor) -> Tensor:
-    """Features [B, n, D] at unit length; a zero stays zero."""
-    # A product, not a square: exporters write the latter as Pow, which engines run slowly.
-    return features * (features * features).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
-
-
 def best_match(less: Tensor, more: Tensor) -> Tensor:
-    """Largest cosine [B, a] of each less important direction [B, a, D] with any more important one [B, b, D]."""
-    return (less @ more.transpose(1, 2)).amax(-1)
+    """Largest cosine [B, a] of each less important feature [B, a, D] with any more important one [B, b, D]."""
+    # The less important ones' own lengths can wait until one product each is left.
+    directions = more * _inverse_length(more)
+    return (less @ directions.transpose(1, 2)).amax(-1) * _inverse_length(less).squeeze(-1)
+
+
+def _inverse_length(features: Tensor) -> Tensor:
+    """1 / length [B, n, 1] of features [B, n, D], finite for zeros."""
+    # A product, not a square: exporters write the latter as Pow, which engines run slowly.
+    return (features * features).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
 
 
 def more_important(tokens: int) -> int:
@@ -240,7 +242,7 @@ def select(
         order = top_k(pre_score, stage.tokens_in)
         half = more_important(stage.tokens_in)
         keys_of_all_heads = keys.float().transpose(1, 2).flatten(2)  # [B, N, H·d]
-        features = directions(take(keys_of_all_heads, order, skip=special_tokens))
+        features = take(keys_of_all_heads, order, skip=special_tokens)
         match = best_match(features[:, half:], features[:, :half])
         least = take(order, top_k(match, similar), skip=half)
         dropped = membership(least, everyone, skip=special_tokens)
