@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -196,7 +197,11 @@ def test_a_missing_venv_module_is_one_sentence(checkout):
     assert not (checkout / ".venv").exists()
 
 
-def test_the_wheel_holds_the_package_and_its_marker():
-    done = subprocess.run([sys.executable, "-c", "import ztp_deploy, pathlib; print(pathlib.Path(ztp_deploy.__file__).parent)"],
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
-    assert (Path(done.stdout.strip()) / "py.typed").is_file()
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run([*command, "-w", str(tmp_path), str(ROOT)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    [wheel] = tmp_path.glob("ztp_deploy-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"ztp_deploy/py.typed", "ztp_deploy/cli.py", "ztp_deploy/evidence/report/summary.py"} <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ztp_deploy"}

@@ -78,9 +78,9 @@ def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
     from ztp_deploy import environment
 
     if not environment.gpus():
-        pytest.skip("no NVIDIA GPU here")
+        pytest.skip("needs an NVIDIA GPU and its driver; none was found on this machine")
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.6))
     artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
     engine = ztp.build(artifact, backend, device="cuda", directory=tmp_path / "engine")
     assert engine.manifest.device == "cuda"
-    assert ztp.check_parity(engine, model, tiny.images(5)).edges
+    assert ztp.check_parity(engine, model, tiny.images(5)).require().passed

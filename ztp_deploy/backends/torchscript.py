@@ -73,6 +73,9 @@ class TorchScriptRunner:
             raise MissingSoftware(
                 "This engine was built for a GPU and torch sees none.", "Build it again with device=cpu."
             )
+        if manifest.provider.startswith("cuda"):
+            # Convolutions default to TF32, which is not the float32 that was checked; holds for the process.
+            torch.backends.cudnn.allow_tf32 = False
         threads = Settings(**manifest.settings).threads
         if threads:
             torch.set_num_threads(threads)

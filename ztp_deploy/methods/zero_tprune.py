@@ -1,8 +1,8 @@
 """Zero-TPrune (Wang, Dedhia, Jha, CVPR 2024, arXiv:2305.17328): training-free token pruning on the attention graph.
 
-Importance is attention received: a weighted PageRank (WPR, section 3.2) votes along A, per head;
+Importance is attention received: a weighted PageRank (WPR) votes along A, per head;
 heads are combined by the emphasising root mean square (EIR) over those whose score variance lies in
-bounds (VHF). One stage runs I′ → S → I (section 3.3): I′ ranks, S drops tokens that resemble more
+bounds (VHF). One stage runs I′ → S → I: I′ ranks, S drops tokens that resemble more
 important ones, I votes again among the survivors and keeps the best.
 
 Scores are float32 and scaled to mean 1 over the tokens that take part.

@@ -128,7 +128,7 @@ def _check_fit(plan: Plan, pruned: PrunedModel) -> None:
         )
     if plan.stages:
         places = {stage.place for stage in plan.stages}
-        carried = {methods.get(plan.method).PLACE} | ({"after_block"} if plan.method == "slice" else set())
+        carried = {methods.get(plan.method).PLACE}
         if not places <= carried:
             raise BadRequest(
                 f"Method {plan.method} acts at {', '.join(sorted(carried))}, the plan says {', '.join(sorted(places))}.",
