@@ -143,7 +143,7 @@ def export(
     wanted.plan(wanted.model)
     clock = workflow.Clock(Bars())
     module = workflow.load(wanted.model, wanted.weights, clock)
-    artifact = workflow.export_model(module, wanted.plan(module), request, format, clock)
+    artifact = workflow.export_model(module, wanted.plan(module), request, format, request.precision, clock)
     if as_json:
         print_json(
             {"artifact": str(artifact.directory), "manifest": artifact.manifest.model_dump(mode="json", by_alias=True)}

@@ -113,7 +113,11 @@ class BatchRange(BaseModel):
 
 
 class EngineManifest(_Manifest):
-    """What a build wrote, for one back end, device, precision and batch range."""
+    """What a build wrote, for one back end, device, precision and batch range.
+
+    `built` holds what the back end has to say of the build, `unproved` why the engine was not opened on the
+    machine that built it (None: it was).
+    """
 
     schema_: Literal["ztp.engine/1"] = Field(default="ztp.engine/1", alias="schema")
     backend: str
@@ -122,6 +126,8 @@ class EngineManifest(_Manifest):
     provider: str
     batch: BatchRange
     settings: dict[str, Any] = {}
+    built: dict[str, Any] = {}
+    unproved: str | None = None
     format: str
     artifact: str
     artifact_sha256: str

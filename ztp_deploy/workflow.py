@@ -149,13 +149,24 @@ def load(name: str, weights: str, clock: Clock) -> nn.Module:
     return model
 
 
-def export_model(model: nn.Module, plan: Plan, request: BuildRequest, format: str, clock: Clock) -> Artifact:
-    """Exports one plan of a model into its canonical folder."""
+def export_model(
+    model: nn.Module, plan: Plan, request: BuildRequest, format: str, precision: str, clock: Clock
+) -> Artifact:
+    """Exports one plan of a model into its canonical folder; a lower precision is derived from the fp32 graph."""
     source = models.source_of(model)
-    parts = [source.name, plan.label, format, request.precision, *folder_tags(source, request.input)]
-    directory = request.export_root / "--".join(parts)
+
+    def folder(precision: str) -> Path:
+        parts = [source.name, plan.label, format, precision, *folder_tags(source, request.input)]
+        return request.export_root / "--".join(parts)
+
+    derived = precision != "fp32" and exporters.derives(format)
     with clock.step(f"export {plan.label} as {format}"):
-        return exporters.export(prune(model, plan), format, directory, precision=request.precision, input=request.input)
+        traced = "fp32" if derived else precision
+        artifact = exporters.export(prune(model, plan), format, folder(traced), precision=traced, input=request.input)
+    if not derived:
+        return artifact
+    with clock.step(f"write {plan.label} in {precision}"):
+        return exporters.convert(artifact, precision, folder(precision))
 
 
 def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Engine:
@@ -166,9 +177,9 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Eng
     manifest = artifact.manifest
     settings = module.parse_settings(dict(request.settings))
     directory = backends.engine_directory(
-        request.engines_root, manifest, name, device, BatchRange.parse(request.batch), settings
+        request.engines_root, manifest, name, device, request.precision, BatchRange.parse(request.batch), settings
     )
-    with clock.step(f"build {manifest.plan.label} for {name} on {device.name}"):
+    with clock.step(f"build {manifest.plan.label} for {name} on {device.name}", 1.0) as advance:
         return backends.build(
             artifact,
             name,
@@ -177,6 +188,7 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Eng
             batch=request.batch,
             directory=directory,
             settings=request.settings,
+            progress=advance,
         )
 
 
@@ -231,9 +243,10 @@ def make_engine(
     module = backends.usable(backend)
     module.resolve_device(build.device)
     module.parse_settings(dict(build.settings))
-    format = module.FORMAT
+    format, graph_precision = module.FORMAT, module.graph_precision(build.precision)
     # Whatever can be refused is refused before anything heavy is loaded.
-    exporters.check_precision(format, build.precision)
+    backends.check_precision(backend, build.precision)
+    exporters.check_precision(format, graph_precision)
     models.check_request(wanted.model, wanted.weights)
     wanted.plan(wanted.model)
     if images is not None:
@@ -244,7 +257,7 @@ def make_engine(
     if measure and plan.stages:
         plans |= {"dense": make_plan(model, "dense"), "slice": twin_of(plan)}
     engines = {
-        role: build_engine(export_model(model, chosen, build, format, clock), build, clock)
+        role: build_engine(export_model(model, chosen, build, format, graph_precision, clock), build, clock)
         for role, chosen in plans.items()
     }
     parity = check(engines["pruned"], model, images, clock)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from ztp_deploy.backends.base import Backend, Device, Session
+from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import (
@@ -54,7 +53,9 @@ def get(name: str) -> Backend:
     """The back end of that name. Raises BadRequest with the nearest names."""
     if name not in BACKENDS:
         raise BadRequest(f"There is no back end {name!r}.", f"Did you mean: {nearest(name, BACKENDS)}?")
-    return cast(Backend, import_module(BACKENDS[name]))
+    module, _, attribute = BACKENDS[name].partition(":")
+    found = import_module(module)
+    return cast(Backend, getattr(found, attribute) if attribute else found)
 
 
 def choose(name: str) -> str:
@@ -72,7 +73,13 @@ def usable(name: str) -> Backend:
 
 
 def engine_directory(
-    root: Path, artifact: ArtifactManifest, backend: str, device: Device, batch: BatchRange, settings: dict[str, Any]
+    root: Path,
+    artifact: ArtifactManifest,
+    backend: str,
+    device: Device,
+    precision: str,
+    batch: BatchRange,
+    settings: dict[str, Any],
 ) -> Path:
     """`root/<backend>-<version>-<device>/<model>--<method>-<ratio>--<precision>--b<min>-<opt>-<max>[--tag…]`.
 
@@ -80,7 +87,7 @@ def engine_directory(
     that are not the back end's own choice: engines that differ never share a folder.
     """
     machine = f"{backend}-{get(backend).version()}-{device.slug}"
-    parts = [artifact.source.name, artifact.plan.label, artifact.precision, f"b{batch}", *artifact.tags]
+    parts = [artifact.source.name, artifact.plan.label, precision, f"b{batch}", *artifact.tags]
     if settings != get(backend).parse_settings({}):
         parts.append(f"s{recipe_hash(settings=settings)[:6]}")
     return root / machine / "--".join(parts)
@@ -95,13 +102,16 @@ def build(
     batch: tuple[int, int, int] | str | int = DEFAULT_BATCH,
     directory: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Engine:
     """Builds the engine folder for an artifact, or returns it where it stands already.
 
     `device`: "auto" (a GPU where back end and machine have one), "cpu" or "cuda". `batch` is
     (smallest, optimal, largest). `directory` defaults to the path under `engines/` that names
-    everything the engine depends on. `settings` are the back end's own.
-    Raises BadRequest, MissingSoftware, DamagedFiles and WriteFailed.
+    everything the engine depends on. `settings` are the back end's own. `progress` is called with shares
+    of the work done. Where this machine cannot run the engine (no GPU), `manifest.unproved` says so.
+    Raises BadRequest, MissingSoftware, DamagedFiles, WriteFailed, and GateFailed where what came out is not
+    what was asked for.
     """
     name = choose(backend)
     module = usable(name)
@@ -111,10 +121,12 @@ def build(
             f"Back end {name} is built from {module.FORMAT}; the artifact is {source.format}.",
             f"Export it with format={module.FORMAT!r}.",
         )
-    if precision != source.precision:
+    check_precision(name, precision)
+    graph_precision = module.graph_precision(precision)
+    if graph_precision != source.precision:
         raise BadRequest(
-            f"precision={precision!r} was asked for, the artifact holds {source.precision}.",
-            f"Precision is written into the graph: export with precision={precision!r}.",
+            f"A {precision} engine of {name} is built from a {graph_precision} graph; the artifact holds {source.precision}.",
+            f"Precision is written into the graph: export with precision={graph_precision!r}.",
         )
     span = BatchRange.parse(batch)
     target = module.resolve_device(device)
@@ -122,7 +134,7 @@ def build(
     final = (
         Path(directory)
         if directory is not None
-        else engine_directory(Path("engines"), source, name, target, span, chosen)
+        else engine_directory(Path("engines"), source, name, target, precision, span, chosen)
     )
     check_replaceable(final, EngineManifest)
     sweep(final.parent)
@@ -132,6 +144,7 @@ def build(
         backend=name,
         version=module.version(),
         device=target.slug,
+        precision=precision,
         batch=span.model_dump(),
         settings=chosen,
     )
@@ -140,8 +153,8 @@ def build(
         return standing
     verify_files(artifact.directory, source)
     with new_directory(final) as scratch:
-        for file in source.files:
-            shutil.copyfile(artifact.directory / file, scratch / file)
+        advance = progress or (lambda share: None)
+        built = module.build(BuildJob(artifact, scratch, target, precision, span, chosen, advance))
         manifest = EngineManifest(
             source=source.source,
             plan=source.plan,
@@ -158,14 +171,27 @@ def build(
             provider=target.provider,
             batch=span,
             settings=chosen,
+            built=built,
+            unproved=module.unrunnable(target),
             format=source.format,
             artifact=os.path.relpath(artifact.directory, final),
             artifact_sha256=artifact_sha256,
         )
         # Opening it once proves that the device takes it before anything is called built.
-        module.open_runner(scratch, manifest).close()
+        if manifest.unproved is None:
+            module.open_runner(scratch, manifest).close()
         manifest = write_manifest(manifest, scratch)
     return Engine(final, manifest)
+
+
+def check_precision(backend: str, precision: str) -> None:
+    """Raises BadRequest where the back end has no engines of that precision."""
+    known = get(backend).PRECISIONS
+    if precision not in known:
+        raise BadRequest(
+            f"{backend} builds {', '.join(known)}; precision={precision!r} was asked for.",
+            f"Use one of {', '.join(known)}.",
+        )
 
 
 def find_engine(directory: Path | str) -> Engine:
@@ -185,6 +211,12 @@ def load_engine(directory: Path | str) -> Session:
     engine = find_engine(directory)
     manifest = engine.manifest
     module = usable(manifest.backend)
+    reason = module.unrunnable(Device(manifest.device, "", manifest.provider))
+    if reason:
+        raise MissingSoftware(
+            f"{engine.directory} runs on {manifest.device}, but {reason}.",
+            "Open it on a machine that has one, or build for this one (`ztp doctor`).",
+        )
     if module.version() != manifest.backend_version:
         warnings.warn(
             f"{engine.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.exporters import Artifact
+from ztp_deploy.manifest import BatchRange, EngineManifest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,6 +29,27 @@ class Device:
     name: str
     slug: str
     provider: str
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """What a back end is asked to build: `artifact`'s graph into files in `directory`, a folder still being made.
+
+    `advance` takes shares of the work done, which add up to 1.
+    """
+
+    artifact: Artifact
+    directory: Path
+    device: Device
+    precision: str
+    batch: BatchRange
+    settings: dict[str, Any]
+    advance: Callable[[float], None]
+
+    def copy_graph(self) -> None:
+        """Takes the artifact's files over as they are, for libraries that compile when they open."""
+        for file in self.artifact.manifest.files:
+            shutil.copyfile(self.artifact.directory / file, self.directory / file)
 
 
 class Runner(Protocol):
@@ -46,6 +70,7 @@ class Backend(Protocol):
 
     SUMMARY: str
     FORMAT: str
+    PRECISIONS: tuple[str, ...]
 
     def missing(self) -> str | None:
         """The pip package to install, None when the software is here."""
@@ -58,6 +83,18 @@ class Backend(Protocol):
 
     def parse_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Settings with defaults filled in; raises BadRequest for unknown or wrong ones."""
+
+    def graph_precision(self, precision: str) -> str:
+        """The precision of the artifact that an engine of this precision is built from."""
+
+    def build(self, job: BuildJob) -> dict[str, Any]:
+        """Writes the engine's files and returns what the manifest should say of them (`built`).
+
+        Raises BadRequest, GateFailed (the engine is not what was asked for) and MissingSoftware.
+        """
+
+    def unrunnable(self, device: Device) -> str | None:
+        """Why this machine cannot open an engine of that device, as a sentence; None when it can."""
 
     def open_runner(self, directory: Path, manifest: EngineManifest) -> Runner:
         """Opens the files of an engine folder; raises DamagedFiles and MissingSoftware."""

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
-from ztp_deploy.backends.base import Device
+from ztp_deploy.backends.base import BuildJob, Device
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest
 
 SUMMARY = "ONNX Runtime: CPU everywhere, CUDA where there is a GPU"
 FORMAT = "onnx"
+PRECISIONS = ("fp32", "fp16", "bf16")
 GRAPH_FILE = "model.onnx"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_ERRORS_ONLY = 3
@@ -69,6 +70,22 @@ def resolve_device(device: str) -> Device:
 def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """See `Settings`."""
     return parse(Settings, settings, "onnxruntime")
+
+
+def graph_precision(precision: str) -> str:
+    """The graph is run as it is."""
+    return precision
+
+
+def build(job: BuildJob) -> dict[str, Any]:
+    """The engine is the graph itself."""
+    job.copy_graph()
+    return {}
+
+
+def unrunnable(device: Device) -> str | None:
+    """A GPU engine needs a GPU."""
+    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
-from ztp_deploy.backends.base import Device
+from ztp_deploy.backends.base import BuildJob, Device
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.manifest import EngineManifest
 
 SUMMARY = "TorchScript: torch's own runtime, CPU or CUDA"
 FORMAT = "torchscript"
+PRECISIONS = ("fp32",)
 GRAPH_FILE = "model.ts"
 
 
@@ -56,6 +57,22 @@ def resolve_device(device: str) -> Device:
 def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """See `Settings`."""
     return parse(Settings, settings, "torchscript")
+
+
+def graph_precision(precision: str) -> str:
+    """The graph is run as it is."""
+    return precision
+
+
+def build(job: BuildJob) -> dict[str, Any]:
+    """The engine is the graph itself."""
+    job.copy_graph()
+    return {}
+
+
+def unrunnable(device: Device) -> str | None:
+    """A GPU engine needs a GPU."""
+    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> TorchScriptRunner:

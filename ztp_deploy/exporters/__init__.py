@@ -22,6 +22,8 @@ from ztp_deploy.manifest import (
     verify_files,
     write_manifest,
 )
+from ztp_deploy.models.base import Source
+from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import PrunedModel
 
 FORMATS: dict[str, str] = {
@@ -39,7 +41,7 @@ class Exporter(Protocol):
     PACKAGES: tuple[str, ...]
     OPSET: int | None
 
-    def write(self, graph: InferenceGraph, directory: Path, image_batch: int) -> None:
+    def write(self, graph: InferenceGraph, directory: Path, image_batch: int, precision: str) -> None:
         """Writes the graph file(s) into the folder, linted."""
 
 
@@ -69,7 +71,7 @@ def export(
 ) -> Artifact:
     """Writes `directory` with the graph (dynamic batch) and its manifest, or returns it where it stands already.
 
-    `format`: "onnx" or "torchscript". `input="uint8"` puts the normalisation into the graph.
+    `format`: "onnx" or "torchscript". `precision` other than fp32 leaves scores and logits in fp32. `input="uint8"` puts the normalisation into the graph.
     `image_batch` (at least 2) is the batch of the example that is traced. The graph's outputs are
     `logits`, then `kept_1`, `kept_2` … (int32, original patch positions).
     Raises BadRequest, WriteFailed, and GateFailed where the graph breaks the op vocabulary.
@@ -88,21 +90,13 @@ def export(
     check_replaceable(final, ArtifactManifest)
     sweep(final.parent)
     versions = {package: version(package) for package in ("ztp_deploy", "torch", "timm", *exporter.PACKAGES)}
-    recipe = recipe_hash(
-        exporter=EXPORTER_VERSION,
-        format=format,
-        precision=precision,
-        input=input,
-        source=pruned.source.model_dump(mode="json"),
-        plan=pruned.plan.model_dump(mode="json"),
-        versions=versions,
-    )
+    recipe = _recipe(format, precision, input, pruned.source, pruned.plan, versions)
     standing = _standing(final, recipe)
     if standing is not None:
         return standing
     graph = InferenceGraph(pruned, input)
     with new_directory(final) as scratch:
-        exporter.write(graph, scratch, image_batch)
+        exporter.write(graph, scratch, image_batch, precision)
         manifest = ArtifactManifest(
             source=pruned.source,
             plan=pruned.plan,
@@ -118,6 +112,49 @@ def export(
         )
         manifest = write_manifest(manifest, scratch)
     return Artifact(final, manifest)
+
+
+def derives(format: str) -> bool:
+    """Whether the format's lower precisions are derived from its fp32 artifact, without tracing anew."""
+    return hasattr(get(format), "convert")
+
+
+def convert(artifact: Artifact, precision: str, directory: Path | str) -> Artifact:
+    """The fp32 artifact in another precision, in a folder of its own: the artifact that `export` would have made.
+
+    Raises BadRequest for artifacts of another precision and formats that are written from the model only.
+    """
+    source = artifact.manifest
+    check_precision(source.format, precision)
+    if source.precision != "fp32" or not derives(source.format):
+        raise BadRequest(
+            f"A {source.precision} artifact in {source.format} cannot be converted.", "Give a float32 ONNX artifact."
+        )
+    final = Path(directory)
+    check_replaceable(final, ArtifactManifest)
+    sweep(final.parent)
+    recipe = _recipe(source.format, precision, source.input.dtype, source.source, source.plan, source.versions)
+    standing = _standing(final, recipe)
+    if standing is not None:
+        return standing
+    verify_files(artifact.directory, source)
+    with new_directory(final) as scratch:
+        get(source.format).convert(artifact.directory, source.plan, scratch, precision)  # type: ignore[attr-defined]
+        changes = {"precision": precision, "recipe": recipe, "files": hash_files(scratch), "seal": ""}
+        manifest = write_manifest(source.model_copy(update=changes), scratch)
+    return Artifact(final, manifest)
+
+
+def _recipe(format: str, precision: str, input: str, source: Source, plan: Plan, versions: dict[str, str]) -> str:
+    return recipe_hash(
+        exporter=EXPORTER_VERSION,
+        format=format,
+        precision=precision,
+        input=input,
+        source=source.model_dump(mode="json"),
+        plan=plan.model_dump(mode="json"),
+        versions=versions,
+    )
 
 
 def check_precision(format: str, precision: str) -> None:

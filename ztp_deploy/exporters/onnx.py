@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from ztp_deploy.errors import GateFailed
-from ztp_deploy.exporters import vocabulary
+from ztp_deploy.exporters import precision, vocabulary
 from ztp_deploy.exporters.graph import InferenceGraph
+from ztp_deploy.plan import Plan
 
-SUMMARY = "opset 18, dynamic batch; the format every engine but TorchScript is built from"
-PRECISIONS = ("fp32",)
+SUMMARY = "dynamic batch; what ONNX Runtime, TensorRT and OpenVINO engines are built from"
+PRECISIONS = precision.PRECISIONS
 PACKAGES = ("onnx", "onnxscript")
 OPSET: int | None = 18
+"""Of the traced float32 graph; bf16 needs a later one."""
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 _PROTOBUF_LIMIT = 1_900_000_000
 
 
-def write(graph: InferenceGraph, directory: Path, image_batch: int) -> None:
+def write(graph: InferenceGraph, directory: Path, image_batch: int, precision: str) -> None:
     """Writes `model.onnx` (and `model.onnx.data` beyond protobuf's 2 GB).
 
     The graph is traced with the audit scores as outputs; these are then taken off the list of outputs
@@ -36,8 +38,18 @@ def write(graph: InferenceGraph, directory: Path, image_batch: int) -> None:
     model = _traced(graph, image_batch)
     del model.graph.output[len(graph.output_names) :]
     model.doc_string = f"{graph.pruned.source.name} {graph.pruned.plan.label}, exported by ztp_deploy"
+    _save(model, graph.pruned.plan, directory, precision)
+
+
+def convert(source: Path, plan: Plan, directory: Path, precision: str) -> None:
+    """Writes the float32 graph of the folder `source` in another precision. Raises GateFailed as `write` does."""
+    _save(onnx.load(str(source / GRAPH_FILE)), plan, directory, precision)
+
+
+def _save(model: onnx.ModelProto, plan: Plan, directory: Path, wanted: str) -> None:
+    model = precision.lower(model, wanted)
     path = directory / GRAPH_FILE
-    vocabulary.check(model, graph.pruned.plan, path)
+    vocabulary.check(model, plan, path)
     if model.ByteSize() > _PROTOBUF_LIMIT:
         onnx.save_model(model, path, save_as_external_data=True, location=WEIGHTS_FILE)
     else:

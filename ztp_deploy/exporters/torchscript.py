@@ -32,7 +32,7 @@ FORBIDDEN = {
 }
 
 
-def write(graph: InferenceGraph, directory: Path, image_batch: int) -> None:
+def write(graph: InferenceGraph, directory: Path, image_batch: int, precision: str) -> None:
     """Writes `model.ts`. Raises GateFailed where the trace holds a forbidden operator."""
     example = graph.example(image_batch)
     with warnings.catch_warnings(), torch.no_grad():

@@ -1,0 +1,197 @@
+"""Precision written into an ONNX graph: the way of the tokens in fp16 or bf16, scores and logits in fp32.
+
+A float tensor is on the way of the tokens where logits depend on it through float tensors alone. What bears on
+them only through indices, as the scores of a selection do, stays float32, whatever the method. So do
+the image before its first matrix product and the classifier's own product: they cost nothing and decide digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from ztp_deploy.exporters.vocabulary import MATRIX
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_BF16_OPSET = 22
+"""The first opset whose Conv takes bfloat16."""
+
+
+def lower(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """The float32 graph in another precision: same inputs, outputs and names, with casts where the types change."""
+    if precision == "fp32":
+        return model
+    if precision == "bf16":
+        lowered = onnx.version_converter.convert_version(model, _BF16_OPSET)
+        lowered.doc_string = model.doc_string
+    else:
+        lowered = onnx.ModelProto()
+        lowered.CopyFrom(model)
+    _Lowering(lowered.graph, _TYPES[precision]).run()
+    return lowered
+
+
+def matrix_types(model: onnx.ModelProto) -> dict[str, int]:
+    """How many matrix products (MatMul, Gemm, Conv) the graph computes in each element type."""
+    types = _float_types(model.graph)
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.op_type in MATRIX:
+            name = TensorProto.DataType.Name(types.get(node.output[0], TensorProto.UNDEFINED)).lower()
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+class _Lowering:
+    """One graph being rewritten in place."""
+
+    def __init__(self, graph: onnx.GraphProto, low: int) -> None:
+        self.graph = graph
+        self.low = low
+        self.types = _float_types(graph)
+        self.producer = {name: node for node in graph.node for name in node.output}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+                self.constants[node.output[0]] = node.attribute[0].t
+        self.lowered = self._tokens_way() - self._before_matrices() - self._classifier()
+        self.casts: dict[tuple[str, int], str] = {}
+
+    def run(self) -> None:
+        nodes = list(self.graph.node)
+        rewritten: list[onnx.NodeProto] = []
+        for node in nodes:
+            if node.op_type == "Constant":
+                rewritten.append(node)
+                continue
+            floats = [name for name in node.output if name in self.types]
+            wanted = self.low if any(name in self.lowered for name in floats) else TensorProto.FLOAT
+            for index, name in enumerate(node.input):
+                if name not in self.types:
+                    continue
+                # A cast takes whatever comes; anything that yields no floats (TopK's indices, Shape) does too.
+                have = self.low if name in self.lowered and name not in self.constants else TensorProto.FLOAT
+                if node.op_type in ("Cast", "Shape") or (not floats and have == self.low):
+                    continue
+                if name in self.constants and wanted == self.low:
+                    node.input[index] = self._constant(name, rewritten)
+                elif name not in self.constants and have != wanted:
+                    node.input[index] = self._cast(name, wanted, rewritten)
+            if wanted == self.low:
+                _retype(node, self.low)
+            rewritten.append(node)
+        del self.graph.node[:]
+        self.graph.node.extend(rewritten)
+        del self.graph.value_info[:]
+        self._drop_unused()
+
+    def _tokens_way(self) -> set[str]:
+        """Float tensors from which logits are reached through float tensors alone."""
+        return self._back(["logits"], lambda node: True)
+
+    def _classifier(self) -> set[str]:
+        """Tensors between the last matrix products and the logits, those products' results included."""
+        return self._back(["logits"], lambda node: node.op_type not in MATRIX)
+
+    def _back(self, start: Iterable[str], through: Callable[[onnx.NodeProto], bool]) -> set[str]:
+        found: set[str] = set()
+        waiting = list(start)
+        while waiting:
+            name = waiting.pop()
+            if name in found or name not in self.types:
+                continue
+            found.add(name)
+            node = self.producer.get(name)
+            if node is not None and through(node):
+                waiting.extend(node.input)
+        return found
+
+    def _before_matrices(self) -> set[str]:
+        """Tensors computed from the image without any matrix product yet."""
+        early = {value.name for value in self.graph.input}
+        for node in self.graph.node:
+            if node.op_type not in (*MATRIX, "Shape") and any(name in early for name in node.input):
+                early.update(node.output)
+        return early
+
+    def _cast(self, name: str, wanted: int, nodes: list[onnx.NodeProto]) -> str:
+        key = (name, wanted)
+        if key not in self.casts:
+            cast = f"{name}_as_{TensorProto.DataType.Name(wanted).lower()}"
+            nodes.append(helper.make_node("Cast", [name], [cast], name=f"{cast}_cast", to=wanted))
+            self.casts[key] = cast
+        return self.casts[key]
+
+    def _constant(self, name: str, nodes: list[onnx.NodeProto]) -> str:
+        key = (name, self.low)
+        if key not in self.casts:
+            cast = f"{name}_as_{TensorProto.DataType.Name(self.low).lower()}"
+            tensor = numpy_helper.from_array(_rounded(numpy_helper.to_array(self.constants[name]), self.low), cast)
+            self.graph.initializer.append(tensor)
+            self.casts[key] = cast
+        return self.casts[key]
+
+    def _drop_unused(self) -> None:
+        used = {name for node in self.graph.node for name in node.input} | {value.name for value in self.graph.output}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        nodes = [node for node in self.graph.node if node.op_type != "Constant" or node.output[0] in used]
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+
+
+def _rounded(values: NDArray[Any], low: int) -> NDArray[Any]:
+    """Values in the lower type; finite numbers stay finite."""
+    kind = helper.tensor_dtype_to_np_dtype(low)
+    if low == TensorProto.FLOAT16:
+        limit = float(np.finfo(np.float16).max)
+        values = np.where(np.isfinite(values), np.clip(values, -limit, limit), values)
+    return np.asarray(values).astype(kind)
+
+
+def _retype(node: onnx.NodeProto, low: int) -> None:
+    """Types that a node carries in its attributes."""
+    for attribute in node.attribute:
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = low
+        elif node.op_type == "ConstantOfShape" and attribute.name == "value":
+            value = numpy_helper.to_array(attribute.t)
+            attribute.t.CopyFrom(numpy_helper.from_array(_rounded(value, low)))
+
+
+_BOOLEAN = frozenset(
+    {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "And", "Or", "Not", "IsNaN", "IsInf"}
+)
+_INTEGER = frozenset({"Shape", "Size", "ArgMax", "ArgMin"})
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def _float_types(graph: onnx.GraphProto) -> dict[str, int]:
+    """Element types of all float tensors, by the few rules that the vocabulary's operators need."""
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    types |= {value.name: value.type.tensor_type.elem_type for value in graph.input}
+    for node in graph.node:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type == "Constant":
+            kind = attributes["value"].t.data_type if "value" in attributes else TensorProto.INT64
+            kind = TensorProto.FLOAT if {"value_float", "value_floats"} & set(attributes) else kind
+        elif node.op_type == "Cast":
+            kind = attributes["to"].i
+        elif node.op_type == "ConstantOfShape":
+            kind = attributes["value"].t.data_type if "value" in attributes else TensorProto.FLOAT
+        elif node.op_type in _BOOLEAN:
+            kind = TensorProto.BOOL
+        elif node.op_type in _INTEGER:
+            kind = TensorProto.INT64
+        else:
+            kind = types.get(node.input[1 if node.op_type in ("Where", "CastLike") else 0], TensorProto.UNDEFINED)
+        for index, name in enumerate(node.output):
+            types[name] = TensorProto.INT64 if node.op_type == "TopK" and index == 1 else kind
+    return {name: kind for name, kind in types.items() if kind in _FLOATS}
