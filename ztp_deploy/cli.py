@@ -163,14 +163,15 @@ def build(
     precision: Precision = None,
     batch: Batch = None,
     profile: Profile = None,
+    images: Images = None,
     directory: EnginesRoot = Path("engines"),
     as_json: AsJson = False,
 ) -> None:
-    """Build an engine folder from an artifact."""
+    """Build an engine folder from an artifact; int8 is calibrated on images."""
     from ztp_deploy import exporters, workflow
 
     request = _build_request(profile, backend, device, precision, batch, None, Path("export"), directory)
-    engine = workflow.build_engine(exporters.load_artifact(artifact), request, workflow.Clock(Bars()))
+    engine = workflow.build_engine(exporters.load_artifact(artifact), request, workflow.Clock(Bars()), images)
     if as_json:
         print_json(
             {"engine": str(engine.directory), "manifest": engine.manifest.model_dump(mode="json", by_alias=True)}

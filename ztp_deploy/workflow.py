@@ -169,8 +169,8 @@ def export_model(
         return exporters.convert(artifact, precision, folder(precision))
 
 
-def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Engine:
-    """Builds one artifact into its canonical folder."""
+def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images: Path | str | None = None) -> Engine:
+    """Builds one artifact into its canonical folder; `images`, or default ones, fit precisions that need some."""
     name = backends.choose(request.backend)
     module = backends.usable(name)
     device = module.resolve_device(request.device)
@@ -179,8 +179,13 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Eng
     directory = backends.engine_directory(
         request.engines_root, manifest, name, device, request.precision, BatchRange.parse(request.batch), settings
     )
+    calibration = None
+    if request.precision in module.CALIBRATED:
+        with clock.step("prepare images for calibration"):
+            source, dtype = manifest.source.preprocessing, manifest.input.dtype
+            calibration = load_images(images, source, dtype, purpose="calibration").pixels
     with clock.step(f"build {manifest.plan.label} for {name} on {device.name}", 1.0) as advance:
-        return backends.build(
+        engine = backends.build(
             artifact,
             name,
             device=request.device,
@@ -188,8 +193,12 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock) -> Eng
             batch=request.batch,
             directory=directory,
             settings=request.settings,
+            calibration=calibration,
             progress=advance,
         )
+    for note in engine.manifest.built.get("notes", ()):
+        clock.monitor.warn(note)
+    return engine
 
 
 def check(
@@ -257,7 +266,7 @@ def make_engine(
     if measure and plan.stages:
         plans |= {"dense": make_plan(model, "dense"), "slice": twin_of(plan)}
     engines = {
-        role: build_engine(export_model(model, chosen, build, format, graph_precision, clock), build, clock)
+        role: build_engine(export_model(model, chosen, build, format, graph_precision, clock), build, clock, images)
         for role, chosen in plans.items()
     }
     parity = check(engines["pruned"], model, images, clock)

@@ -97,7 +97,7 @@ def test_the_order_of_a_round_is_random(shared_engine):
             order.append(self.role)
 
     roles = {role: Recorder(role) for role in "abc"}
-    times = latency._interleave(roles, dict.fromkeys(roles), 0.001, np.random.default_rng(0), lambda share: None)
+    times = latency._interleave(roles, dict.fromkeys(roles), 1000.0, np.random.default_rng(0), lambda share: None)
     measured = order[-6 * latency.MAX_ROUNDS :]  # what came before was warm-up
     # Every turn is an untimed run and a timed one.
     assert measured[::2] == measured[1::2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
@@ -30,6 +34,7 @@ from ztp_deploy.manifest import (
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "ztp_deploy.backends.onnxruntime",
+    "openvino": "ztp_deploy.backends.openvino",
     "torchscript": "ztp_deploy.backends.torchscript",
 }
 EVIDENCE = "evidence"
@@ -102,13 +107,15 @@ def build(
     batch: tuple[int, int, int] | str | int = DEFAULT_BATCH,
     directory: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
+    calibration: NDArray[Any] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Engine:
     """Builds the engine folder for an artifact, or returns it where it stands already.
 
     `device`: "auto" (a GPU where back end and machine have one), "cpu" or "cuda". `batch` is
     (smallest, optimal, largest). `directory` defaults to the path under `engines/` that names
-    everything the engine depends on. `settings` are the back end's own. `progress` is called with shares
+    everything the engine depends on. `settings` are the back end's own. `calibration`: images
+    [M, 3, H, W] for precisions that are fitted to some (int8). `progress` is called with shares
     of the work done. Where this machine cannot run the engine (no GPU), `manifest.unproved` says so.
     Raises BadRequest, MissingSoftware, DamagedFiles, WriteFailed, and GateFailed where what came out is not
     what was asked for.
@@ -129,6 +136,11 @@ def build(
             f"Precision is written into the graph: export with precision={graph_precision!r}.",
         )
     span = BatchRange.parse(batch)
+    if precision in module.CALIBRATED and calibration is None:
+        raise BadRequest(
+            f"A {precision} engine is calibrated on images and none were given.",
+            "Give calibration=images [M, 3, H, W].",
+        )
     target = module.resolve_device(device)
     chosen = module.parse_settings(dict(settings or {}))
     final = (
@@ -147,6 +159,9 @@ def build(
         precision=precision,
         batch=span.model_dump(),
         settings=chosen,
+        calibration=None
+        if precision not in module.CALIBRATED
+        else hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest(),
     )
     standing = _standing(final, recipe, artifact_sha256)
     if standing is not None:
@@ -154,7 +169,7 @@ def build(
     verify_files(artifact.directory, source)
     with new_directory(final) as scratch:
         advance = progress or (lambda share: None)
-        built = module.build(BuildJob(artifact, scratch, target, precision, span, chosen, advance))
+        built = module.build(BuildJob(artifact, scratch, target, precision, span, chosen, calibration, advance))
         manifest = EngineManifest(
             source=source.source,
             plan=source.plan,

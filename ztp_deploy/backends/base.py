@@ -35,7 +35,8 @@ class Device:
 class BuildJob:
     """What a back end is asked to build: `artifact`'s graph into files in `directory`, a folder still being made.
 
-    `advance` takes shares of the work done, which add up to 1.
+    `calibration` are images [M, 3, H, W] for precisions that need some. `advance` takes shares of the
+    work done, which add up to 1.
     """
 
     artifact: Artifact
@@ -44,6 +45,7 @@ class BuildJob:
     precision: str
     batch: BatchRange
     settings: dict[str, Any]
+    calibration: NDArray[Any] | None
     advance: Callable[[float], None]
 
     def copy_graph(self) -> None:
@@ -71,6 +73,8 @@ class Backend(Protocol):
     SUMMARY: str
     FORMAT: str
     PRECISIONS: tuple[str, ...]
+    CALIBRATED: tuple[str, ...]
+    """Those precisions that are fitted to images."""
 
     def missing(self) -> str | None:
         """The pip package to install, None when the software is here."""

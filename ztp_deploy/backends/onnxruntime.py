@@ -17,7 +17,8 @@ from ztp_deploy.manifest import ArtifactManifest, EngineManifest
 
 SUMMARY = "ONNX Runtime: CPU everywhere, CUDA where there is a GPU"
 FORMAT = "onnx"
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
+CALIBRATED: tuple[str, ...] = ()
 GRAPH_FILE = "model.onnx"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_ERRORS_ONLY = 3

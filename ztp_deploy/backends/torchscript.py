@@ -18,7 +18,8 @@ from ztp_deploy.manifest import EngineManifest
 
 SUMMARY = "TorchScript: torch's own runtime, CPU or CUDA"
 FORMAT = "torchscript"
-PRECISIONS = ("fp32",)
+PRECISIONS: tuple[str, ...] = ("fp32",)
+CALIBRATED: tuple[str, ...] = ()
 GRAPH_FILE = "model.ts"
 
 

@@ -85,28 +85,32 @@ def load_images(
     preprocessing: Preprocessing,
     dtype: Literal["float32", "uint8"],
     count: int = DEFAULT_COUNT,
+    purpose: Literal["check", "calibration"] = "check",
 ) -> ImageSet:
     """`count` prepared pictures: evenly picked from a folder (sub-folders too), or the default crops.
 
-    Raises BadRequest for a missing or empty folder and for any file in it that is no image.
+    Pictures for calibration are others than those for checks, as long as a folder has enough of them. Raises BadRequest for a missing or empty folder and for any file in it that is no image.
     """
     if count < 1:
         raise BadRequest(f"count={count} images were asked for.", "Ask for at least 1.")
     transform = transform_for(preprocessing, dtype)
     if folder is None:
-        crops = photograph_crops(count)
+        crops = photograph_crops(count, first=0 if purpose == "check" else DEFAULT_COUNT)
         pixels = np.stack([transform(crop) for crop in crops.values()])
         return ImageSet(pixels, tuple(crops), f"{count} crops of scikit-learn's sample photographs")
     root = Path(folder)
     files = image_files(root)
     chosen = [files[index] for index in _evenly(len(files), count)]
+    if purpose == "calibration":
+        others = sorted(set(files) - set(chosen))
+        chosen = [others[index] for index in _evenly(len(others), count)] or chosen
     pixels = np.stack([transform(open_image(path)) for path in chosen])
     names = tuple(str(path.relative_to(root)) for path in chosen)
     return ImageSet(pixels, names, f"{len(chosen)} of {len(files)} images in {root.name}")
 
 
-def photograph_crops(count: int) -> dict[str, Image.Image]:
-    """Distinct square crops of scikit-learn's photographs, the same everywhere.
+def photograph_crops(count: int, first: int = 0) -> dict[str, Image.Image]:
+    """Distinct square crops of scikit-learn's photographs, the same everywhere, from the `first` on.
 
     Sides cycle through 160 … 400 pixels, positions follow a low-discrepancy sequence.
     """
@@ -116,7 +120,7 @@ def photograph_crops(count: int) -> dict[str, Image.Image]:
     photographs = [Image.fromarray(np.asarray(picture)) for picture in samples.images]
     names = [Path(name).stem for name in samples.filenames]
     crops: dict[str, Image.Image] = {}
-    for index in range(count):
+    for index in range(first, first + count):
         which = index % len(photographs)
         photograph = photographs[which]
         side = _CROP_SIDES[index // len(photographs) % len(_CROP_SIDES)]

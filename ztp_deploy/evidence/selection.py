@@ -38,7 +38,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first stage at which one image's kept sets differ.
+    """A stage at which one image's candidate did not keep what the reference's scores call for.
 
     `cause`: "selection" (the candidate's own scores call for other tokens than it kept), "weights" (it kept
     what its scores call for, but the scores differ), "near_tie" (they differ by no more than the bound).
@@ -59,33 +59,34 @@ def same_sets(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.bo
     return agreeing
 
 
-def first_difference(
+def differences(
     reference: Observation, candidate: Observation, plan: Plan, geometry: Geometry, bound: float
-) -> Difference | None:
-    """Explains the first stage whose kept sets differ, for observations of one image; None where all agree.
+) -> list[Difference]:
+    """Explains every stage at which a candidate departs from the reference, for observations of one image.
 
-    `bound` is the largest relative gap that counts as a near-tie.
+    The reference was run with the candidate's kept tokens put in place of its own, so that both decide on
+    the same tokens at every stage. `bound` is the largest relative gap that counts as a near-tie.
     """
+    found: list[Difference] = []
     for index, stage in enumerate(plan.stages):
-        kept_reference, kept_candidate = reference.kept[index], candidate.kept[index]
-        if same_sets(kept_reference, kept_candidate)[0]:
+        kept = candidate.kept[index]
+        expected = _replay(reference, plan, index, geometry)
+        reference_entering = _entering(reference, index, stage.tokens_in)
+        tokens = set(reference_entering[expected.kept[0].numpy()].tolist()) ^ set(kept[0].tolist())
+        if not tokens:
             continue
-        tokens = sorted(set(kept_reference[0].tolist()) ^ set(kept_candidate[0].tolist()))
         replay = _replay(candidate, plan, index, geometry)
         entering = _entering(candidate, index, stage.tokens_in)
-        called_for = entering[replay.kept[0].numpy()]
-        wrong = set(called_for.tolist()) ^ set(kept_candidate[0].tolist())
+        wrong = set(entering[replay.kept[0].numpy()].tolist()) ^ set(kept[0].tolist())
         if wrong:
             gap = _gap_of_tokens(replay, entering, wrong)
             if gap > bound:
-                return Difference(
-                    index + 1, "selection", replay.decisions[-1].name if replay.decisions else "", gap, sorted(wrong)
-                )
-        decision, gap = _flipped(
-            _replay(reference, plan, index, geometry), _entering(reference, index, stage.tokens_in), replay, entering
-        )
-        return Difference(index + 1, "near_tie" if gap <= bound else "weights", decision, gap, tokens)
-    return None
+                name = replay.decisions[-1].name if replay.decisions else ""
+                found.append(Difference(index + 1, "selection", name, gap, sorted(wrong)))
+                continue
+        decision, gap = _flipped(expected, reference_entering, replay, entering)
+        found.append(Difference(index + 1, "near_tie" if gap <= bound else "weights", decision, gap, sorted(tokens)))
+    return found
 
 
 def _replay(observation: Observation, plan: Plan, index: int, geometry: Geometry) -> Replay:

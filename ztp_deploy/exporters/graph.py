@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -46,9 +47,9 @@ class InferenceGraph(nn.Module):
         outputs = self.pruned.run(self.normalise(images))
         return (outputs.logits, *outputs.kept)
 
-    def audited(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What ships, then the stage scores in the order of `audit_names`."""
-        outputs = self.pruned.run(self.normalise(images))
+    def audited(self, images: Tensor, kept_instead: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """What ships, then the stage scores in the order of `audit_names`; see `PrunedModel.run` for `kept_instead`."""
+        outputs = self.pruned.run(self.normalise(images), kept_instead)
         scores = {
             f"{name}_{index}": value
             for index, stage in enumerate(outputs.scores, start=1)

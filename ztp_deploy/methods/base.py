@@ -40,8 +40,13 @@ class StageModule(nn.Module):
 
     needs_attention: bool = False
 
-    def forward(self, tokens: Tensor, state: TokenState, attention: Attention | None) -> StageOutput:
-        """Selects tokens [B, S + n, C] → [B, S + k, C]; `attention` is set where `needs_attention`."""
+    def forward(
+        self, tokens: Tensor, state: TokenState, attention: Attention | None, forced: Tensor | None = None
+    ) -> StageOutput:
+        """Selects tokens [B, S + n, C] → [B, S + k, C]; `attention` is set where `needs_attention`.
+
+        With `forced` slots [B, k] those are kept whatever the scores say, which are reported all the same.
+        """
         raise TypeError(f"{type(self).__name__} does not implement forward")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ztp_deploy.methods.base import MethodOptions, Replay, StageModule, StageOutput
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Plan, Stage, floor_counts
-from ztp_deploy.pruning.tokens import TokenState
+from ztp_deploy.pruning.tokens import TokenState, keep_tokens
 
 PLACE: Place = "after_block"
 SUMMARY = "cuts the last tokens off unseen; the yardstick for what selection costs"
@@ -57,7 +57,11 @@ class SliceStage(StageModule):
         self.keep = stage.tokens_out
         self.special_tokens = special_tokens
 
-    def forward(self, tokens: Tensor, state: TokenState, attention: Attention | None) -> StageOutput:
+    def forward(
+        self, tokens: Tensor, state: TokenState, attention: Attention | None, forced: Tensor | None = None
+    ) -> StageOutput:
+        if forced is not None:
+            return StageOutput(*keep_tokens(tokens, state, forced, self.special_tokens), {})
         return StageOutput(
             tokens[:, : self.special_tokens + self.keep],
             replace(state, positions=state.positions[:, : self.keep]),

@@ -276,7 +276,9 @@ class ZeroTPruneStage(StageModule):
         self.class_token = geometry.class_token
         self.options = options
 
-    def forward(self, tokens: Tensor, state: TokenState, attention: Attention | None) -> StageOutput:
+    def forward(
+        self, tokens: Tensor, state: TokenState, attention: Attention | None, forced: Tensor | None = None
+    ) -> StageOutput:
         assert attention is not None
         probabilities = attention.probabilities.float()
         if self.options.temperature != 1:
@@ -289,7 +291,7 @@ class ZeroTPruneStage(StageModule):
             class_token=self.class_token,
             options=self.options,
         )
-        tokens, state = keep_tokens(tokens, state, chosen.kept, self.special_tokens)
+        tokens, state = keep_tokens(tokens, state, chosen.kept if forced is None else forced, self.special_tokens)
         return StageOutput(tokens, state, chosen.scores)
 
 

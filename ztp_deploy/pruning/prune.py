@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import StageModule, StageOutput
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan, Stage, count_flops
-from ztp_deploy.pruning.tokens import TokenState, initial_state
+from ztp_deploy.pruning.tokens import TokenState, initial_state, slots_of
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,12 @@ class PrunedModel(nn.Module):
         """Images [B, 3, H, W] → logits [B, classes]."""
         return self.run(images).logits
 
-    def run(self, images: Tensor) -> Outputs:
-        """The same pass with what each stage kept and why."""
+    def run(self, images: Tensor, kept_instead: Sequence[Tensor] | None = None) -> Outputs:
+        """The same pass with what each stage kept and why.
+
+        `kept_instead`, per stage original positions [B, k], takes the selection's place; the scores are still
+        those the stages would have gone by.
+        """
         host = self.host
         tokens = host.embed(images)
         state = initial_state(images, self.plan.patch_tokens)
@@ -68,14 +73,21 @@ class PrunedModel(nn.Module):
                 tokens = block(tokens)
                 continue
             stage, key = self._stage_at[number]
-            out = self._run_stage(block, stage, self.stages[key], tokens, state)
+            forced = None if kept_instead is None else slots_of(kept_instead[len(kept)], state)
+            out = self._run_stage(block, stage, self.stages[key], tokens, state, forced)
             tokens, state = out.tokens, out.state
             kept.append(state.positions)
             scores.append(out.scores)
         return Outputs(host.read_out(tokens, state), kept, scores)
 
     def _run_stage(
-        self, block: nn.Module, stage: Stage, module: nn.Module, tokens: Tensor, state: TokenState
+        self,
+        block: nn.Module,
+        stage: Stage,
+        module: nn.Module,
+        tokens: Tensor,
+        state: TokenState,
+        forced: Tensor | None,
     ) -> StageOutput:
         """A block with a stage after it. Only blocks whose stage asks for attention compute it openly.
 
@@ -88,7 +100,7 @@ class PrunedModel(nn.Module):
             tokens, attention = self.host.attend(block, tokens)
         else:
             tokens = self.host.mix(block, tokens)
-        out: StageOutput = module(tokens, state, attention)
+        out: StageOutput = module(tokens, state, attention, forced)
         return replace(out, tokens=self.host.transform(block, out.tokens))
 
 

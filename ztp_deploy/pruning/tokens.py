@@ -24,6 +24,11 @@ def initial_state(images: Tensor, patch_tokens: int) -> TokenState:
     return TokenState(positions=positions.unsqueeze(0).expand(images.shape[0], -1))
 
 
+def slots_of(positions: Tensor, state: TokenState) -> Tensor:
+    """Slots [B, k] that hold the original positions [B, k] now; slot 0 for a position that is gone."""
+    return (positions.unsqueeze(2) == state.positions.unsqueeze(1)).int().argmax(2)
+
+
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices [B, k] of the k largest of scores [B, n], best first, ties to the lower index."""
     if torch.onnx.is_in_onnx_export():

@@ -1,0 +1,232 @@
+"""OpenVINO on the CPU: fp32, bf16 and quantised int8; the precision that really runs is checked."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ztp_deploy import environment
+from ztp_deploy.backends import openvino_ir as ir
+from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.settings import parse
+from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
+from ztp_deploy.manifest import EngineManifest
+
+SUMMARY = "OpenVINO: the fastest on CPUs, with bf16 and int8 where the processor has them"
+FORMAT = "onnx"
+PRECISIONS = ("fp32", "bf16", "int8")
+CALIBRATED = ("int8",)
+DEVICE = "CPU"
+MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
+_HINTS = {"fp32": "f32", "bf16": "bf16"}
+_RUNTIME_NAMES = {"fp32": {"f32"}, "bf16": {"bf16"}, "int8": {"i8", "u8"}}
+_CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
+
+
+class Settings(BaseModel):
+    """`hint`: fewest milliseconds for one request, or most images a second over several threads' requests.
+
+    `threads` and `streams` 0: OpenVINO's choice. `float_precision`: what an int8 engine computes in where it
+    does not compute in int8. `cache`: also keep the compiled model, which opens faster and doubles the folder.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hint: Literal["latency", "throughput"] = "latency"
+    threads: int = Field(default=0, ge=0, le=1024)
+    streams: int = Field(default=0, ge=0, le=1024)
+    float_precision: Literal["fp32", "bf16"] = "fp32"
+    cache: bool = False
+
+
+def missing() -> str | None:
+    """The pip package to install, None when it is here."""
+    return None if environment.installed("openvino") else "openvino"
+
+
+def version() -> str:
+    """OpenVINO's release, without the build number."""
+    return (environment.installed("openvino") or "none").split("-")[0]
+
+
+def resolve_device(device: str) -> Device:
+    """The CPU; its other devices are not offered, since nothing here has measured them."""
+    if device not in ("auto", "cpu"):
+        raise (BadRequest if device != "cuda" else MissingSoftware)(
+            f"OpenVINO engines run on the CPU here; device={device} was asked for.",
+            "Use device=cpu, or another back end for cuda.",
+        )
+    return Device("cpu", "cpu", DEVICE)
+
+
+def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """See `Settings`."""
+    return parse(Settings, settings, "openvino")
+
+
+def graph_precision(precision: str) -> str:
+    """All are made from the float32 graph: OpenVINO lowers it when it compiles, int8 is calibrated here."""
+    return "fp32"
+
+
+def unrunnable(device: Device) -> str | None:
+    """Any CPU opens an OpenVINO engine; what precision it has is asked when it does."""
+    return None
+
+
+def build(job: BuildJob) -> dict[str, Any]:
+    """Writes the model as OpenVINO's own files, its scores marked to stay in float32.
+
+    Raises MissingSoftware where the processor has no instructions for the precision, GateFailed where
+    the compiled model computes in another one.
+    """
+    import openvino as ov
+
+    settings = Settings(**job.settings)
+    _check_processor(job.precision, settings)
+    core = ov.Core()
+    try:
+        model = core.read_model(str(job.artifact.directory / "model.onnx"))
+    except RuntimeError as error:
+        raise DamagedFiles(
+            f"OpenVINO cannot read {job.artifact.directory}: {_reason(error)}.", "Export again."
+        ) from error
+    job.advance(0.1)
+    scores = ir.outside_the_tokens_way(model)
+    if job.precision == "int8":
+        model = ir.quantised(model, job.calibration, scores, job.advance)
+    path = job.directory / MODEL_FILE
+    ov.save_model(model, str(path), compress_to_fp16=False)
+    ir.keep_float32(path, scores)
+    properties = _properties(job.precision, settings)
+    compiled = core.compile_model(str(path), DEVICE, properties)
+    counts, score_counts = ir.matrix_precisions(compiled, scores)
+    _check_precision(job.precision, counts)
+    if settings.cache:
+        (job.directory / CACHE_FILE).write_bytes(compiled.export_model().getvalue())
+    notes = []
+    if lower := set(score_counts) - {"f32"}:
+        notes.append(
+            f"OpenVINO computes some scores' products in {', '.join(sorted(lower))} although float32 was asked for."
+        )
+    return {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes}
+
+
+def open_runner(directory: Path, manifest: EngineManifest) -> OpenVinoRunner:
+    """Opens `model.xml`. Raises DamagedFiles and MissingSoftware."""
+    settings = Settings(**manifest.settings)
+    _check_processor(manifest.precision, settings)
+    return OpenVinoRunner(directory, manifest, _properties(manifest.precision, settings))
+
+
+class OpenVinoRunner:
+    """One compiled model, an infer request a thread, and a second model with the audit scores on first use."""
+
+    def __init__(self, directory: Path, manifest: EngineManifest, properties: dict[str, str]) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._properties = properties
+        self._requests = threading.local()
+        self._compiled: Any = self._cached() or self._compile(())
+        self._audited: Any = None
+
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        if self._compiled is None:
+            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
+        if not hasattr(self._requests, "own"):
+            self._requests.own = self._compiled.create_infer_request()
+        return _infer(self._requests.own, images, self._manifest.outputs)
+
+    def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        if self._compiled is None:
+            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
+        if self._audited is None:
+            self._audited = self._compile(self._manifest.audit)
+        names = (*self._manifest.outputs, *self._manifest.audit)
+        return _infer(self._audited.create_infer_request(), images, names)
+
+    def close(self) -> None:
+        self._compiled = self._audited = None
+        self._requests = threading.local()
+
+    def _cached(self) -> Any:
+        """The compiled model kept by the build; None where there is none or this processor does not take it."""
+        import openvino as ov
+
+        if CACHE_FILE not in self._manifest.files:
+            return None
+        try:
+            return ov.Core().import_model((self._directory / CACHE_FILE).read_bytes(), DEVICE, self._properties)
+        except RuntimeError:
+            return None
+
+    def _compile(self, further_outputs: tuple[str, ...]) -> Any:
+        import openvino as ov
+
+        core = ov.Core()
+        try:
+            model = core.read_model(str(self._directory / MODEL_FILE))
+            if further_outputs:
+                model.add_outputs(list(further_outputs))
+            return core.compile_model(model, DEVICE, self._properties)
+        except RuntimeError as error:
+            raise DamagedFiles(
+                f"OpenVINO cannot open {self._directory / MODEL_FILE}: {_reason(error)}.", "Build it again."
+            ) from error
+
+
+def _infer(request: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    request.infer({"images": np.ascontiguousarray(images)}, share_inputs=True)
+    return {name: request.get_tensor(name).data.copy() for name in names}
+
+
+def _properties(precision: str, settings: Settings) -> dict[str, str]:
+    """What the library is told, as the manifest records it and the C++ runtime repeats it."""
+    properties = {
+        "INFERENCE_PRECISION_HINT": _HINTS[settings.float_precision if precision == "int8" else precision],
+        "PERFORMANCE_HINT": settings.hint.upper(),
+    }
+    if settings.threads:
+        properties["INFERENCE_NUM_THREADS"] = str(settings.threads)
+    if settings.streams:
+        properties["NUM_STREAMS"] = str(settings.streams)
+    return properties
+
+
+def _check_processor(precision: str, settings: Settings) -> None:
+    import openvino as ov
+
+    wanted = {precision, settings.float_precision} if precision == "int8" else {precision}
+    known = ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    for name in sorted(wanted):
+        if _CAPABILITY[name] not in known:
+            raise MissingSoftware(
+                f"{name} was asked for, and this processor ({environment.cpu_name()}) has no instructions for it "
+                f"(OpenVINO lists {', '.join(known)}).",
+                "Use precision fp32, or a processor that has it (bf16: AVX512-BF16 or AMX).",
+            )
+
+
+def _check_precision(precision: str, counts: dict[str, int]) -> None:
+    """Raises GateFailed unless most products of the tokens' way are computed as asked.
+
+    Most: in int8 engines the products of attention may stay in floats.
+    """
+    real = sum(count for name, count in counts.items() if name in _RUNTIME_NAMES[precision])
+    if real <= sum(counts.values()) * (0.99 if precision == "fp32" else 0.5):
+        raise GateFailed(
+            f"precision={precision} was asked for, but OpenVINO computes the matrix products as {counts}.",
+            "Nothing was kept. Choose another precision, and report this with what `ztp doctor` prints.",
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The last line that says something of OpenVINO's nested messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("Exception from")]
+    return (told or lines or ["no reason given"])[0].rstrip(".")
