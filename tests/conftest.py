@@ -72,3 +72,9 @@ def torchscript_engine(torchscript_artifact: Artifact, tmp_path_factory: pytest.
     """A TorchScript engine that tests only read."""
     directory = tmp_path_factory.mktemp("engines") / "torchscript"
     return ztp.build(torchscript_artifact, "torchscript", device="cpu", batch=(1, 4, 8), directory=directory)
+
+
+@pytest.fixture(scope="session")
+def openvino_engine(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """An OpenVINO engine that tests only read."""
+    return ztp.build(artifact, "openvino", batch=(1, 4, 8), directory=tmp_path_factory.mktemp("engines") / "openvino")

@@ -14,15 +14,16 @@ from PIL import Image
 
 import ztp_deploy as ztp
 from tests import tiny
-from ztp_deploy import backends, environment
+from ztp_deploy import backends, environment, exporters
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.manifest import BatchRange
 
 
-@pytest.fixture(params=sorted(backends.BACKENDS))
-def any_engine(request, shared_engine, torchscript_engine):
-    return {"onnxruntime": shared_engine, "torchscript": torchscript_engine}[request.param]
+@pytest.fixture(params=sorted(name for name in backends.BACKENDS if "cpu" in backends.get(name).DEVICES))
+def any_engine(request):
+    fixtures = {"onnxruntime": "shared_engine"}
+    return request.getfixturevalue(fixtures.get(request.param, f"{request.param}_engine"))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
@@ -143,6 +144,10 @@ def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
         ({"backend": "onnx_runtime"}, BadRequest, "onnxruntime"),
         ({"backend": "torchscript"}, BadRequest, "built from torchscript; the artifact is onnx"),
         ({"backend": "onnxruntime", "precision": "fp16"}, BadRequest, "the artifact holds fp32"),
+        ({"backend": "onnxruntime", "precision": "fp8"}, BadRequest, "builds fp32, fp16, bf16; precision='fp8'"),
+        ({"backend": "torchscript", "precision": "bf16"}, BadRequest, "the artifact is onnx"),
+        ({"backend": "openvino", "precision": "int8"}, BadRequest, "calibrated on images and none were given"),
+        ({"backend": "openvino", "settings": {"hint": "fast"}}, BadRequest, "hint"),
         ({"backend": "onnxruntime", "batch": "8:1:4"}, BadRequest, "no range"),
         ({"backend": "onnxruntime", "device": "tpu"}, BadRequest, "auto, cpu or cuda"),
         ({"backend": "onnxruntime", "settings": {"thread": 1}}, BadRequest, "threads"),
@@ -159,7 +164,8 @@ def test_builds_that_cannot_be(artifact, tmp_path, arguments, error, message):
 def test_a_gpu_that_is_not_there_is_not_replaced(backend, monkeypatch):
     monkeypatch.setattr(environment, "gpus", lambda: ())
     module = backends.get(backend)
-    assert module.resolve_device("auto").name == "cpu"
+    if "cpu" in module.DEVICES:
+        assert module.resolve_device("auto").name == "cpu"
     with pytest.raises(MissingSoftware, match="cuda"):
         module.resolve_device("cuda")
 
@@ -179,7 +185,7 @@ def test_a_silent_fall_back_of_the_provider_is_an_error(shared_engine, monkeypat
 def test_a_damaged_engine_is_not_opened(any_engine, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(any_engine.directory, copy)
-    [file] = any_engine.manifest.files
+    file = next(name for name in any_engine.manifest.files if name != "model.bin")
     (copy / file).write_bytes((copy / file).read_bytes()[: -len(file)])
     with pytest.raises(DamagedFiles, match="bytes, the manifest says"):
         ztp.load_engine(copy)
@@ -194,6 +200,14 @@ def test_another_version_of_the_library_is_announced(any_engine, tmp_path):
     tiny.reseal(copy, backend_version="0.1")
     with pytest.warns(UserWarning, match="ztp check"):
         ztp.load_engine(copy).close()
+
+
+def test_low_precision_without_kernels_for_it_is_refused(artifact, tmp_path):
+    """ONNX Runtime would run an fp16 graph on a CPU in fp32, with casts all over."""
+    half = exporters.convert(artifact, "fp16", tmp_path / "a")
+    with pytest.raises(BadRequest, match="no fp16 kernels for the cpu"):
+        ztp.build(half, "onnxruntime", precision="fp16", device="cpu", directory=tmp_path / "e")
+    assert not (tmp_path / "e").exists()
 
 
 def test_uint8_engines_take_pixels(pruned, tmp_path):

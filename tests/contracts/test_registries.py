@@ -73,7 +73,7 @@ def test_models_with_other_heads_pass_the_gate(name, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if "cuda" in backends.get(name).DEVICES])
 def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
     from ztp_deploy import environment
 

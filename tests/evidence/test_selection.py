@@ -52,7 +52,7 @@ def swap_at_the_cut(observation, keep, gap):
 
 def test_equal_runs_have_no_difference(setting):
     observation, plan, geometry = setting
-    assert differences(observation, copy_of(observation), plan, geometry, BOUND) == []
+    assert differences(observation, copy_of(observation).kept, copy_of(observation), plan, geometry, BOUND) == []
     shuffled = copy_of(observation)
     shuffled.kept[0][:] = shuffled.kept[0][:, ::-1]
     assert same_sets(observation.kept[0], shuffled.kept[0]).all()
@@ -64,7 +64,7 @@ def test_other_tokens_from_the_right_scores_is_a_selection_fault(setting):
     out = sorted(set(range(36)) - set(candidate.kept[0][0].tolist()))[0]
     gone = int(candidate.kept[0][0, 0])
     candidate.kept[0][0, 0] = out
-    difference = differences(observation, candidate, plan, geometry, BOUND)[0]
+    difference = differences(observation, candidate.kept, candidate, plan, geometry, BOUND)[0]
     assert (difference.stage, difference.cause) == (1, "selection")
     assert difference.tokens == sorted([out, gone])
     assert difference.gap > BOUND
@@ -74,7 +74,7 @@ def test_the_right_tokens_for_wrong_scores_is_a_weight_fault(setting):
     observation, plan, geometry = setting
     candidate = copy_of(observation)
     inside, outside = swap_at_the_cut(candidate, 25, gap=0.01)
-    difference = differences(observation, candidate, plan, geometry, BOUND)[0]
+    difference = differences(observation, candidate.kept, candidate, plan, geometry, BOUND)[0]
     assert (difference.stage, difference.cause, difference.decision) == (1, "weights", "importance")
     assert difference.tokens == sorted([inside, outside])
 
@@ -87,10 +87,10 @@ def test_a_gap_within_the_bound_is_a_near_tie(setting):
     reference.scores["score_1"][0][outside] = reference.scores["score_1"][0][inside] * (1 - 1e-6)
     candidate.scores["score_1"][0][outside] = reference.scores["score_1"][0][outside]
     swap_at_the_cut(candidate, 25, gap=1e-6)
-    difference = differences(reference, candidate, plan, geometry, BOUND)[0]
+    difference = differences(reference, candidate.kept, candidate, plan, geometry, BOUND)[0]
     assert (difference.cause, difference.decision) == ("near_tie", "importance")
     assert 0 < difference.gap <= 2e-6
-    assert differences(reference, candidate, plan, geometry, 1e-8)[0].cause == "weights"
+    assert differences(reference, candidate.kept, candidate, plan, geometry, 1e-8)[0].cause == "weights"
 
 
 def test_the_first_decision_that_flips_is_named(setting):
@@ -99,7 +99,7 @@ def test_the_first_decision_that_flips_is_named(setting):
     candidate = copy_of(observation)
     candidate.scores["pre_spread_1"][0, :, 0] *= 10
     swap_at_the_cut(candidate, 25, gap=0.01)
-    difference = differences(observation, candidate, plan, geometry, BOUND)[0]
+    difference = differences(observation, candidate.kept, candidate, plan, geometry, BOUND)[0]
     assert difference.decision == "pre_heads_below"
     assert difference.cause == "weights"
 
@@ -112,4 +112,4 @@ def test_slot_order_does_not_matter(setting):
     for name in ("pre_score_2", "score_2"):
         candidate.scores[name][0] = candidate.scores[name][0][::-1]
     # The similarity scores follow the ranking, which is unchanged.
-    assert differences(observation, candidate, plan, geometry, BOUND) == []
+    assert differences(observation, candidate.kept, candidate, plan, geometry, BOUND) == []

@@ -72,6 +72,8 @@ class Backend(Protocol):
 
     SUMMARY: str
     FORMAT: str
+    DEVICES: tuple[str, ...]
+    """Of `cpu` and `cuda`, what its engines can run on."""
     PRECISIONS: tuple[str, ...]
     CALIBRATED: tuple[str, ...]
     """Those precisions that are fitted to images."""

@@ -17,11 +17,13 @@ from ztp_deploy.manifest import ArtifactManifest, EngineManifest
 
 SUMMARY = "ONNX Runtime: CPU everywhere, CUDA where there is a GPU"
 FORMAT = "onnx"
+DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
 GRAPH_FILE = "model.onnx"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_ERRORS_ONLY = 3
+_PRECISIONS_OF = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 # Left to itself, CUDA computes float32 matrix products in TF32, which is not what was checked.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
 
@@ -79,7 +81,13 @@ def graph_precision(precision: str) -> str:
 
 
 def build(job: BuildJob) -> dict[str, Any]:
-    """The engine is the graph itself."""
+    """The engine is the graph itself. Raises BadRequest for precisions the device does not compute in."""
+    known = _PRECISIONS_OF[job.device.name]
+    if job.precision not in known:
+        raise BadRequest(
+            f"ONNX Runtime has no {job.precision} kernels for the {job.device.name}: it would compute in fp32 all the same.",
+            f"Use precision={known[0]}, or on a CPU BACKEND=openvino, which has bf16 and int8.",
+        )
     job.copy_graph()
     return {}
 

@@ -19,8 +19,9 @@ from ztp_deploy.manifest import EngineManifest
 
 SUMMARY = "OpenVINO: the fastest on CPUs, with bf16 and int8 where the processor has them"
 FORMAT = "onnx"
-PRECISIONS = ("fp32", "bf16", "int8")
-CALIBRATED = ("int8",)
+DEVICES: tuple[str, ...] = ("cpu",)
+PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "int8")
+CALIBRATED: tuple[str, ...] = ("int8",)
 DEVICE = "CPU"
 MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}

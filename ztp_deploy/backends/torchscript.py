@@ -18,6 +18,7 @@ from ztp_deploy.manifest import EngineManifest
 
 SUMMARY = "TorchScript: torch's own runtime, CPU or CUDA"
 FORMAT = "torchscript"
+DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32",)
 CALIBRATED: tuple[str, ...] = ()
 GRAPH_FILE = "model.ts"

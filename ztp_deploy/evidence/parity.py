@@ -54,9 +54,9 @@ class Tolerance(BaseModel):
 
 TOLERANCES: dict[str, Tolerance] = {
     "fp32": Tolerance(logits=1e-4, gap=1e-5, near_ties=0.05, top1=True),
-    "fp16": Tolerance(logits=0.02, gap=0.02, near_ties=1.0, top1=False),
-    "bf16": Tolerance(logits=0.15, gap=0.15, near_ties=1.0, top1=False),
-    "int8": Tolerance(logits=1.0, gap=0.5, near_ties=1.0, top1=False),
+    "fp16": Tolerance(logits=0.02, gap=0.005, near_ties=1.0, top1=False),
+    "bf16": Tolerance(logits=0.15, gap=0.05, near_ties=1.0, top1=False),
+    "int8": Tolerance(logits=1.0, gap=0.25, near_ties=1.0, top1=False),
 }
 """Rounding to 11, 8 and about 7 bits; the bounds leave room for it to add up over a model's depth."""
 
@@ -210,6 +210,7 @@ def check_parity(
                 other,
                 observations,
                 runners[other],
+                manifest.batch.min,
                 graph,
                 geometry,
                 max(tolerances[one], tolerances[other], key=lambda bounds: bounds.logits),
@@ -308,6 +309,7 @@ def _compare(
     candidate_name: str,
     observations: dict[str, Observation],
     runner: Runner,
+    smallest: int,
     graph: InferenceGraph,
     geometry: Geometry,
     tolerance: Tolerance,
@@ -339,7 +341,7 @@ def _compare(
         forced = _observe_eager(graph, pictures.pixels[differing], lambda count: None, kept)
         expected[differing] = forced.logits
         faults, near_ties = _explain_differences(
-            differing, forced, candidate, runner, plan, geometry, tolerance, pictures
+            differing, forced, candidate, runner, smallest, plan, geometry, tolerance, pictures
         )
     excused = {fault.image for fault in faults}
     worst, top1 = 0.0, 0
@@ -371,11 +373,19 @@ def _compare(
     )
 
 
+def _audited(runner: Runner, image: NDArray[Any], plan: Plan, smallest: int) -> Observation:
+    """The candidate's own run on one image with its scores; repeated to the smallest batch it takes."""
+    values = {name: value[:1] for name, value in runner.audit(np.repeat(image, smallest, axis=0)).items()}
+    kept = [values[f"kept_{index}"] for index in range(1, len(plan.stages) + 1)]
+    return Observation(values["logits"], kept, values)
+
+
 def _explain_differences(
     images: NDArray[Any],
     forced: Observation,
     candidate: Observation,
     runner: Runner,
+    smallest: int,
     plan: Plan,
     geometry: Geometry,
     tolerance: Tolerance,
@@ -388,10 +398,10 @@ def _explain_differences(
     faults: list[Fault] = []
     near_ties: list[NearTie] = []
     for row, image in enumerate(images):
-        own = candidate.at(image)
-        own = Observation(own.logits, own.kept, runner.audit(pictures.pixels[image : image + 1]))
+        audited = _audited(runner, pictures.pixels[image : image + 1], plan, smallest)
         name = pictures.names[image]
-        for difference in differences(forced.at(row), own, plan, geometry, tolerance.gap):
+        kept = candidate.at(image).kept
+        for difference in differences(forced.at(row), kept, audited, plan, geometry, tolerance.gap):
             if difference.cause != "near_tie":
                 faults.append(
                     Fault(kind=difference.cause, image=name, stage=difference.stage, detail=_sentence(difference, name))

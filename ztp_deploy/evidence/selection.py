@@ -5,7 +5,7 @@ No other check sees this: logits can agree while an engine drops the wrong patch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ztp_deploy import methods
 from ztp_deploy.methods.base import Decision, Replay
-from ztp_deploy.plan import Geometry, Plan
+from ztp_deploy.plan import Geometry, Plan, Stage
 
 Cause = Literal["near_tie", "selection", "weights"]
 
@@ -60,31 +60,38 @@ def same_sets(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.bo
 
 
 def differences(
-    reference: Observation, candidate: Observation, plan: Plan, geometry: Geometry, bound: float
+    reference: Observation,
+    kept: Sequence[NDArray[Any]],
+    audited: Observation,
+    plan: Plan,
+    geometry: Geometry,
+    bound: float,
 ) -> list[Difference]:
-    """Explains every stage at which a candidate departs from the reference, for observations of one image.
+    """Explains every stage at which a candidate departs from the reference, for one image.
 
-    The reference was run with the candidate's kept tokens put in place of its own, so that both decide on
-    the same tokens at every stage. `bound` is the largest relative gap that counts as a near-tie.
+    `kept` [1, k] per stage is what the candidate kept when it ran; the reference was run with these tokens in
+    place of its own, so that both decide on the same ones at every stage. `audited` is the candidate's
+    own run with scores, which may part from its other run at near-ties. `bound` is the largest relative gap
+    that counts as a near-tie.
     """
     found: list[Difference] = []
     for index, stage in enumerate(plan.stages):
-        kept = candidate.kept[index]
-        expected = _replay(reference, plan, index, geometry)
-        reference_entering = _entering(reference, index, stage.tokens_in)
-        tokens = set(reference_entering[expected.kept[0].numpy()].tolist()) ^ set(kept[0].tolist())
+        expected, expected_entering = _replay(reference, plan, index, geometry), _entering(reference, index, stage)
+        tokens = _apart(expected, expected_entering, kept[index])
         if not tokens:
             continue
-        replay = _replay(candidate, plan, index, geometry)
-        entering = _entering(candidate, index, stage.tokens_in)
-        wrong = set(entering[replay.kept[0].numpy()].tolist()) ^ set(kept[0].tolist())
-        if wrong:
-            gap = _gap_of_tokens(replay, entering, wrong)
-            if gap > bound:
-                name = replay.decisions[-1].name if replay.decisions else ""
-                found.append(Difference(index + 1, "selection", name, gap, sorted(wrong)))
+        entering = _entering(audited, index, stage)
+        decision, gap = "unexplained", float("inf")
+        if set(entering.tolist()) == set(expected_entering.tolist()):
+            replay = _replay(audited, plan, index, geometry)
+            wrong = _apart(replay, entering, kept[index])
+            name, wrong_gap = _nearest_flip(replay, entering, wrong)
+            if wrong and wrong_gap > bound:
+                found.append(Difference(index + 1, "selection", name, wrong_gap, sorted(wrong)))
                 continue
-        decision, gap = _flipped(expected, reference_entering, replay, entering)
+            decision, gap = _flipped(expected, expected_entering, replay, entering)
+        if decision == "unexplained":
+            decision, gap = _nearest_flip(expected, expected_entering, tokens)
         found.append(Difference(index + 1, "near_tie" if gap <= bound else "weights", decision, gap, sorted(tokens)))
     return found
 
@@ -99,9 +106,14 @@ def _replay(observation: Observation, plan: Plan, index: int, geometry: Geometry
     return method.replay(stage, scores, geometry, methods.parse_options(plan.method, plan.options))
 
 
-def _entering(observation: Observation, index: int, tokens: int) -> NDArray[Any]:
+def _entering(observation: Observation, index: int, stage: Stage) -> NDArray[Any]:
     """Original positions [n] of the slots that enter a stage."""
-    return np.arange(tokens) if index == 0 else np.asarray(observation.kept[index - 1][0])
+    return np.arange(stage.tokens_in) if index == 0 else np.asarray(observation.kept[index - 1][0])
+
+
+def _apart(replay: Replay, entering: NDArray[Any], kept: NDArray[Any]) -> set[int]:
+    """Positions that only one side keeps: what the replayed scores call for, or `kept` [1, k]."""
+    return set(entering[replay.kept[0].numpy()].tolist()) ^ set(kept[0].tolist())
 
 
 def _flipped(
@@ -121,9 +133,19 @@ def _by_position(decision: Decision, entering: NDArray[Any]) -> NDArray[Any]:
     return margin[np.argsort(entering)] if decision.per_token else margin
 
 
-def _gap_of_tokens(replay: Replay, entering: NDArray[Any], positions: set[int]) -> float:
-    """The largest margin of the last decision among these positions; ∞ for a token that was out already."""
-    if not replay.decisions:
-        return float("inf")
-    margin = replay.decisions[-1].margin[0].abs().numpy()
-    return float(margin[np.isin(entering, list(positions))].max())
+def _nearest_flip(replay: Replay, entering: NDArray[Any], positions: set[int]) -> tuple[str, float]:
+    """How far these positions' fate was from another, by one run's decisions alone.
+
+    A token flips with the decision it was nearest to flipping in, or with any that concerns all tokens;
+    the largest such distance counts.
+    """
+    name, nearest = "unexplained", np.full(len(positions), np.inf)
+    at = np.isin(entering, list(positions))
+    for decision in replay.decisions:
+        margin = decision.margin[0].abs().numpy()
+        distance = margin[at] if decision.per_token else np.full(at.sum(), margin.min(initial=np.inf))
+        if len(distance) != len(nearest):  # a position that is not there at all
+            return "unexplained", float("inf")
+        if (distance < nearest).any():
+            name, nearest = decision.name, np.minimum(nearest, distance)
+    return name, float(nearest.max(initial=0.0))

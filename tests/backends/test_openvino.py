@@ -1,0 +1,165 @@
+"""OpenVINO: precision that is real, scores that stay in float32, quantisation, hints and the kept model."""
+
+from __future__ import annotations
+
+import shutil
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import openvino
+import pytest
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy.backends import openvino as backend
+from ztp_deploy.backends import openvino_ir as ir
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.evidence.images import load_images
+
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.fixture(scope="module")
+def calibration(model):
+    return load_images(None, model.source.preprocessing, "float32", 16, purpose="calibration").pixels
+
+
+@pytest.fixture(scope="module")
+def int8_engine(artifact, calibration, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("int8") / "engine"
+    return ztp.build(
+        artifact, "openvino", precision="int8", batch=(1, 4, 8), calibration=calibration, directory=directory
+    )
+
+
+def test_fp32_is_fp32(openvino_engine):
+    """Left alone, OpenVINO takes bf16 wherever a processor has it."""
+    built = openvino_engine.manifest.built
+    assert built["properties"] == {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    assert set(built["matrix_precisions"]) == set(built["score_precisions"]) == {"f32"}
+    assert built["notes"] == []
+
+
+def test_bf16_is_bf16_or_refused(artifact, tmp_path):
+    """On processors without bf16 OpenVINO would quietly compute in fp32."""
+    if not HAS_BF16:
+        with pytest.raises(MissingSoftware, match="no instructions for it") as refusal:
+            ztp.build(artifact, "openvino", precision="bf16", directory=tmp_path / "e")
+        assert refusal.value.exit_code == 3
+        assert list(tmp_path.iterdir()) == []
+        return
+    engine = ztp.build(artifact, "openvino", precision="bf16", directory=tmp_path / "e")
+    assert engine.manifest.built["matrix_precisions"]["bf16"] > 15
+
+
+@pytest.mark.parametrize("counts", [{"f32": 20}, {"f32": 11, "bf16": 9}])
+def test_a_precision_that_did_not_come_out_is_an_error(counts):
+    with pytest.raises(GateFailed, match="precision=bf16 was asked for, but OpenVINO computes"):
+        backend._check_precision("bf16", counts)
+    backend._check_precision("bf16", {"f32": 2, "bf16": 18})
+    with pytest.raises(GateFailed, match="precision=fp32"):
+        backend._check_precision("fp32", {"f32": 19, "bf16": 1})
+
+
+def test_scores_are_marked_to_stay_in_float32(openvino_engine):
+    """All that leads to a TopK, and nothing of the way from the image to the logits but the classifier."""
+    tree = ElementTree.parse(openvino_engine.directory / "model.xml")
+    layers = {layer.get("id"): layer for layer in tree.iterfind("layers/layer")}
+    marked = {
+        identity
+        for identity, layer in layers.items()
+        if layer.find("rt_info/attribute[@name='DisablePrecisionConversion']") is not None
+    }
+    sources = {}
+    for edge in tree.iterfind("edges/edge"):
+        sources.setdefault(edge.get("to-layer"), []).append(edge.get("from-layer"))
+    top_ks = [identity for identity, layer in layers.items() if layer.get("type") == "TopK"]
+    assert len(top_ks) == 9
+    for top_k in top_ks:
+        scores = [s for s in sources[top_k] if layers[s].get("type") != "Const"]
+        assert scores
+        assert set(scores) <= marked
+    softmaxes = {identity for identity, layer in layers.items() if layer.get("type") == "SoftMax"}
+    assert len(softmaxes) == 4  # one a block
+    assert not softmaxes & marked
+    products = {identity for identity in marked if layers[identity].get("type") == "MatMul"}
+    assert len(products) == sum(openvino_engine.manifest.built["score_precisions"].values())
+    # The library reads the marks: they survive its own reader and writer.
+    model = openvino.Core().read_model(str(openvino_engine.directory / "model.xml"))
+    kept = [op for op in model.get_ops() if any("DisablePrecisionConversion" in key for key in op.get_rt_info())]
+    assert len(kept) == len(marked)
+
+
+def test_int8_is_int8_and_its_parity_is_told(int8_engine, model):
+    counts = int8_engine.manifest.built["matrix_precisions"]
+    assert counts.get("u8", 0) + counts.get("i8", 0) > counts["f32"]
+    assert set(int8_engine.manifest.built["score_precisions"]) == {"f32"}
+    report = ztp.check_parity(int8_engine, model, tiny.images(6))
+    assert report.edges[0].worst_logit < 1e-4  # the export is fp32
+    assert report.edges[0].tolerance.logits == 1e-4
+    assert report.edges[1].worst_logit > 1e-3  # quantisation is seen
+    assert report.edges[1].tolerance.logits == 1
+
+
+def test_another_calibration_is_another_engine(int8_engine, artifact, calibration, tmp_path):
+    assert calibration.shape == (16, 3, 96, 96)
+    copy = tmp_path / "engine"
+    shutil.copytree(int8_engine.directory, copy)
+    (tmp_path / "artifact").symlink_to(artifact.directory)
+    same = {"precision": "int8", "batch": (1, 4, 8), "directory": copy}
+    again = ztp.build(artifact, "openvino", calibration=calibration, **same)
+    assert again.manifest == int8_engine.manifest
+    other = ztp.build(artifact, "openvino", calibration=calibration[:8], **same)
+    assert other.manifest.recipe != int8_engine.manifest.recipe
+
+
+def test_calibration_pictures_are_not_those_of_the_check(model):
+    source = model.source.preprocessing
+    check = load_images(None, source, "float32", 8)
+    calibrated = load_images(None, source, "float32", 8, purpose="calibration")
+    assert not set(check.names) & set(calibrated.names)
+
+
+def test_hints_reach_the_library(artifact, tmp_path):
+    settings = {"hint": "throughput", "threads": 1, "streams": 1}
+    engine = ztp.build(artifact, "openvino", directory=tmp_path / "e", settings=settings)
+    assert engine.manifest.built["properties"]["PERFORMANCE_HINT"] == "THROUGHPUT"
+    with ztp.load_engine(engine.directory) as session:
+        compiled = session._runner._compiled
+        assert str(compiled.get_property("PERFORMANCE_HINT")) == "THROUGHPUT"
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == 1
+        assert session.run(tiny.images(2)).shape == (2, 10)
+
+
+def test_the_kept_model_is_what_opens(artifact, tmp_path, monkeypatch):
+    engine = ztp.build(artifact, "openvino", directory=tmp_path / "e", settings={"cache": True})
+    assert sorted(engine.manifest.files) == ["model.bin", "model.blob", "model.xml"]
+    images = tiny.images(2)
+    with ztp.load_engine(engine.directory) as session:
+        expected = session.run(images)
+    monkeypatch.setattr(backend.OpenVinoRunner, "_compile", lambda self, names: pytest.fail("it was compiled anew"))
+    with ztp.load_engine(engine.directory) as session:
+        assert np.array_equal(session.run(images), expected)
+
+
+def test_a_kept_model_of_another_machine_is_compiled_anew(artifact, tmp_path):
+    engine = ztp.build(artifact, "openvino", directory=tmp_path / "e", settings={"cache": True})
+    (engine.directory / "model.blob").write_bytes(b"made elsewhere")
+    tiny.reseal(engine.directory)
+    with ztp.load_engine(engine.directory) as session:
+        assert session.run(tiny.images(1)).shape == (1, 10)
+
+
+def test_only_the_processor_is_offered():
+    with pytest.raises(MissingSoftware, match="device=cuda"):
+        backend.resolve_device("cuda")
+    with pytest.raises(BadRequest, match="device=npu"):
+        backend.resolve_device("npu")
+
+
+def test_the_rule_for_scores_needs_the_graphs_names(openvino_engine):
+    model = openvino.Core().read_model(str(openvino_engine.directory / "model.xml"))
+    names = ir.outside_the_tokens_way(model)
+    softmaxes = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "Softmax"]
+    assert softmaxes
+    assert not names & set(softmaxes)

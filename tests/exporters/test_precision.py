@@ -1,0 +1,148 @@
+"""Precision in the graph: the tokens' way lowered, scores and logits in float32, and still the same function."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy import exporters
+from ztp_deploy.backends import onnxruntime as onnxruntime_backend
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.evidence import parity
+from ztp_deploy.exporters import precision, vocabulary
+
+LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+
+@pytest.fixture(scope="module", params=sorted(LOW))
+def lowered(request, artifact, tmp_path_factory):
+    return exporters.convert(artifact, request.param, tmp_path_factory.mktemp("low") / request.param)
+
+
+def graph_of(artifact):
+    return onnx.load(str(artifact.directory / "model.onnx"))
+
+
+def test_only_the_tokens_way_is_lowered(lowered, artifact):
+    low = LOW[lowered.manifest.precision]
+    model = graph_of(lowered)
+    onnx.checker.check_model(model, full_check=True)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    for node in model.graph.node:
+        if node.op_type == "TopK":
+            assert types[node.input[0]] == TensorProto.FLOAT
+        if node.op_type in ("LayerNormalization", "Softmax", "Conv"):
+            assert types[node.output[0]] == low
+    for name in lowered.manifest.audit:
+        assert types[name] == TensorProto.FLOAT
+    counts = precision.matrix_types(model)
+    # Patch embedding, per block four products of the attention (six where it is open) and two of the MLP.
+    assert counts[TensorProto.DataType.Name(low).lower()] == 1 + 4 * 6 + 3 * 2
+    assert precision.matrix_types(graph_of(artifact)) == {"float": sum(counts.values())}
+
+
+def test_inputs_and_outputs_keep_their_types(lowered):
+    model = graph_of(lowered)
+    [images] = model.graph.input
+    assert images.type.tensor_type.elem_type == TensorProto.FLOAT
+    kinds = {output.name: output.type.tensor_type.elem_type for output in model.graph.output}
+    assert kinds.pop("logits") == TensorProto.FLOAT
+    assert set(kinds.values()) == {TensorProto.INT32}
+    assert vocabulary.lint(model, lowered.manifest.plan) == []
+
+
+def test_fp16_computes_the_same_function_less_exactly(artifact, pruned, tmp_path):
+    half = exporters.convert(artifact, "fp16", tmp_path / "fp16")
+    session = onnxruntime.InferenceSession(str(half.directory / "model.onnx"), providers=["CPUExecutionProvider"])
+    images = tiny.images(4)
+    logits = session.run(["logits"], {"images": images})[0]
+    with torch.inference_mode():
+        expected = pruned(torch.from_numpy(images)).numpy()
+    distance = np.abs(logits - expected).max() / expected.std()
+    assert 1e-5 < distance < 0.02
+
+
+def test_bf16_computes_the_same_function_less_exactly(artifact, pruned, tmp_path):
+    """OpenVINO reads bf16 graphs on any processor; the weights at least are rounded."""
+    import openvino
+
+    low = exporters.convert(artifact, "bf16", tmp_path / "bf16")
+    compiled = openvino.Core().compile_model(str(low.directory / "model.onnx"), "CPU")
+    images = tiny.images(4)
+    logits = compiled(images)["logits"]
+    with torch.inference_mode():
+        expected = pruned(torch.from_numpy(images)).numpy()
+    distance = np.abs(logits - expected).max() / expected.std()
+    assert 1e-4 < distance < 0.15
+
+
+def test_converting_gives_what_exporting_gives(artifact, pruned, tmp_path):
+    converted = exporters.convert(artifact, "fp16", tmp_path / "converted")
+    exported = ztp.export(pruned, "onnx", tmp_path / "exported", precision="fp16")
+    assert converted.manifest.recipe == exported.manifest.recipe
+    assert converted.manifest.files == exported.manifest.files
+
+
+def test_what_cannot_be_converted(artifact, torchscript_artifact, tmp_path):
+    half = exporters.convert(artifact, "fp16", tmp_path / "half")
+    with pytest.raises(BadRequest, match="A fp16 artifact in onnx cannot be converted"):
+        exporters.convert(half, "bf16", tmp_path / "x")
+    with pytest.raises(BadRequest, match="exported in fp32; precision='fp16'"):
+        exporters.convert(torchscript_artifact, "fp16", tmp_path / "x")
+    with pytest.raises(BadRequest, match="fp32, fp16, bf16; precision='int4'"):
+        exporters.convert(artifact, "int4", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_pixels_are_normalised_in_float32(pruned, tmp_path):
+    pixels = ztp.export(pruned, "onnx", tmp_path / "pixels", input="uint8")
+    low = graph_of(exporters.convert(pixels, "fp16", tmp_path / "low"))
+    inferred = onnx.shape_inference.infer_shapes(low)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    [convolution] = [node for node in low.graph.node if node.op_type == "Conv"]
+    [cast] = [node for node in low.graph.node if convolution.input[0] in node.output]
+    assert cast.op_type == "Cast"
+    assert types[cast.input[0]] == TensorProto.FLOAT
+
+
+def test_constants_stay_finite():
+    values = precision._rounded(np.array([1e9, -1e9, 1.5, np.inf], np.float32), TensorProto.FLOAT16)
+    assert values.tolist() == [65504, -65504, 1.5, np.inf]
+
+
+def test_the_gate_has_bounds_for_low_precision(artifact, model, tmp_path, monkeypatch):
+    """An fp16 engine differs by more than fp32 may and by less than fp16 may; wrong weights are still found."""
+    monkeypatch.setitem(onnxruntime_backend._PRECISIONS_OF, "cpu", ("fp16",))
+    half = exporters.convert(artifact, "fp16", tmp_path / "a")
+    engine = ztp.build(half, "onnxruntime", precision="fp16", device="cpu", directory=tmp_path / "e")
+    images = tiny.images(8)
+    report = ztp.check_parity(engine, model, images).require()
+    assert all(edge.tolerance == parity.TOLERANCES["fp16"] for edge in report.edges)
+    assert 1e-4 < report.edges[-1].worst_logit < 0.02
+
+    def damage(graph: onnx.ModelProto) -> None:
+        [bias] = [t for t in graph.graph.initializer if "blocks.3.mlp.fc2.bias" in t.name]
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) * np.float16(2), bias.name))
+
+    tiny.damage_graph(engine.directory, damage)
+    broken = ztp.check_parity(engine, model, images)
+    assert not broken.passed
+    assert {fault.kind for fault in broken.edges[-1].faults} == {"weights"}
+
+
+def test_bf16_exports_are_not_run_where_they_cannot(artifact, model, tmp_path, monkeypatch):
+    low = exporters.convert(artifact, "bf16", tmp_path / "a")
+    notes: list[str] = []
+    engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
+    changed = engine.manifest.model_copy(
+        update={"artifact": "../a", "artifact_sha256": parity.manifest_sha256(low.directory)}
+    )
+    assert parity._exported_runner(type(engine)(engine.directory, changed), notes) is None
+    assert "no bf16 kernels" in notes[0]
