@@ -58,14 +58,17 @@ def show_result(result: Any, as_json: bool) -> None:
 
 def show_parity(report: Any) -> None:
     table = Table(title=f"parity of {report.engine} on {report.images}", title_justify="left", title_style="bold")
-    for name in ("edge", "kept sets agree", "worst logit", "top-1", "near-ties", "verdict"):
+    for name in ("edge", "kept sets agree (tokens)", "worst logit", "top-1", "near-ties", "verdict"):
         table.add_column(name)
     for edge in report.edges:
-        kept = ", ".join(f"stage {stage.stage}: {stage.images_agreeing}/{edge.images}" for stage in edge.stages)
+        kept = ", ".join(
+            f"stage {stage.stage}: {stage.images_agreeing}/{edge.images} ({stage.token_agreement:.1%})"
+            for stage in edge.stages
+        )
         table.add_row(
             f"{edge.reference} → {edge.candidate}",
             kept or "no stages",
-            f"{edge.worst_logit:.1e} σ",
+            f"{edge.worst_logit:.1e} σ (≤ {edge.tolerance.logits:g})",
             f"{edge.top1_equal}/{edge.compared_logits}",
             str(len(edge.near_ties)),
             "[green]holds[/green]" if edge.holds else f"[bold red]{len(edge.faults)} faults[/bold red]",

@@ -61,38 +61,39 @@ def quantised(model: Any, images: NDArray[Any] | None, untouched: set[str], adva
     """
     if images is None or not len(images):
         raise BadRequest("int8 is calibrated on images and none were given.", "Give calibration images [M, 3, H, W].")
-    try:
-        import nncf
-    except ImportError as error:
-        raise MissingSoftware("int8 needs nncf, which is not installed.", "pip install nncf") from error
+    nncf = _nncf()
 
     def told(image: NDArray[Any]) -> NDArray[Any]:
         advance(0.6 / len(images))
         return image[None]
 
-    return _quietly(nncf, lambda: _quantise(nncf, model, images, untouched, told))
-
-
-def _quantise(
-    nncf: Any, model: Any, images: NDArray[Any], untouched: set[str], told: Callable[[NDArray[Any]], Any]
-) -> Any:
     present = {operation.get_friendly_name() for operation in model.get_ops()}
-    return nncf.quantize(
-        model,
-        nncf.Dataset(list(images), told),
-        model_type=nncf.ModelType.TRANSFORMER,
-        preset=nncf.QuantizationPreset.MIXED,
-        subset_size=len(images),
-        ignored_scope=nncf.IgnoredScope(names=sorted(untouched & present)),
-    )
-
-
-def _quietly(nncf: Any, work: Callable[[], Any]) -> Any:
-    """Does the work without NNCF's log and bars, which are for its developers."""
-    nncf.set_log_level(logging.ERROR)
+    # NNCF prints bars of its own.
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return work()
+        return nncf.quantize(
+            model,
+            nncf.Dataset(list(images), told),
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(images),
+            ignored_scope=nncf.IgnoredScope(names=sorted(untouched & present)),
+        )
+
+
+def _nncf() -> Any:
+    """The library, without torch's remark on CUDA that importing it calls forth. Raises MissingSoftware."""
+    remarks = logging.getLogger("torch.utils.cpp_extension")
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)
+    try:
+        import nncf
+    except ImportError as error:
+        raise MissingSoftware("int8 needs nncf, which is not installed.", "pip install nncf") from error
+    finally:
+        remarks.setLevel(level)
+    nncf.set_log_level(logging.ERROR)
+    return nncf
 
 
 def matrix_precisions(compiled: Any, scores: set[str]) -> tuple[dict[str, int], dict[str, int]]:

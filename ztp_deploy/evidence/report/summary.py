@@ -148,10 +148,15 @@ def summarise(
 def _parity_line(parity: ParityReport) -> str:
     edges = " → ".join([parity.edges[0].reference, *dict.fromkeys(edge.candidate for edge in parity.edges)])
     worst = parity.edges[-1]
-    kept = min((stage.images_agreeing for edge in parity.edges for stage in edge.stages), default=worst.images)
+    agreeing = min((stage.images_agreeing for edge in parity.edges for stage in edge.stages), default=worst.images)
+    kept = f"kept sets agree on {agreeing} of {worst.images} images"
+    if agreeing < worst.images:
+        shares = ", ".join(f"{stage.token_agreement:.1%}" for stage in worst.stages)
+        gap = max((tie.gap for tie in worst.near_ties), default=0.0)
+        kept += f" (kept tokens that agree, stage by stage: {shares}; the others were within {gap:.1e} of the cut)"
     return (
-        f"{'holds' if parity.passed else 'FAILS'} along {edges}: kept sets agree on {kept} of {worst.images} images, "
-        f"worst logit {worst.worst_logit:.1e} σ (at most {parity.tolerance.logits:g})"
+        f"{'holds' if parity.passed else 'FAILS'} along {edges}: {kept}, worst logit {worst.worst_logit:.1e} σ "
+        f"(at most {parity.tolerance.logits:g}), top-1 equal on {worst.top1_equal} of {worst.images}"
     )
 
 
