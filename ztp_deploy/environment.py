@@ -81,7 +81,18 @@ def cpu_name() -> str:
 
 def cpu_features() -> list[str]:
     """The vector extensions that decide matrix speed."""
-    known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd")
+    known = (
+        "avx2",
+        "avx_vnni",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_tile",
+        "amx_bf16",
+        "amx_int8",
+        "asimd",
+        "i8mm",
+    )
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

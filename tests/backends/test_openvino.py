@@ -11,6 +11,7 @@ import pytest
 
 import ztp_deploy as ztp
 from tests import tiny
+from ztp_deploy import environment
 from ztp_deploy.backends import openvino as backend
 from ztp_deploy.backends import openvino_ir as ir
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
@@ -99,6 +100,16 @@ def test_int8_is_int8_and_its_parity_is_told(int8_engine, model):
     assert report.edges[0].tolerance.logits == 1e-4
     assert report.edges[1].worst_logit > 1e-3  # quantisation is seen
     assert report.edges[1].tolerance.logits == 1
+
+
+def test_int8_on_a_processor_without_dot_products_is_noted(artifact, calibration, tmp_path, monkeypatch):
+    build = {"precision": "int8", "calibration": calibration[:2]}
+    monkeypatch.setattr(environment, "cpu_features", lambda: ["avx2"])
+    slow = ztp.build(artifact, "openvino", directory=tmp_path / "slow", **build)
+    assert "no int8 dot products" in slow.manifest.built["notes"][0]
+    monkeypatch.setattr(environment, "cpu_features", lambda: ["avx2", "avx512_vnni"])
+    fast = ztp.build(artifact, "openvino", directory=tmp_path / "fast", **build)
+    assert fast.manifest.built["notes"] == []
 
 
 def test_another_calibration_is_another_engine(int8_engine, artifact, calibration, tmp_path):

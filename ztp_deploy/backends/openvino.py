@@ -26,6 +26,7 @@ DEVICE = "CPU"
 MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _RUNTIME_NAMES = {"fp32": {"f32"}, "bf16": {"bf16"}, "int8": {"i8", "u8"}}
+_FAST_INT8 = {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm"}
 _CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 
 
@@ -114,6 +115,10 @@ def build(job: BuildJob) -> dict[str, Any]:
     if lower := set(score_counts) - {"f32"}:
         notes.append(
             f"OpenVINO computes some scores' products in {', '.join(sorted(lower))} although float32 was asked for."
+        )
+    if job.precision == "int8" and not _FAST_INT8 & set(environment.cpu_features()):
+        notes.append(
+            "This processor has no int8 dot products (VNNI): int8 can be slower here than fp32. Measure before you ship."
         )
     return {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes}
 
