@@ -62,7 +62,7 @@ Options parse_options(const std::vector<std::string>& arguments) {
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     const std::string& word = arguments[i];
     const auto value = [&]() -> const std::string& {
-      if (i + 1 == arguments.size()) throw BadRequest(word + " needs a value.", kSeeHelp);
+      if (i + 1 == arguments.size() || arguments[i + 1].rfind("--", 0) == 0) throw BadRequest(word + " needs a value.", kSeeHelp);
       return arguments[++i];
     };
     if (word == "--help" || word == "-h") {

@@ -13,9 +13,14 @@ namespace {
 
 bool on_cuda(const EngineFolder& folder) { return folder.manifest.provider.rfind("cuda", 0) == 0; }
 
-void prepare_cuda() {
-  // Nothing links to torch's CUDA half, so that CPU engines start without it.
-  if (dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_GLOBAL) == nullptr || !at::hasCUDA()) {
+/// A package's code names libtorch.so, which nothing here needs by itself; loaded from where torch was found.
+void load_torch() {
+  if (dlopen("libtorch.so", RTLD_NOW | RTLD_GLOBAL) != nullptr) return;
+  throw MissingSoftware(std::string("torch cannot be loaded: ") + first_line(dlerror()) + ".", "Install torch again.");
+}
+
+void require_gpu() {
+  if (!at::hasCUDA()) {
     throw MissingSoftware("This engine was built for a GPU and torch sees none.", "Build it again with device=cpu.");
   }
   // Convolutions default to TF32, which is not the float32 that was checked; holds for the process.
@@ -26,7 +31,8 @@ class AotInductorRunner final : public Runner {
  public:
   explicit AotInductorRunner(const EngineFolder& folder) : folder_(folder) {
     const std::string package = folder.file("model.pt2").string();
-    if (on_cuda(folder)) prepare_cuda();
+    load_torch();
+    if (on_cuda(folder)) require_gpu();
     if (folder.threads > 0) at::set_num_threads(folder.threads);  // holds for the process, as in Python
     try {
       loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(package);
