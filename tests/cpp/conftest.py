@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import ztp_deploy as ztp
-from tests import tiny
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import EngineManifest, hash_files, read_manifest, recipe_hash
 
@@ -161,6 +160,3 @@ def prepare(runtime: Runtime, tmp_path_factory) -> Path:
 def manifest_of(directory: Path) -> EngineManifest:
     """An engine's manifest."""
     return read_manifest(directory, EngineManifest)
-
-
-__all__ = ["Runtime", "build_runtime", "command", "manifest_of", "require_tools", "reseal", "tiny"]

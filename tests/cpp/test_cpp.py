@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import ztp_deploy as ztp
 from tests import tiny
 from tests.cpp import toys
-from tests.cpp.conftest import build_runtime, command, manifest_of, require_tools, reseal
+from tests.cpp.conftest import HERE, SOURCE, build_runtime, command, manifest_of, require_tools, reseal
 from ztp_deploy.errors import ZtpError
 from ztp_deploy.evidence.images import photograph_crops, transform_for
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
@@ -413,8 +413,6 @@ def test_the_public_header_needs_nothing(runtime, tmp_path):
 
 
 def test_a_back_end_that_is_asked_for_and_missing_stops_the_configuration(runtime, tmp_path):
-    from tests.cpp.conftest import SOURCE
-
     options = ["-DZTP_WITH_TENSORRT=ON", f"-DTENSORRT_ROOT={tmp_path}", "-DZTP_WITH_OPENVINO=OFF"]
     done = command("cmake", "-G", "Ninja", "-S", SOURCE, "-B", tmp_path / "build", *options)
     if done.returncode == 0:
@@ -425,7 +423,7 @@ def test_a_back_end_that_is_asked_for_and_missing_stops_the_configuration(runtim
 def test_no_memory_error(runtime, shared_engine, tmp_path):
     if shutil.which("valgrind") is None:
         pytest.skip("valgrind is not installed: apt-get install valgrind")
-    valgrind = ["valgrind", "--quiet", "--error-exitcode=9"]
+    valgrind = ["valgrind", "--quiet", "--error-exitcode=9", f"--suppressions={HERE / 'valgrind.supp'}"]
     engine = toys.openvino_toy(tmp_path / "toy", shared_engine.directory)
     images = np.random.default_rng(0).standard_normal((2, 3, toys.SIZE, toys.SIZE), dtype=np.float32)
     images.tofile(tmp_path / "two.f32")

@@ -105,8 +105,7 @@ std::vector<std::uint8_t> prepare(const Picture& picture, const Manifest& manife
   const std::size_t shorter = squash ? 1 : std::min(picture.width, picture.height);
   const std::size_t width = squash ? side : side * picture.width / shorter;
   const std::size_t height = squash ? side : side * picture.height / shorter;
-  const Picture cut =
-      centre_crop(resize(picture, width, height, wanted.interpolation), manifest.size, manifest.size);
+  const Picture cut = centre_crop(resize(picture, width, height, wanted.interpolation), manifest.size, manifest.size);
   std::vector<std::uint8_t> planes(cut.pixels.size());
   const std::size_t plane = manifest.size * manifest.size;
   for (std::size_t i = 0; i < plane; ++i) {

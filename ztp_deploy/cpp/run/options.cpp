@@ -47,7 +47,8 @@ const char* const kUsage =
     "\n"
     "Runs an engine folder that `ztp engine` or `ztp build` made, without Python.\n"
     "\n"
-    "  IMAGE       PNG, JPEG, BMP or PNM; or raw tensors [count, 3, size, size], little-endian: .f32 (normalised), .u8\n"
+    "  IMAGE       PNG, JPEG, BMP or PNM; or raw tensors [count, 3, size, size], little-endian: .f32 (normalised), "
+    ".u8\n"
     "  --top N     how many classes to show\n"
     "  --latency   time runs on noise: median, 90th percentile, images a second\n"
     "  --batch N   batch to time; the engine's optimal one by default\n"
@@ -62,7 +63,8 @@ Options parse_options(const std::vector<std::string>& arguments) {
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     const std::string& word = arguments[i];
     const auto value = [&]() -> const std::string& {
-      if (i + 1 == arguments.size() || arguments[i + 1].rfind("--", 0) == 0) throw BadRequest(word + " needs a value.", kSeeHelp);
+      if (i + 1 == arguments.size() || arguments[i + 1].rfind("--", 0) == 0)
+        throw BadRequest(word + " needs a value.", kSeeHelp);
       return arguments[++i];
     };
     if (word == "--help" || word == "-h") {

@@ -72,7 +72,7 @@ std::uint8_t rounded(std::int32_t sum) {
 
 /// Filters along one axis: `lines` runs side by side, whose values lie `step` apart.
 struct Axis {
-  std::size_t step;         // between neighbours along the axis
+  std::size_t step;  // between neighbours along the axis
   std::size_t lines;
   std::size_t input_jump;   // between lines of the source
   std::size_t output_jump;  // between lines of the result
@@ -110,7 +110,9 @@ Picture resize_columns(const Picture& picture, std::size_t height, const Filter&
 }
 
 /// Half of a border, a half pixel going to the even side.
-std::size_t half(std::size_t border) { return static_cast<std::size_t>(std::nearbyint(static_cast<double>(border) / 2)); }
+std::size_t half(std::size_t border) {
+  return static_cast<std::size_t>(std::nearbyint(static_cast<double>(border) / 2));
+}
 
 }  // namespace
 

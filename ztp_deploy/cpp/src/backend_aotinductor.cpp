@@ -47,7 +47,8 @@ class AotInductorRunner final : public Runner {
     const auto side = static_cast<std::int64_t>(folder_.manifest.size);
     const auto type = folder_.manifest.dtype == "uint8" ? at::kByte : at::kFloat;
     // The engine reads inputs only; tensors merely have no const form.
-    at::Tensor input = at::from_blob(const_cast<void*>(images), {static_cast<std::int64_t>(batch), 3, side, side}, type);
+    at::Tensor input =
+        at::from_blob(const_cast<void*>(images), {static_cast<std::int64_t>(batch), 3, side, side}, type);
     if (on_cuda(folder_)) input = input.to(at::Device(folder_.manifest.provider));
     // The loader lends its runners under its own lock: it may be called from several threads.
     std::vector<at::Tensor> tensors = loader_->run({input});

@@ -37,7 +37,8 @@ class Library {
 
   void require(OrtStatus* status) const {
     const std::string message = failure(status);
-    if (!message.empty()) throw BadRequest("ONNX Runtime failed: " + message + ".", "Run the self-test of this engine.");
+    if (!message.empty())
+      throw BadRequest("ONNX Runtime failed: " + message + ".", "Run the self-test of this engine.");
   }
 
  private:
@@ -74,7 +75,7 @@ class Library {
 template <class T>
 class Owned {
  public:
-  explicit Owned(void(ORT_API_CALL* OrtApi::*release)(T*)) : release_(release) {}
+  explicit Owned(void (ORT_API_CALL* OrtApi::*release)(T*)) : release_(release) {}
   Owned(const Owned&) = delete;
   Owned& operator=(const Owned&) = delete;
   ~Owned() {
@@ -85,7 +86,7 @@ class Owned {
   T** address() { return &value_; }
 
  private:
-  void(ORT_API_CALL* OrtApi::*release_)(T*);
+  void (ORT_API_CALL* OrtApi::*release_)(T*);
   T* value_ = nullptr;
 };
 
@@ -96,8 +97,10 @@ void use_cuda(OrtSessionOptions* options) {
   const std::array<const char*, 1> names{"use_tf32"};
   const std::array<const char*, 1> values{"0"};
   std::string failure = library.failure(library->CreateCUDAProviderOptions(cuda.address()));
-  if (failure.empty()) failure = library.failure(library->UpdateCUDAProviderOptions(cuda.get(), names.data(), values.data(), 1));
-  if (failure.empty()) failure = library.failure(library->SessionOptionsAppendExecutionProvider_CUDA_V2(options, cuda.get()));
+  if (failure.empty())
+    failure = library.failure(library->UpdateCUDAProviderOptions(cuda.get(), names.data(), values.data(), 1));
+  if (failure.empty())
+    failure = library.failure(library->SessionOptionsAppendExecutionProvider_CUDA_V2(options, cuda.get()));
   if (failure.empty()) return;
   throw MissingSoftware("This engine was built for a GPU, and ONNX Runtime cannot use one here: " + failure + ".",
                         "Check driver and CUDA libraries, or build it again with device=cpu.");
@@ -111,8 +114,8 @@ class OnnxRuntimeRunner final : public Runner {
     library.require(library->CreateSessionOptions(options.address()));
     configure(options.get());
     const std::string graph = folder.file("model.onnx").string();
-    const std::string failure =
-        library.failure(library->CreateSession(library.environment(), graph.c_str(), options.get(), session_.address()));
+    const std::string failure = library.failure(
+        library->CreateSession(library.environment(), graph.c_str(), options.get(), session_.address()));
     if (!failure.empty()) {
       throw DamagedFiles("ONNX Runtime cannot open " + graph + ": " + failure + ".", "Build it again.");
     }
@@ -135,10 +138,11 @@ class OnnxRuntimeRunner final : public Runner {
     std::vector<OrtValue*> values(names_.size(), nullptr);
     const char* name = folder_.input.c_str();
     const OrtValue* given = input.get();
-    const std::string failure = library.failure(library->Run(session_.get(), nullptr, &name, &given, 1, names_.data(),
-                                                             names_.size(), values.data()));
+    const std::string failure = library.failure(
+        library->Run(session_.get(), nullptr, &name, &given, 1, names_.data(), names_.size(), values.data()));
     for (OrtValue* value : values) *owned.emplace_back(make_owned())->address() = value;
-    if (!failure.empty()) throw BadRequest("ONNX Runtime failed: " + failure + ".", "Run the self-test of this engine.");
+    if (!failure.empty())
+      throw BadRequest("ONNX Runtime failed: " + failure + ".", "Run the self-test of this engine.");
     std::vector<OutputView> views;
     for (OrtValue* value : values) views.push_back(view(value));
     return collect(folder_, batch, views);

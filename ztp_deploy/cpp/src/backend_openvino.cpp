@@ -11,9 +11,9 @@ namespace {
 class OpenVinoRunner final : public Runner {
  public:
   explicit OpenVinoRunner(const EngineFolder& folder)
-      : folder_(folder), compiled_(compile(folder)), requests_([this] {
-          return std::make_unique<ov::InferRequest>(compiled_.create_infer_request());
-        }) {}
+      : folder_(folder),
+        compiled_(compile(folder)),
+        requests_([this] { return std::make_unique<ov::InferRequest>(compiled_.create_infer_request()); }) {}
 
   Outputs run(const void* images, std::size_t batch) const override {
     const std::size_t side = folder_.manifest.size;

@@ -77,7 +77,8 @@ class Context {
  public:
   Context(nvinfer1::ICudaEngine& engine, const EngineFolder& folder)
       : engine_(engine), folder_(folder), context_(engine.createExecutionContext()) {
-    if (context_ == nullptr) throw MissingSoftware("TensorRT could not make a context.", "Free GPU memory (nvidia-smi).");
+    if (context_ == nullptr)
+      throw MissingSoftware("TensorRT could not make a context.", "Free GPU memory (nvidia-smi).");
     // Batches up to the largest share the buffers.
     set_batch(folder.manifest.batch.max);
     bind(folder.input);
@@ -100,7 +101,9 @@ class Context {
               "copy outputs");
       const nvinfer1::Dims shape = context_->getTensorShape(name.c_str());
       const nvinfer1::DataType type = engine_.getTensorDataType(name.c_str());
-      views.push_back({copy.data(), {shape.d, shape.d + shape.nbDims}, type == nvinfer1::DataType::kFLOAT,
+      views.push_back({copy.data(),
+                       {shape.d, shape.d + shape.nbDims},
+                       type == nvinfer1::DataType::kFLOAT,
                        type == nvinfer1::DataType::kINT32});
     }
     require(cudaStreamSynchronize(stream_.get()), "finish the run");

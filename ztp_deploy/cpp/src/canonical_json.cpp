@@ -10,7 +10,8 @@ namespace {
 /// A float as Python's repr: the shortest digits that read back equal, with an exponent below 1e-4 and from 1e16 on.
 std::string python_float(double value) {
   std::array<char, 40> buffer{};
-  const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, std::chars_format::scientific).ptr;
+  const auto end =
+      std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, std::chars_format::scientific).ptr;
   const std::string scientific(buffer.data(), end);
   const std::size_t mark = scientific.find('e');
   if (mark == std::string::npos) return scientific;

@@ -143,7 +143,8 @@ std::map<std::string, FileRecord> read_files(const Fields& fields) {
     // File names hold dots, which Fields reads as levels.
     const auto bytes = record.is_object() ? record.find("bytes") : record.end();
     const auto sha256 = record.is_object() ? record.find("sha256") : record.end();
-    const bool whole = bytes != record.end() && bytes->is_number_unsigned() && sha256 != record.end() && sha256->is_string();
+    const bool whole =
+        bytes != record.end() && bytes->is_number_unsigned() && sha256 != record.end() && sha256->is_string();
     if (!whole) fields.invalid("files." + name, "Input should have bytes and sha256");
     files[name] = {bytes->get<std::uintmax_t>(), sha256->get<std::string>()};
   }

@@ -24,7 +24,8 @@ StoredTensor read_tensor(const json& entry, const std::string& data) {
   std::size_t bytes = width(tensor.dtype);
   for (const json& side : entry.at("shape")) {
     const auto length = side.get<std::size_t>();
-    if (length != 0 && bytes > std::numeric_limits<std::size_t>::max() / length) throw std::invalid_argument("huge shape");
+    if (length != 0 && bytes > std::numeric_limits<std::size_t>::max() / length)
+      throw std::invalid_argument("huge shape");
     bytes *= length;
     tensor.shape.push_back(length);
   }

@@ -99,8 +99,8 @@ double compare_logits(const Record& record, const Outputs& found) {
     if (apart <= tolerance) continue;
     std::ostringstream sentence;
     sentence.precision(2);
-    sentence << "Self-test fails: the same tokens are kept but logits differ by " << apart << " σ (at most " << tolerance
-             << ") on image " << image << ".";
+    sentence << "Self-test fails: the same tokens are kept but logits differ by " << apart << " σ (at most "
+             << tolerance << ") on image " << image << ".";
     throw GateFailed(sentence.str(), kDoNotShip);
   }
   return worst;

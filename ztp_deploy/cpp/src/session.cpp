@@ -50,9 +50,9 @@ std::unique_ptr<Runner> open_runner(const EngineFolder& folder) {
   for (const BackEnd& back_end : kBackEnds) {
     if (back_end.name != wanted) continue;
     if (back_end.open != nullptr) return back_end.open(folder);
-    throw MissingSoftware("This is an engine for " + wanted + "; this build of the runtime opens: " +
-                              joined(backends()) + ".",
-                          std::string("Configure it with -D") + back_end.option + "=ON.");
+    throw MissingSoftware(
+        "This is an engine for " + wanted + "; this build of the runtime opens: " + joined(backends()) + ".",
+        std::string("Configure it with -D") + back_end.option + "=ON.");
   }
   throw BadRequest("The C++ runtime opens no " + wanted + " engines.",
                    "Use ztp_deploy from Python, or build for openvino, onnxruntime, tensorrt or aotinductor.");
@@ -71,9 +71,9 @@ void check_batch(const Manifest& manifest, std::size_t batch) {
 void check_dtype(const Manifest& manifest, const std::string& given) {
   if (manifest.dtype == given) return;
   const std::string side = std::to_string(manifest.size);
-  throw BadRequest("This engine takes " + manifest.dtype + " arrays [B, 3, " + side + ", " + side + "]; " + given +
-                       " came.",
-                   "Convert them, or build with --input " + given + ".");
+  throw BadRequest(
+      "This engine takes " + manifest.dtype + " arrays [B, 3, " + side + ", " + side + "]; " + given + " came.",
+      "Convert them, or build with --input " + given + ".");
 }
 
 void check_finite(const float* images, std::size_t values) {

@@ -68,8 +68,7 @@ void Sha256::compress(const std::uint8_t* block) {
   for (std::size_t i = 0; i < 64; ++i) {
     const std::uint32_t first =
         h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + ((e & f) ^ (~e & g)) + kRound[i] + schedule[i];
-    const std::uint32_t second =
-        (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
+    const std::uint32_t second = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
     h = g;
     g = f;
     f = e;

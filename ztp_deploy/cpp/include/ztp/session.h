@@ -91,10 +91,10 @@ struct Manifest {
   std::string device;           ///< cpu or cuda
   std::string provider;         ///< the library's own word for it
   BatchRange batch;
-  std::string dtype;             ///< of the pixels: float32 (normalised) or uint8
-  std::size_t size = 0;          ///< images are [batch, 3, size, size]
-  std::size_t stages = 0;        ///< how many times tokens are dropped
-  bool random_weights = false;   ///< predictions mean nothing
+  std::string dtype;            ///< of the pixels: float32 (normalised) or uint8
+  std::size_t size = 0;         ///< images are [batch, 3, size, size]
+  std::size_t stages = 0;       ///< how many times tokens are dropped
+  bool random_weights = false;  ///< predictions mean nothing
   Preprocessing preprocessing;
   std::vector<std::string> labels;  ///< class names; empty where the model has none
   std::string sha256;               ///< of manifest.json, as evidence files quote it
@@ -104,8 +104,8 @@ struct Manifest {
 struct Outputs {
   std::size_t batch = 0;
   std::size_t classes = 0;
-  std::vector<float> logits;                     ///< [batch, classes]
-  std::vector<std::vector<std::int32_t>> kept;   ///< by stage: patch positions [batch, k], ascending for each image
+  std::vector<float> logits;                    ///< [batch, classes]
+  std::vector<std::vector<std::int32_t>> kept;  ///< by stage: patch positions [batch, k], ascending for each image
 };
 
 /// What Session::self_test found: how many images, and the largest logit difference in units of an image's logit σ.
