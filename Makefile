@@ -23,7 +23,7 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine export check bench classify list doctor test lint lock clean
+.PHONY: help setup engine export check bench classify list doctor cpp test lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -53,6 +53,10 @@ list: $(READY)  ## Models, methods, formats, back ends
 doctor: $(READY)  ## Versions, devices, what would be used here
 	@$(ZTP) doctor
 
+cpp: $(READY)  ## Build the C++ runtime and ztp-run into build/cpp (needs cmake, ninja, nlohmann-json, stb)
+	@cmake -G Ninja -S ztp_deploy/cpp -B build/cpp -DPython3_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python" $(CMAKE)
+	@cmake --build build/cpp
+
 test: lint  ## Lint, type-check and run all tests
 	@$(VENV)/bin/python -m pytest
 
@@ -64,7 +68,7 @@ lock: $(READY)  ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	    --no-header --no-annotate --no-emit-index-url --upgrade -o requirements.lock
 
 clean:  ## Remove .venv and everything that was exported or built
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
 	find export engines -mindepth 1 -maxdepth 1 ! -name README.md ! -name '*.toml' ! -name evidence -exec rm -rf {} +
 
 # Made whole or not at all: the stamp comes last, and an interrupted set-up starts over.

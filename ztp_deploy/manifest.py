@@ -253,11 +253,16 @@ def new_directory(final: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all. Raises WriteFailed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`, for what is no text."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(data)
         scratch.replace(path)
     except OSError as error:
         raise write_failed(str(path), error) from error

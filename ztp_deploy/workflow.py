@@ -25,6 +25,7 @@ from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, check_se
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise
+from ztp_deploy.evidence.selftest import write_selftest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, folder_tags, write_text
 from ztp_deploy.methods.slice import twin_of
@@ -204,13 +205,16 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
 def check(
     engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = DEFAULT_COUNT
 ) -> ParityReport:
-    """The parity gate on photographs; the report is written, passed or not."""
+    """The parity gate on photographs; the report is written, passed or not, and the self-test where it passed."""
     manifest = engine.manifest
     with clock.step("prepare images"):
         pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, count)
     total = expected_steps(len(pictures.names), manifest.format)
     with clock.step(f"check parity on {len(pictures.names)} images", total) as advance:
-        return check_parity(engine, model, pictures, progress=advance)
+        report = check_parity(engine, model, pictures, progress=advance)
+    if report.passed:
+        write_selftest(engine.directory, pictures.pixels)
+    return report
 
 
 def bench(

@@ -1,0 +1,162 @@
+"""The C++ runtime, built once, and engines for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ztp_deploy as ztp
+from ztp_deploy.exporters import Artifact
+from ztp_deploy.manifest import EngineManifest, hash_files, read_manifest, recipe_hash
+
+HERE = Path(__file__).parent
+SOURCE = Path(ztp.__file__).parent / "cpp"
+PACKAGES = {"g++": "g++", "cmake": "cmake", "ninja": "ninja-build"}
+HEADERS = {"nlohmann/json.hpp": "nlohmann-json3-dev", "stb/stb_image.h": "libstb-dev"}
+# Fast to compile, still with the warnings that optimising finds, and with lines for valgrind.
+FLAGS = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -g1", f"-DPython3_EXECUTABLE={sys.executable}"]
+
+
+def command(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end."""
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=300, **options)
+
+
+def cmake(source: Path, build: Path, *definitions: object) -> str:
+    """Configures and builds; returns what the configuration said."""
+    configured = command("cmake", "-G", "Ninja", "-S", source, "-B", build, *FLAGS, *definitions)
+    assert configured.returncode == 0, configured.stdout + configured.stderr
+    jobs = min(4, os.cpu_count() or 1)
+    built = command("cmake", "--build", build, "-j", jobs)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return configured.stdout
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A built and installed runtime, and the program of tests/cpp/consumer on top of it."""
+
+    build: Path
+    prefix: Path
+    consumer: Path
+    backends: tuple[str, ...]
+
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """`ztp-run …` from the build tree."""
+        return command(self.build / "run" / "ztp-run", *arguments)
+
+    def outputs(
+        self, engine: Path, images: np.ndarray, scratch: Path, *, threads: int = 0
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Logits and kept tokens of one run through the installed library."""
+        done = self.consume(engine, images, scratch, threads=threads)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["different"] == 0
+        batch = len(images)
+        logits = np.array(found["logits"], np.float32).reshape(batch, found["classes"])
+        return logits, [np.array(kept, np.int32).reshape(batch, -1) for kept in found["kept"]]
+
+    def consume(
+        self, engine: Path, images: np.ndarray, scratch: Path, *, threads: int = 0
+    ) -> subprocess.CompletedProcess[str]:
+        """The consumer as a process: prints JSON, or problem and fix on stderr."""
+        file = scratch / ("images.u8" if images.dtype == np.uint8 else "images.f32")
+        images.tofile(file)
+        return command(self.consumer, engine, file, len(images), threads)
+
+
+def require_tools() -> None:
+    """Skips by name where something to build with is missing."""
+    for tool, package in PACKAGES.items():
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed: apt-get install {package}")
+    for header, package in HEADERS.items():
+        if command("g++", "-E", "-x", "c++", "-", input=f"#include <{header}>\n").returncode:
+            pytest.skip(f"{header} is not installed: apt-get install {package}")
+
+
+def build_runtime(scratch: Path, *definitions: object) -> Runtime:
+    """Builds with warnings as errors, installs, and builds the consumer against what was installed."""
+    said = cmake(SOURCE, scratch / "build", "-DZTP_STRICT=ON", *definitions)
+    installed = command("cmake", "--install", scratch / "build", "--prefix", scratch / "prefix")
+    assert installed.returncode == 0, installed.stderr
+    cmake(HERE / "consumer", scratch / "consumer", f"-DCMAKE_PREFIX_PATH={scratch / 'prefix'}")
+    known = ("aotinductor", "onnxruntime", "openvino", "tensorrt")
+    found = tuple(name for name in known if f"  {name}: yes" in said)
+    return Runtime(scratch / "build", scratch / "prefix", scratch / "consumer" / "consumer", found)
+
+
+@pytest.fixture(scope="session")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    """A shared library with what is found here; libtorch has a build of its own, for valgrind's patience."""
+    require_tools()
+    if find_spec("openvino") is None:
+        pytest.skip("openvino is not installed: pip install openvino")
+    scratch = tmp_path_factory.mktemp("cpp")
+    return build_runtime(scratch, "-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", "-DZTP_WITH_AOTINDUCTOR=OFF")
+
+
+def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path:
+    """Gives a folder a manifest, that of `like` with changes, which fits its files; any key goes."""
+    manifest = json.loads(((like or directory) / "manifest.json").read_text(encoding="utf-8")) | changes
+    manifest["files"] = {name: record.model_dump() for name, record in hash_files(directory).items()}
+    del manifest["seal"]
+    manifest["seal"] = recipe_hash(manifest=manifest)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
+    (directory / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def openvino_engine(artifact: Artifact, shared_engine: ztp.backends.Engine, tmp_path_factory) -> Path:
+    """An OpenVINO engine of the tiny model."""
+    import openvino
+
+    directory = tmp_path_factory.mktemp("engines") / "openvino"
+    directory.mkdir()
+    model = openvino.convert_model(artifact.directory / "model.onnx")
+    openvino.save_model(model, directory / "model.xml", compress_to_fp16=False)
+    properties = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    return reseal(
+        directory,
+        shared_engine.directory,
+        backend="openvino",
+        backend_version=openvino.__version__,
+        provider="CPU",
+        settings={},
+        built={"properties": properties},
+    )
+
+
+@pytest.fixture
+def damaged(shared_engine, tmp_path) -> Path:
+    """A copy of the ONNX Runtime engine for a test to damage; both languages refuse before they open it."""
+    return Path(shutil.copytree(shared_engine.directory, tmp_path / "damaged"))
+
+
+@pytest.fixture(scope="session")
+def prepare(runtime: Runtime, tmp_path_factory) -> Path:
+    """A program that writes ztp-run's prepared pixels."""
+    program = tmp_path_factory.mktemp("prepare") / "prepare"
+    objects = [runtime.build / f"run/CMakeFiles/ztp-run.dir/{name}.cpp.o" for name in ("images", "picture", "resize")]
+    library = [f"-L{runtime.build}", "-lztp_runtime", f"-Wl,-rpath,{runtime.build}"]
+    headers = [f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'run'}"]
+    linked = command("g++", "-std=c++17", *headers, HERE / "prepare.cpp", *objects, *library, "-o", program)
+    assert linked.returncode == 0, linked.stderr
+    return program
+
+
+def manifest_of(directory: Path) -> EngineManifest:
+    """An engine's manifest."""
+    return read_manifest(directory, EngineManifest)

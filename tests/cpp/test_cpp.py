@@ -1,0 +1,462 @@
+"""The C++ runtime against the Python one: the same results, the same refusals, the same exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import ztp_deploy as ztp
+from tests import tiny
+from tests.cpp import toys
+from tests.cpp.conftest import HERE, SOURCE, build_runtime, command, manifest_of, require_tools, reseal
+from ztp_deploy.errors import ZtpError
+from ztp_deploy.evidence.images import photograph_crops, transform_for
+from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
+
+pytestmark = pytest.mark.slow
+
+
+def refusal(done):
+    """What a process that printed one JSON refusal said, and its exit code."""
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == done.returncode
+    return error["problem"], done.returncode
+
+
+def python_refusal(directory):
+    with pytest.raises(ZtpError) as caught:
+        ztp.load_engine(directory)
+    return caught.value.problem, caught.value.exit_code
+
+
+@pytest.fixture
+def engines(runtime, openvino_engine, shared_engine):
+    """Every engine this build can open, by back end."""
+    known = {"openvino": openvino_engine, "onnxruntime": shared_engine.directory}
+    return {name: known[name] for name in runtime.backends if name in known}
+
+
+# --- results -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_results_equal_pythons(runtime, engines, pruned, tmp_path, batch):
+    images = tiny.images(batch, seed=batch)
+    with torch.inference_mode():
+        expected = pruned.run(torch.from_numpy(images))
+    assert "openvino" in engines
+    for engine in engines.values():
+        logits, kept = runtime.outputs(engine, images, tmp_path)
+        np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=1e-4, atol=1e-4)
+        assert [k.tolist() for k in kept] == [k.sort(1).values.tolist() for k in expected.kept]
+
+
+def test_uint8_engines_take_pixels(runtime, shared_engine, tmp_path):
+    engine = toys.openvino_toy(tmp_path / "toy", shared_engine.directory, "uint8")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, toys.SIZE, toys.SIZE), dtype=np.uint8)
+    logits, kept = runtime.outputs(engine, pixels, tmp_path)
+    expected_logits, expected_kept = toys.expected(pixels)
+    np.testing.assert_allclose(logits, expected_logits, rtol=1e-5)
+    assert kept[0].tolist() == expected_kept.tolist()
+    done = runtime.consume(engine, pixels.astype(np.float32), tmp_path)
+    assert done.stderr.startswith("This engine takes uint8 arrays [B, 3, 16, 16]; float32 came.")
+    assert done.returncode == 2
+    Image.fromarray(pixels[0].transpose(1, 2, 0)).save(tmp_path / "a.png")
+    (tmp_path / "raw").mkdir()
+    pixels[0].tofile(tmp_path / "raw" / "a.u8")
+    shown = [
+        json.loads(runtime.run(engine, file, "--json").stdout)["images"][0]["top"]
+        for file in (tmp_path / "a.png", tmp_path / "raw" / "a.u8")
+    ]
+    assert [len(top) for top in shown] == [3, 3]
+
+
+def test_threads_get_their_own_results(runtime, engines, tmp_path):
+    for engine in engines.values():
+        runtime.outputs(engine, tiny.images(4), tmp_path, threads=4)  # asserts that no run differed
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def edit(directory, change):
+    path = directory / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    change(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
+def rename(directory, name):
+    record = manifest_of(directory).files["model.onnx"].model_dump()
+    manifest = manifest_of(directory)
+    return reseal_files(directory, manifest, {name: record})
+
+
+def reseal_files(directory, manifest, files):
+    from ztp_deploy.manifest import FileRecord, write_manifest
+
+    records = {name: FileRecord(**record) for name, record in files.items()}
+    write_manifest(manifest.model_copy(update={"files": records}), directory)
+
+
+DAMAGES = {
+    "no folder": lambda folder: shutil.rmtree(folder),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "another schema": lambda folder: edit(folder, lambda manifest: manifest.update(schema="ztp.engine/2")),
+    "a key gone": lambda folder: edit(folder, lambda manifest: manifest.pop("precision")),
+    "another batch range": lambda folder: edit(folder, lambda manifest: manifest["batch"].update(max=9)),
+    "an empty batch": lambda folder: edit(folder, lambda manifest: manifest["batch"].update(min=0)),
+    "no object": lambda folder: (folder / "manifest.json").write_text("[]"),
+    "file gone": lambda folder: (folder / "model.onnx").unlink(),
+    "file cut": lambda folder: (folder / "model.onnx").write_bytes((folder / "model.onnx").read_bytes()[:-7]),
+    "byte changed": lambda folder: (folder / "model.onnx").write_bytes(
+        (folder / "model.onnx").read_bytes()[:-1] + b"?"
+    ),
+    "outside": lambda folder: rename(folder, "../model.onnx"),
+    "absolute": lambda folder: rename(folder, "/model.onnx"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_refused_in_pythons_words(runtime, damaged, damage):
+    DAMAGES[damage](damaged)
+    assert refusal(runtime.run(damaged, "--selftest", "--json")) == python_refusal(damaged)
+
+
+def test_broken_json_is_refused(runtime, damaged):
+    (damaged / "manifest.json").write_text('{"schema": ')
+    problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
+    theirs, their_code = python_refusal(damaged)
+    same = f"{damaged}/manifest.json is not a valid engine manifest: the file: Invalid JSON"
+    assert problem.startswith(same)
+    assert theirs.startswith(same)
+    assert code == their_code
+    (damaged / "manifest.json").write_text("[" * 100000)
+    assert "nested too deeply" in refusal(runtime.run(damaged, "--selftest", "--json"))[0]
+
+
+@pytest.mark.parametrize(
+    "images", [tiny.images(9), tiny.images(1).astype(np.uint8), np.full((1, 3, 96, 96), np.nan, np.float32)]
+)
+def test_wrong_input_is_refused_in_pythons_words(runtime, engines, shared_engine, tmp_path, images):
+    with ztp.load_engine(shared_engine.directory) as session, pytest.raises(ZtpError) as caught:
+        session.run(images)
+    for engine in engines.values():
+        done = runtime.consume(engine, images, tmp_path)
+        assert (done.stderr.splitlines()[0], done.returncode) == (caught.value.problem, caught.value.exit_code)
+
+
+def test_large_but_finite_pixels_pass(runtime, openvino_engine, tmp_path):
+    huge = np.full((1, 3, 96, 96), 1e38, np.float32)
+    assert runtime.consume(openvino_engine, huge, tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "backend, code, message",
+    [("torchscript", 2, "opens no torchscript engines"), ("aotinductor", 3, "this build of the runtime opens: ")],
+)
+def test_engines_of_other_back_ends_are_refused(runtime, damaged, backend, code, message):
+    reseal(damaged, backend=backend)
+    problem, found = refusal(runtime.run(damaged, "--selftest", "--json"))
+    assert found == code
+    assert message in problem
+
+
+def test_a_file_nobody_vouched_for_is_not_opened(runtime, openvino_engine, tmp_path):
+    engine = tmp_path / "engine"
+    shutil.copytree(openvino_engine, engine)
+    (engine / "model.bin").rename(tmp_path / "model.bin")
+    reseal(engine)
+    (tmp_path / "model.bin").rename(engine / "model.bin")
+    problem, code = refusal(runtime.run(engine, "--selftest", "--json"))
+    assert "does not list model.bin" in problem
+    assert code == 2
+
+
+def test_a_half_written_graph_is_named(runtime, openvino_engine, tmp_path):
+    engine = tmp_path / "engine"
+    shutil.copytree(openvino_engine, engine)
+    (engine / "model.xml").write_bytes((engine / "model.xml").read_bytes()[:1000])
+    reseal(engine)
+    problem, code = refusal(runtime.run(engine, "--selftest", "--json"))
+    assert problem.startswith(f"OpenVINO cannot open {engine}/model.xml: ")
+    assert code == 2
+    shutil.copy(openvino_engine / "model.xml", engine / "model.xml")
+    reseal(engine, provider="TPU")
+    problem, code = refusal(runtime.run(engine, "--selftest", "--json"))
+    assert "device TPU, which was not found" in problem
+    assert code == 3
+
+
+def test_seals_hold_for_anything_json_can_say(runtime, openvino_engine, tmp_path):
+    """The C++ side writes JSON anew to check the seal; unknown keys are sealed and otherwise left alone."""
+    engine = tmp_path / "engine"
+    shutil.copytree(openvino_engine, engine)
+    odd = [0.1, 1e-05, 1e16, 1e22, 123456789012345.6, 1.0, -0.0, 5e-324, 3, -7, None, True, [], {}]
+    reseal(engine, later={"numbers": odd, "é\U0001f600": 'tab\t quote" back\\ del\x7f \u2028', "B": 1, "a": 2})
+    assert runtime.consume(engine, tiny.images(1), tmp_path).returncode == 0
+    edit(engine, lambda manifest: manifest["later"].update(B=2))
+    assert "was edited after it was written" in runtime.consume(engine, tiny.images(1), tmp_path).stderr
+
+
+# --- self-test ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(openvino_engine, shared_engine, damaged, tmp_path):
+    """An OpenVINO engine with a self-test, as ONNX Runtime recorded it from the same graph."""
+    engine = tmp_path / "recorded"
+    shutil.copytree(openvino_engine, engine)
+    record = load_file(write_selftest(damaged, tiny.images(2)))
+    (engine / "evidence").mkdir()
+    save_record(engine, record)
+    return engine, record
+
+
+def save_record(engine, tensors, **metadata):
+    from ztp_deploy.manifest import manifest_sha256
+
+    known = {"manifest_sha256": manifest_sha256(engine), "tolerance": "0.0001"}
+    save_file(tensors, engine / "evidence" / SELFTEST_FILE, known | metadata)
+
+
+def test_the_self_test_holds(runtime, recorded):
+    engine, _ = recorded
+    found = json.loads(runtime.run(engine, "--selftest", "--json").stdout)
+    assert found["images"] == 2
+    assert 0 <= found["worst_logit"] < 1e-4
+    assert "Self-test holds: 2 images" in runtime.run(engine, "--selftest").stdout
+
+
+def test_what_python_recorded_holds_where_it_was_recorded(runtime, damaged):
+    if "onnxruntime" not in runtime.backends:
+        assert refusal(runtime.run(damaged, "--selftest", "--json"))[1] == 3
+        return
+    write_selftest(damaged, tiny.images(2))
+    assert json.loads(runtime.run(damaged, "--selftest", "--json").stdout)["worst_logit"] < 1e-4
+
+
+def doctored_logits(record):
+    record["logits"][1, 3] += 2e-4 * record["logits"][1].std()
+
+
+def doctored_tokens(record):
+    free = set(range(36)) - set(record["kept_2"][1].tolist())
+    record["kept_2"][1, 0] = min(free)
+
+
+@pytest.mark.parametrize(
+    "change, metadata, code, message",
+    [
+        (doctored_logits, {}, 1, "the same tokens are kept but logits differ by 0.0002 σ (at most 0.0001) on image 1"),
+        (doctored_tokens, {}, 1, "stage 2 keeps other tokens on image 1"),
+        (None, {"manifest_sha256": "0" * 64}, 2, "belongs to another manifest"),
+        (None, {"tolerance": "nan"}, 2, "gives no tolerance above zero"),
+        (lambda record: record.pop("kept_3"), {}, 2, "holds no kept_3"),
+        (lambda record: record.update(images=tiny.images(2, size=64)), {}, 2, "images of another size"),
+    ],
+)
+def test_a_doctored_self_test_fails(runtime, recorded, change, metadata, code, message):
+    engine, record = recorded
+    if change:
+        change(record)
+    save_record(engine, record, **metadata)
+    problem, found = refusal(runtime.run(engine, "--selftest", "--json"))
+    assert message in problem
+    assert found == code
+
+
+def test_a_self_test_that_is_gone_or_cut(runtime, recorded):
+    engine, _ = recorded
+    path = engine / "evidence" / SELFTEST_FILE
+    whole = path.read_bytes()
+    for length in (3, 20, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert refusal(runtime.run(engine, "--selftest", "--json")) == (f"{path} is no whole safetensors file.", 2)
+    path.unlink()
+    assert "carries no self-test" in refusal(runtime.run(engine, "--selftest", "--json"))[0]
+
+
+# --- ztp-run -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Photographs wide, tall, square, tiny and grey, all without loss."""
+    crops = list(photograph_crops(5).values())
+    sizes = [(300, 200), (97, 211), (107, 107), (31, 40), (640, 480)]
+    made = [crop.resize(size) for crop, size in zip(crops, sizes, strict=True)]
+    made[3] = made[3].convert("L")
+    paths = [tmp_path / f"{index}.png" for index in range(len(made))]
+    for picture, path in zip(made, paths, strict=True):
+        picture.save(path)
+    return paths
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+def test_pictures_are_prepared_as_timm_does(prepare, openvino_engine, shared_engine, pictures, tmp_path, interpolation):
+    engine = tmp_path / "engine"
+    shutil.copytree(openvino_engine, engine)
+    source = json.loads((engine / "manifest.json").read_text())["source"]
+    source["preprocessing"]["interpolation"] = interpolation
+    reseal(engine, source=source)
+    preprocessing = shared_engine.manifest.source.preprocessing.model_copy(update={"interpolation": interpolation})
+    transform = transform_for(preprocessing, "uint8")
+    expected = np.stack([transform(Image.open(path).convert("RGB")) for path in pictures]).astype(int)
+    (tmp_path / "prepared").write_bytes(command_bytes(prepare, engine, *pictures))
+    found = np.fromfile(tmp_path / "prepared", np.uint8).reshape(expected.shape).astype(int)
+    assert np.abs(found - expected).max() <= 1
+    assert (found == expected).mean() > 0.999
+    other = {"bicubic": "bilinear", "bilinear": "lanczos", "lanczos": "bicubic"}[interpolation]
+    transform = transform_for(preprocessing.model_copy(update={"interpolation": other}), "uint8")
+    unlike = np.stack([transform(Image.open(path).convert("RGB")) for path in pictures]).astype(int)
+    assert np.abs(found - unlike).max() > 5
+
+
+def command_bytes(*words):
+    import subprocess
+
+    return subprocess.run([str(word) for word in words], capture_output=True, check=True).stdout
+
+
+def test_classify_says_what_python_says(runtime, openvino_engine, shared_engine, pictures):
+    with ztp.load_engine(shared_engine.directory) as session:
+        logits = session.run(session.preprocess(pictures))
+    probabilities = torch.from_numpy(logits).softmax(-1).numpy()
+    found = json.loads(runtime.run(openvino_engine, *pictures, "--top", 3, "--json").stdout)
+    assert found["random_weights"] is True
+    assert [entry["image"] for entry in found["images"]] == [str(path) for path in pictures]
+    for entry, row in zip(found["images"], probabilities, strict=True):
+        assert [guess["class"] for guess in entry["top"]] == np.argsort(-row)[:3].tolist()
+        np.testing.assert_allclose([g["probability"] for g in entry["top"]], np.sort(row)[::-1][:3], atol=1e-4)
+    said = runtime.run(openvino_engine, pictures[0])
+    assert f"{probabilities[0].max() * 100:.2f} %  class {probabilities[0].argmax()}" in said.stdout
+    assert "random weights" in said.stderr
+
+
+def test_labels_and_small_batches(runtime, openvino_engine, tmp_path):
+    """A batch below the smallest is filled up; raw files may hold several images."""
+    engine = tmp_path / "engine"
+    shutil.copytree(openvino_engine, engine)
+    source = json.loads((engine / "manifest.json").read_text())["source"]
+    source["labels"] = [f"clé {index}" for index in range(10)]
+    reseal(engine, source=source, batch={"min": 4, "opt": 4, "max": 4})
+    images = tiny.images(5)
+    images.tofile(tmp_path / "five.f32")
+    found = json.loads(runtime.run(engine, tmp_path / "five.f32", "--top", 1, "--json").stdout)["images"]
+    logits = np.concatenate(
+        [runtime.outputs(openvino_engine, part, tmp_path)[0] for part in (images[:4], np.repeat(images[4:], 4, axis=0))]
+    )[:5]
+    assert [entry["top"][0]["name"] for entry in found] == [f"clé {index}" for index in logits.argmax(1)]
+    assert found[4]["image"] == f"{tmp_path / 'five.f32'}[4]"
+
+
+def test_latency_is_measured(runtime, openvino_engine):
+    found = json.loads(runtime.run(openvino_engine, "--latency", "--batch", 2, "--seconds", 0.05, "--json").stdout)
+    assert found["batch"] == 2
+    assert found["runs"] >= 5
+    assert 0 < found["median_ms"] <= found["p90_ms"]
+    assert found["images_per_second"] == pytest.approx(2000 / found["median_ms"])
+    assert "batch 4: median" in runtime.run(openvino_engine, "--latency", "--seconds", 0.05).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "No image was given."),
+        (["--latency", "--selftest"], "exclude each other"),
+        (["--batch", "2"], "No image was given."),
+        (["--latency", "--batch", "0"], "--batch 0 is no usable number."),
+        (["--latency", "--batch", "9"], "A batch of 9 is outside this engine's range 1 to 8."),
+        (["--latency", "--seconds", "soon"], "--seconds soon is no usable number."),
+        (["--tops", "3"], "There is no option --tops."),
+        (["a.png", "--top"], "--top needs a value."),
+        (["a.png", "--selftest"], "do not read"),
+        (["no_such.png"], "There is no file no_such.png."),
+        ([__file__], "is no image ztp-run can read"),
+    ],
+)
+def test_command_lines_that_cannot_be_meant(runtime, openvino_engine, arguments, message):
+    problem, code = refusal(runtime.run(openvino_engine, *arguments, "--json"))
+    assert message in problem
+    assert code == 2
+
+
+def test_help_names_every_option(runtime):
+    done = runtime.run("--help")
+    assert done.returncode == 0
+    for word in ("--top", "--latency", "--batch", "--seconds", "--selftest", "--json", ".f32"):
+        assert word in done.stdout
+    assert runtime.run().stderr.startswith("error: No engine was given. See `ztp-run --help`.")
+
+
+# --- the build ---------------------------------------------------------------------------------
+
+
+def test_the_public_header_needs_nothing(runtime, tmp_path):
+    """One header, C++17, no engine library in it."""
+    headers = [path for path in (runtime.prefix / "include").rglob("*") if path.is_file()]
+    assert [path.relative_to(runtime.prefix / "include").as_posix() for path in headers] == ["ztp/session.h"]
+    (tmp_path / "a.cpp").write_text("#include <ztp/session.h>\nint main() { return 0; }\n")
+    strict = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror", "-fsyntax-only"]
+    done = command("g++", *strict, f"-I{runtime.prefix / 'include'}", "-H", tmp_path / "a.cpp")
+    assert done.returncode == 0, done.stderr
+    assert "nlohmann" not in done.stderr
+    assert "openvino" not in done.stderr
+
+
+def test_a_back_end_that_is_asked_for_and_missing_stops_the_configuration(runtime, tmp_path):
+    options = ["-DZTP_WITH_TENSORRT=ON", f"-DTENSORRT_ROOT={tmp_path}", "-DZTP_WITH_OPENVINO=OFF"]
+    done = command("cmake", "-G", "Ninja", "-S", SOURCE, "-B", tmp_path / "build", *options)
+    if done.returncode == 0:
+        pytest.skip("TensorRT is installed here; the refusal needs a machine without it and without a GPU")
+    assert "ZTP_WITH_TENSORRT=ON was asked for, but there is no NvInfer.h" in " ".join(done.stderr.split())
+
+
+def test_no_memory_error(runtime, shared_engine, tmp_path):
+    if shutil.which("valgrind") is None:
+        pytest.skip("valgrind is not installed: apt-get install valgrind")
+    valgrind = ["valgrind", "--quiet", "--error-exitcode=9", f"--suppressions={HERE / 'valgrind.supp'}"]
+    engine = toys.openvino_toy(tmp_path / "toy", shared_engine.directory)
+    images = np.random.default_rng(0).standard_normal((2, 3, toys.SIZE, toys.SIZE), dtype=np.float32)
+    images.tofile(tmp_path / "two.f32")
+    logits, kept = toys.expected(images)
+    (engine / "evidence").mkdir()
+    save_record(engine, {"images": images, "logits": logits, "kept_1": kept})
+    done = command(*valgrind, runtime.build / "run" / "ztp-run", engine, "--selftest")
+    assert done.returncode == 0, done.stderr
+    # The check itself can fail.
+    (tmp_path / "bad.cpp").write_text("int main() { int* p = new int[2]; int v = p[2]; delete[] p; return v == 7; }\n")
+    assert command("g++", "-O0", tmp_path / "bad.cpp", "-o", tmp_path / "bad").returncode == 0
+    assert command(*valgrind, tmp_path / "bad").returncode == 9
+
+
+def test_aotinductor_with_a_static_runtime(shared_engine, tmp_path):
+    """The other way to build, and libtorch, whose presence would slow valgrind down in the shared one."""
+    require_tools()
+    assert find_spec("torch")
+    options = ["-DBUILD_SHARED_LIBS=OFF", "-DZTP_BUILD_RUN=OFF", "-DZTP_WITH_AOTINDUCTOR=ON"]
+    others = [f"-DZTP_WITH_{name}=OFF" for name in ("OPENVINO", "ONNXRUNTIME", "TENSORRT")]
+    runtime = build_runtime(tmp_path, *options, *others)
+    assert runtime.backends == ("aotinductor",)
+    engine = toys.aotinductor_toy(tmp_path / "toy", shared_engine.directory)
+    images = np.random.default_rng(1).standard_normal((5, 3, toys.SIZE, toys.SIZE), dtype=np.float32)
+    logits, kept = runtime.outputs(engine, images, tmp_path, threads=4)
+    expected_logits, expected_kept = toys.expected(images)
+    np.testing.assert_allclose(logits, expected_logits, rtol=1e-5, atol=1e-6)
+    assert kept[0].tolist() == expected_kept.tolist()
+    (engine / "model.pt2").write_bytes((engine / "model.pt2").read_bytes()[:-999])
+    reseal(engine)
+    done = runtime.consume(engine, images, tmp_path)
+    assert done.stderr.startswith(f"torch cannot open {engine}/model.pt2: ")
+    assert done.returncode == 2
+    reseal(engine, provider="cuda:0")
+    if not torch.cuda.is_available():
+        assert runtime.consume(engine, images, tmp_path).returncode == 3

@@ -1,0 +1,63 @@
+"""The recorded run: what it holds, and that a check records it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy import workflow
+from ztp_deploy.evidence import selftest
+from ztp_deploy.manifest import BatchRange, manifest_sha256
+
+
+def test_the_record_is_the_engines_own_run(engine):
+    images = tiny.images(5)
+    path = selftest.write_selftest(engine.directory, images)
+    assert path == engine.evidence / "selftest.safetensors"
+    found = load_file(path)
+    assert set(found) == {"images", "logits", "kept_1", "kept_2", "kept_3"}
+    assert np.array_equal(found["images"], images[:2])
+    with ztp.load_engine(engine.directory) as session:
+        assert np.array_equal(found["logits"], session.run(images[:2]))
+        for stage, kept in enumerate(session.kept(), start=1):
+            assert np.array_equal(found[f"kept_{stage}"], kept)
+            assert found[f"kept_{stage}"].dtype == np.int32
+    with safe_open(path, "np") as stored:
+        assert stored.metadata() == {"manifest_sha256": manifest_sha256(engine.directory), "tolerance": "0.0001"}
+
+
+@pytest.mark.parametrize("span, count", [((1, 4, 8), 2), ((1, 1, 1), 1), ((4, 4, 8), 4)])
+def test_two_images_where_the_range_allows_it(engine, span, count):
+    tiny.reseal(engine.directory, batch=BatchRange.parse(span))
+    found = load_file(selftest.write_selftest(engine.directory, tiny.images(3)))
+    expected = [tiny.images(3)[index % 3] for index in range(count)]
+    assert np.array_equal(found["images"], expected)
+
+
+def test_a_check_records_it_only_where_parity_holds(engine, model):
+    class Silent:
+        def step(self, title, total):
+            import contextlib
+
+            return contextlib.nullcontext(lambda amount: None)
+
+        def warn(self, text):
+            raise AssertionError(text)
+
+    path = engine.evidence / selftest.SELFTEST_FILE
+    assert workflow.check(engine, model, None, workflow.Clock(Silent()), count=2).passed
+    assert path.is_file()
+    path.unlink()
+
+    def shift(graph):
+        last = max(range(len(graph.graph.initializer)), key=lambda i: len(graph.graph.initializer[i].raw_data))
+        values = np.frombuffer(graph.graph.initializer[last].raw_data, np.float32) * 1.01
+        graph.graph.initializer[last].raw_data = values.astype(np.float32).tobytes()
+
+    tiny.damage_graph(engine.directory, shift)
+    assert not workflow.check(engine, model, None, workflow.Clock(Silent()), count=2).passed
+    assert not path.exists()

@@ -1,0 +1,89 @@
+# Finds the engine libraries, in pip packages too, as targets ztp::onnxruntime, ztp::openvino, ztp::tensorrt and
+# ztp::aotinductor. Used when the runtime is built and, for a static one, when it is used.
+#
+# Each macro defines its target where everything was found, else sets ZTP_MISSING to what to do about it.
+
+# The folder of an installed Python package, found without importing it; empty where there is none.
+function(ztp_python_package name result)
+  find_package(Python3 QUIET COMPONENTS Interpreter)
+  set(script "import importlib.util as u; s = u.find_spec('${name}'); print(list(s.submodule_search_locations)[0] if s else '')")
+  set(found "")
+  if(Python3_Interpreter_FOUND)
+    execute_process(COMMAND ${Python3_EXECUTABLE} -c "${script}" OUTPUT_VARIABLE found ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
+  endif()
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
+macro(ztp_find_openvino)
+  if(NOT OpenVINO_DIR)
+    ztp_python_package(openvino ztp_package)
+    if(ztp_package)
+      set(OpenVINO_DIR "${ztp_package}/cmake" CACHE PATH "Folder of OpenVINOConfig.cmake")
+    endif()
+  endif()
+  find_package(OpenVINO QUIET COMPONENTS Runtime)
+  if(TARGET openvino::runtime AND NOT TARGET ztp::openvino)
+    add_library(ztp::openvino INTERFACE IMPORTED)
+    set_target_properties(ztp::openvino PROPERTIES INTERFACE_LINK_LIBRARIES openvino::runtime)
+  endif()
+  set(ZTP_MISSING "no OpenVINO: pip install openvino, or set OpenVINO_DIR")
+endmacro()
+
+# Headers only: the library is opened at run time, from ZTP_ONNXRUNTIME_LIBRARY or where the loader looks.
+macro(ztp_find_onnxruntime)
+  find_path(ONNXRUNTIME_INCLUDE onnxruntime_c_api.h
+    HINTS ${ORT_ROOT} ENV ORT_ROOT PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session onnxruntime)
+  if(NOT ZTP_ONNXRUNTIME_LIBRARY)
+    ztp_python_package(onnxruntime ztp_package)
+    file(GLOB ztp_library ${ORT_ROOT}/lib/libonnxruntime.so.1 ${ORT_ROOT}/lib/libonnxruntime.so.1.*
+      ${ztp_package}/capi/libonnxruntime.so.1 ${ztp_package}/capi/libonnxruntime.so.1.*)
+    list(APPEND ztp_library libonnxruntime.so.1)
+    list(GET ztp_library 0 ztp_library)
+    set(ZTP_ONNXRUNTIME_LIBRARY "${ztp_library}" CACHE STRING "libonnxruntime.so.1, opened at run time")
+  endif()
+  if(ONNXRUNTIME_INCLUDE AND NOT TARGET ztp::onnxruntime)
+    add_library(ztp::onnxruntime INTERFACE IMPORTED)
+    set_target_properties(ztp::onnxruntime PROPERTIES
+      INTERFACE_INCLUDE_DIRECTORIES "${ONNXRUNTIME_INCLUDE}"
+      INTERFACE_COMPILE_DEFINITIONS "ZTP_ONNXRUNTIME_LIBRARY=\"${ZTP_ONNXRUNTIME_LIBRARY}\"")
+  endif()
+  set(ZTP_MISSING "no onnxruntime_c_api.h: unpack a release of ONNX Runtime and set ORT_ROOT")
+endmacro()
+
+macro(ztp_find_tensorrt)
+  ztp_python_package(tensorrt_libs ztp_package)
+  ztp_python_package(nvidia.cu13 ztp_cuda)
+  find_path(TENSORRT_INCLUDE NvInfer.h HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT PATH_SUFFIXES include)
+  find_library(TENSORRT_LIBRARY NAMES nvinfer libnvinfer.so.11 libnvinfer.so.10
+    HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT ${ztp_package} PATH_SUFFIXES lib targets/x86_64-linux-gnu/lib .)
+  find_path(CUDART_INCLUDE cuda_runtime_api.h
+    HINTS ${CUDA_ROOT} ENV CUDA_ROOT /usr/local/cuda ${ztp_cuda} PATH_SUFFIXES include)
+  find_library(CUDART_LIBRARY NAMES cudart libcudart.so.13 libcudart.so.12
+    HINTS ${CUDA_ROOT} ENV CUDA_ROOT /usr/local/cuda ${ztp_cuda} PATH_SUFFIXES lib64 lib)
+  if(TENSORRT_INCLUDE AND TENSORRT_LIBRARY AND CUDART_INCLUDE AND CUDART_LIBRARY AND NOT TARGET ztp::tensorrt)
+    add_library(ztp::tensorrt INTERFACE IMPORTED)
+    set_target_properties(ztp::tensorrt PROPERTIES
+      INTERFACE_INCLUDE_DIRECTORIES "${TENSORRT_INCLUDE};${CUDART_INCLUDE}"
+      INTERFACE_LINK_LIBRARIES "${TENSORRT_LIBRARY};${CUDART_LIBRARY}")
+  endif()
+  set(ZTP_MISSING "no NvInfer.h, libnvinfer, cuda_runtime_api.h or libcudart: set TENSORRT_ROOT and CUDA_ROOT")
+endmacro()
+
+# Torch's own CMake package insists on a CUDA compiler where torch has CUDA, so its files are named here.
+macro(ztp_find_aotinductor)
+  if(NOT TORCH_ROOT)
+    ztp_python_package(torch ztp_package)
+    set(TORCH_ROOT "${ztp_package}" CACHE PATH "libtorch, or the folder of the pip package torch")
+  endif()
+  find_path(TORCH_INCLUDE torch/csrc/inductor/aoti_package/model_package_loader.h
+    HINTS ${TORCH_ROOT} PATH_SUFFIXES include)
+  find_library(TORCH_CPU_LIBRARY torch_cpu HINTS ${TORCH_ROOT} PATH_SUFFIXES lib)
+  find_library(C10_LIBRARY c10 HINTS ${TORCH_ROOT} PATH_SUFFIXES lib)
+  if(TORCH_INCLUDE AND TORCH_CPU_LIBRARY AND C10_LIBRARY AND NOT TARGET ztp::aotinductor)
+    add_library(ztp::aotinductor INTERFACE IMPORTED)
+    set_target_properties(ztp::aotinductor PROPERTIES
+      INTERFACE_INCLUDE_DIRECTORIES "${TORCH_INCLUDE}"
+      INTERFACE_LINK_LIBRARIES "${TORCH_CPU_LIBRARY};${C10_LIBRARY}")
+  endif()
+  set(ZTP_MISSING "no libtorch: pip install torch, or set TORCH_ROOT")
+endmacro()

@@ -1,0 +1,156 @@
+/// Runs the engine folders that ztp_deploy builds: open, run images, ask which tokens were kept.
+///
+///     ztp::Session session("engines/…");
+///     ztp::Outputs outputs = session.run(images.data(), batch);
+///
+/// No engine library shows in this header; which of them a build of the runtime can open was chosen
+/// when it was configured, and backends() says it.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define ZTP_API __attribute__((visibility("default")))
+
+namespace ztp {
+
+/// A refusal: `problem` says what was asked and what was found, `fix` what to do next; whole sentences.
+///
+/// `exit_code` is what `ztp` and `ztp-run` return: 1 a check failed, 2 bad request or damaged files,
+/// 3 missing software or device.
+class ZTP_API Error : public std::runtime_error {
+ public:
+  const std::string& problem() const noexcept { return problem_; }
+  const std::string& fix() const noexcept { return fix_; }
+  int exit_code() const noexcept { return exit_code_; }
+
+ protected:
+  Error(const std::string& problem, const std::string& fix, int exit_code)
+      : std::runtime_error(fix.empty() ? problem : problem + " " + fix),
+        problem_(problem),
+        fix_(fix),
+        exit_code_(exit_code) {}
+
+ private:
+  std::string problem_;
+  std::string fix_;
+  int exit_code_;
+};
+
+/// What was asked cannot be done: a wrong folder, batch, type or pixel.
+class ZTP_API BadRequest : public Error {
+ public:
+  explicit BadRequest(const std::string& problem, const std::string& fix = "") : Error(problem, fix, 2) {}
+};
+
+/// An engine folder is incomplete or differs from what its manifest records.
+class ZTP_API DamagedFiles : public Error {
+ public:
+  explicit DamagedFiles(const std::string& problem, const std::string& fix = "") : Error(problem, fix, 2) {}
+};
+
+/// A library or device that the engine needs is not there.
+class ZTP_API MissingSoftware : public Error {
+ public:
+  explicit MissingSoftware(const std::string& problem, const std::string& fix = "") : Error(problem, fix, 3) {}
+};
+
+/// A check ran and what it checks does not hold.
+class ZTP_API GateFailed : public Error {
+ public:
+  explicit GateFailed(const std::string& problem, const std::string& fix = "") : Error(problem, fix, 1) {}
+};
+
+/// Smallest, optimal and largest batch of an engine.
+struct BatchRange {
+  std::size_t min = 1;
+  std::size_t opt = 1;
+  std::size_t max = 1;
+};
+
+/// How a picture becomes the model's input, in timm's terms; mean and standard deviation by channel.
+struct Preprocessing {
+  std::array<float, 3> mean{};
+  std::array<float, 3> std{};
+  double crop_pct = 1.0;
+  std::string interpolation;
+  std::string crop_mode;
+};
+
+/// What `manifest.json` says of an engine.
+struct Manifest {
+  std::string model;
+  std::string precision;
+  std::string backend;
+  std::string backend_version;  ///< the library version the engine was built and checked with
+  std::string device;           ///< cpu or cuda
+  std::string provider;         ///< the library's own word for it
+  BatchRange batch;
+  std::string dtype;            ///< of the pixels: float32 (normalised) or uint8
+  std::size_t size = 0;         ///< images are [batch, 3, size, size]
+  std::size_t stages = 0;       ///< how many times tokens are dropped
+  bool random_weights = false;  ///< predictions mean nothing
+  Preprocessing preprocessing;
+  std::vector<std::string> labels;  ///< class names; empty where the model has none
+  std::string sha256;               ///< of manifest.json, as evidence files quote it
+};
+
+/// What one run gives; everything is the caller's own.
+struct Outputs {
+  std::size_t batch = 0;
+  std::size_t classes = 0;
+  std::vector<float> logits;                    ///< [batch, classes]
+  std::vector<std::vector<std::int32_t>> kept;  ///< by stage: patch positions [batch, k], ascending for each image
+};
+
+/// What Session::self_test found: how many images, and the largest logit difference in units of an image's logit σ.
+struct SelfTest {
+  std::size_t images = 0;
+  double worst_logit = 0.0;
+};
+
+/// An open engine. Moving is cheap, copying is not offered; a moved-from session may only be destroyed or assigned to.
+///
+/// Every const member may be called from several threads at once. How far such runs overlap is the back end's affair.
+class ZTP_API Session {
+ public:
+  /// Opens an engine folder after its manifest and the sha256 of every file were verified.
+  ///
+  /// Throws BadRequest (no engine folder), DamagedFiles (edited, truncated, missing) and MissingSoftware
+  /// (back end not compiled in, library or device not here). AOTInductor engines are code: open only what you built.
+  explicit Session(const std::string& directory);
+  ~Session();
+  Session(Session&&) noexcept;
+  Session& operator=(Session&&) noexcept;
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  const Manifest& manifest() const noexcept;
+
+  /// Runs batch × 3 × size × size values, channels before rows; they are read during the call only.
+  ///
+  /// Throws BadRequest for a batch outside the range, for pixels that are not finite, and where the engine
+  /// takes the other type.
+  Outputs run(const float* images, std::size_t batch) const;
+  Outputs run(const std::uint8_t* images, std::size_t batch) const;
+
+  /// Repeats the run that Python recorded in `evidence/selftest.safetensors` and compares.
+  ///
+  /// Throws GateFailed where kept tokens or logits differ, BadRequest where nothing was recorded or for
+  /// another manifest, DamagedFiles where the record cannot be read.
+  SelfTest self_test() const;
+
+ private:
+  class Implementation;
+  std::unique_ptr<Implementation> implementation_;
+};
+
+/// The back ends this build can open, by their names in manifests.
+ZTP_API std::vector<std::string> backends();
+
+}  // namespace ztp

@@ -1,0 +1,196 @@
+/// TensorRT 10.12 and newer: `model.plan`, on the process's current CUDA device.
+#include <NvInfer.h>
+#include <cuda_runtime_api.h>
+
+#include <iostream>
+
+#include "pool.h"
+#include "runner.h"
+
+namespace ztp {
+namespace {
+
+void require(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw MissingSoftware(std::string("CUDA failed to ") + what + ": " + cudaGetErrorString(status) + ".",
+                        "Check the GPU and its memory (nvidia-smi).");
+}
+
+/// Without a GPU TensorRT crashes on deserialising, so this is asked first.
+void require_gpu() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status == cudaSuccess && count > 0) return;
+  const std::string reason = status == cudaSuccess ? "" : std::string(" (") + cudaGetErrorString(status) + ")";
+  throw MissingSoftware("This engine was built for a GPU and none was found" + reason + ".",
+                        "Run it where it was built, or build one for the CPU with BACKEND=openvino.");
+}
+
+class Logger final : public nvinfer1::ILogger {
+ public:
+  void log(Severity severity, const char* message) noexcept override {
+    if (severity <= Severity::kERROR) std::cerr << "TensorRT: " << message << '\n';
+  }
+};
+
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(std::size_t bytes) { require(cudaMalloc(&address_, bytes), "reserve memory"); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+  ~DeviceMemory() { cudaFree(address_); }
+
+  void* get() const { return address_; }
+
+ private:
+  void* address_ = nullptr;
+};
+
+class Stream {
+ public:
+  Stream() { require(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "make a stream"); }
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  ~Stream() { cudaStreamDestroy(stream_); }
+
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+std::size_t width(nvinfer1::DataType type) {
+  switch (type) {
+    case nvinfer1::DataType::kFLOAT:
+    case nvinfer1::DataType::kINT32:
+      return 4;
+    case nvinfer1::DataType::kUINT8:
+      return 1;
+    default:
+      throw DamagedFiles("The engine has an input or output that is neither float32, int32 nor uint8.",
+                         "Build it again.");
+  }
+}
+
+/// One thread's execution context with a stream and device buffers, which last from run to run.
+class Context {
+ public:
+  Context(nvinfer1::ICudaEngine& engine, const EngineFolder& folder)
+      : engine_(engine), folder_(folder), context_(engine.createExecutionContext()) {
+    if (context_ == nullptr)
+      throw MissingSoftware("TensorRT could not make a context.", "Free GPU memory (nvidia-smi).");
+    // Batches up to the largest share the buffers.
+    set_batch(folder.manifest.batch.max);
+    bind(folder.input);
+    for (const std::string& name : folder.outputs) bind(name);
+  }
+
+  Outputs run(const void* images, std::size_t batch) {
+    set_batch(batch);
+    const std::size_t input = bytes(folder_.input);
+    require(cudaMemcpyAsync(buffers_[0]->get(), images, input, cudaMemcpyHostToDevice, stream_.get()), "copy images");
+    if (!context_->enqueueV3(stream_.get())) {
+      throw BadRequest("TensorRT could not run the engine.", "See its message above.");
+    }
+    std::vector<OutputView> views;
+    std::vector<std::vector<char>> copies;
+    for (std::size_t i = 0; i < folder_.outputs.size(); ++i) {
+      const std::string& name = folder_.outputs[i];
+      std::vector<char>& copy = copies.emplace_back(bytes(name));
+      require(cudaMemcpyAsync(copy.data(), buffers_[i + 1]->get(), copy.size(), cudaMemcpyDeviceToHost, stream_.get()),
+              "copy outputs");
+      const nvinfer1::Dims shape = context_->getTensorShape(name.c_str());
+      const nvinfer1::DataType type = engine_.getTensorDataType(name.c_str());
+      views.push_back({copy.data(),
+                       {shape.d, shape.d + shape.nbDims},
+                       type == nvinfer1::DataType::kFLOAT,
+                       type == nvinfer1::DataType::kINT32});
+    }
+    require(cudaStreamSynchronize(stream_.get()), "finish the run");
+    return collect(folder_, batch, views);
+  }
+
+ private:
+  void set_batch(std::size_t batch) {
+    const auto side = static_cast<std::int64_t>(folder_.manifest.size);
+    const nvinfer1::Dims4 shape{static_cast<std::int64_t>(batch), 3, side, side};
+    if (!context_->setInputShape(folder_.input.c_str(), shape)) {
+      throw DamagedFiles("TensorRT's engine takes no batch of " + std::to_string(batch) + ", unlike its manifest.",
+                         "Build it again.");
+    }
+  }
+
+  std::size_t bytes(const std::string& name) const {
+    const nvinfer1::Dims shape = context_->getTensorShape(name.c_str());
+    std::size_t values = width(engine_.getTensorDataType(name.c_str()));
+    for (int i = 0; i < shape.nbDims; ++i) {
+      if (shape.d[i] < 0) throw DamagedFiles("The engine's tensor " + name + " has no fixed shape.", "Build it again.");
+      values *= static_cast<std::size_t>(shape.d[i]);
+    }
+    return values;
+  }
+
+  void bind(const std::string& name) {
+    buffers_.push_back(std::make_unique<DeviceMemory>(bytes(name)));
+    if (!context_->setTensorAddress(name.c_str(), buffers_.back()->get())) {
+      throw DamagedFiles("TensorRT's engine has no tensor " + name + ", unlike its manifest.", "Build it again.");
+    }
+  }
+
+  nvinfer1::ICudaEngine& engine_;
+  const EngineFolder& folder_;
+  Stream stream_;
+  std::vector<std::unique_ptr<DeviceMemory>> buffers_;
+  std::unique_ptr<nvinfer1::IExecutionContext> context_;
+};
+
+class TensorRtRunner final : public Runner {
+ public:
+  explicit TensorRtRunner(const EngineFolder& folder)
+      : folder_(folder), contexts_([this] { return std::make_unique<Context>(*engine_, folder_); }) {
+    const std::filesystem::path path = folder.file("model.plan");
+    require_gpu();
+    const std::string plan = read_file(path);
+    runtime_.reset(nvinfer1::createInferRuntime(logger_));
+    if (runtime_ == nullptr) throw MissingSoftware("TensorRT did not start.", "See its message above.");
+    engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
+    if (engine_ == nullptr) {
+      throw DamagedFiles("TensorRT cannot open " + path.string() + ": it was built for another GPU or version.",
+                         "Build it again on this machine.");
+    }
+    check_tensors();
+  }
+
+  Outputs run(const void* images, std::size_t batch) const override {
+    return contexts_.with([&](Context& context) { return context.run(images, batch); });
+  }
+
+ private:
+  /// Every tensor needs an address before a run, so there must be none but the manifest's.
+  void check_tensors() const {
+    const auto count = static_cast<std::size_t>(engine_->getNbIOTensors());
+    if (count != folder_.outputs.size() + 1) {
+      throw DamagedFiles("TensorRT's engine has " + std::to_string(count) + " inputs and outputs, the manifest " +
+                             std::to_string(folder_.outputs.size() + 1) + ".",
+                         "Build it again.");
+    }
+    const auto wanted = folder_.manifest.dtype == "uint8" ? nvinfer1::DataType::kUINT8 : nvinfer1::DataType::kFLOAT;
+    if (engine_->getTensorDataType(folder_.input.c_str()) != wanted) {
+      throw DamagedFiles("TensorRT's engine takes no " + folder_.manifest.dtype + " images, unlike its manifest.",
+                         "Build it again.");
+    }
+  }
+
+  const EngineFolder& folder_;
+  Logger logger_;
+  // Destroyed in reverse: contexts, then the engine, then the runtime.
+  std::unique_ptr<nvinfer1::IRuntime> runtime_;
+  std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+  mutable Pool<Context> contexts_;
+};
+
+}  // namespace
+
+std::unique_ptr<Runner> open_tensorrt(const EngineFolder& folder) { return std::make_unique<TensorRtRunner>(folder); }
+
+}  // namespace ztp

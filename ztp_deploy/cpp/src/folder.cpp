@@ -1,0 +1,253 @@
+#include "folder.h"
+
+#include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <system_error>
+
+#include "canonical_json.h"
+#include "sha256.h"
+
+namespace ztp {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+constexpr const char* kManifest = "manifest.json";
+constexpr const char* kSchema = "ztp.engine/1";
+constexpr int kDeepest = 64;  // no manifest nests deeper; a crafted one must not exhaust the stack
+constexpr std::size_t kChunk = std::size_t{1} << 20U;
+
+/// What is wrong with a manifest is said in the words of the Python side.
+[[noreturn]] void refuse(const fs::path& path, const std::string& where, const std::string& what) {
+  throw DamagedFiles(path.string() + " is not a valid engine manifest: " + where + ": " + what + ".",
+                     "Run `ztp engine …` again.");
+}
+
+/// Reads fields of a manifest by dotted paths.
+class Fields {
+ public:
+  Fields(const json& root, fs::path path) : root_(root), path_(std::move(path)) {}
+
+  [[noreturn]] void invalid(const std::string& where, const std::string& what) const { refuse(path_, where, what); }
+
+  const json& at(const std::string& where) const {
+    const json* found = &root_;
+    std::istringstream keys(where);
+    for (std::string key; std::getline(keys, key, '.');) {
+      if (!found->is_object()) invalid(where, "Input should be an object");
+      const auto entry = found->find(key);
+      if (entry == found->end()) invalid(where, "Field required");
+      found = &*entry;
+    }
+    return *found;
+  }
+
+  std::string text(const std::string& where) const {
+    const json& value = at(where);
+    if (!value.is_string()) invalid(where, "Input should be a valid string");
+    return value.get<std::string>();
+  }
+
+  /// A whole number of at least `least`.
+  std::size_t count(const std::string& where, std::size_t least) const {
+    const json& value = at(where);
+    if (!value.is_number_integer()) invalid(where, "Input should be a valid integer");
+    if (value < least) invalid(where, "Input should be greater than or equal to " + std::to_string(least));
+    return value.get<std::size_t>();
+  }
+
+  double number(const std::string& where) const {
+    const json& value = at(where);
+    if (!value.is_number()) invalid(where, "Input should be a valid number");
+    return value.get<double>();
+  }
+
+  std::array<float, 3> channels(const std::string& where) const {
+    const json& value = at(where);
+    const auto numeric = [](const json& entry) { return entry.is_number(); };
+    if (!value.is_array() || value.size() != 3 || !std::all_of(value.begin(), value.end(), numeric)) {
+      invalid(where, "Input should be three numbers");
+    }
+    return value.get<std::array<float, 3>>();
+  }
+
+  std::vector<std::string> texts(const std::string& where) const {
+    const json& value = at(where);
+    const auto textual = [](const json& entry) { return entry.is_string(); };
+    if (!value.is_array() || !std::all_of(value.begin(), value.end(), textual)) {
+      invalid(where, "Input should be a list of strings");
+    }
+    return value.get<std::vector<std::string>>();
+  }
+
+ private:
+  const json& root_;
+  fs::path path_;
+};
+
+json parse(const std::string& text, const fs::path& path) {
+  try {
+    json root = json::parse(text, [&](int depth, json::parse_event_t, json&) {
+      if (depth > kDeepest) refuse(path, "the file", "It is nested too deeply");
+      return true;
+    });
+    if (!root.is_object()) refuse(path, "the file", "Input should be an object");
+    return root;
+  } catch (const json::parse_error& error) {
+    refuse(path, "the file", "Invalid JSON at byte " + std::to_string(error.byte));
+  }
+}
+
+/// The seal shows an edit made after the manifest was written; it is no signature.
+void check_seal(json root, const Fields& fields, const fs::path& path) {
+  const std::string seal = fields.text("seal");
+  root.erase("seal");
+  if (seal != sha256_of_text(canonical_json(json{{"manifest", std::move(root)}}))) {
+    throw DamagedFiles(path.string() + " was edited after it was written: its seal does not match.",
+                       "Run `ztp engine …` again with what you want to change.");
+  }
+}
+
+Manifest read_public(const Fields& fields) {
+  Manifest manifest;
+  manifest.model = fields.text("source.name");
+  manifest.precision = fields.text("precision");
+  manifest.backend = fields.text("backend");
+  manifest.backend_version = fields.text("backend_version");
+  manifest.device = fields.text("device");
+  manifest.provider = fields.text("provider");
+  manifest.batch = {fields.count("batch.min", 1), fields.count("batch.opt", 1), fields.count("batch.max", 1)};
+  manifest.dtype = fields.text("input.dtype");
+  if (manifest.dtype != "float32" && manifest.dtype != "uint8") {
+    fields.invalid("input.dtype", "Input should be 'float32' or 'uint8'");
+  }
+  manifest.size = fields.count("input.size", 1);
+  manifest.random_weights = fields.text("source.weights.kind") == "random";
+  manifest.preprocessing.mean = fields.channels("source.preprocessing.mean");
+  manifest.preprocessing.std = fields.channels("source.preprocessing.std");
+  manifest.preprocessing.crop_pct = fields.number("source.preprocessing.crop_pct");
+  manifest.preprocessing.interpolation = fields.text("source.preprocessing.interpolation");
+  manifest.preprocessing.crop_mode = fields.text("source.preprocessing.crop_mode");
+  if (!fields.at("source.labels").is_null()) manifest.labels = fields.texts("source.labels");
+  return manifest;
+}
+
+std::map<std::string, FileRecord> read_files(const Fields& fields) {
+  const json& listed = fields.at("files");
+  if (!listed.is_object()) fields.invalid("files", "Input should be an object");
+  std::map<std::string, FileRecord> files;
+  for (const auto& [name, record] : listed.items()) {
+    // File names hold dots, which Fields reads as levels.
+    const auto bytes = record.is_object() ? record.find("bytes") : record.end();
+    const auto sha256 = record.is_object() ? record.find("sha256") : record.end();
+    const bool whole =
+        bytes != record.end() && bytes->is_number_unsigned() && sha256 != record.end() && sha256->is_string();
+    if (!whole) fields.invalid("files." + name, "Input should have bytes and sha256");
+    files[name] = {bytes->get<std::uintmax_t>(), sha256->get<std::string>()};
+  }
+  return files;
+}
+
+void read_settings(const json& root, const Fields& fields, EngineFolder& folder) {
+  const json settings = root.value("settings", json::object());
+  const json built = root.value("built", json::object());
+  try {
+    folder.threads = settings.value("threads", 0);
+    folder.spin_between_runs = settings.value("spin_between_runs", false);
+    folder.properties = built.value("properties", std::map<std::string, std::string>());
+  } catch (const json::type_error&) {
+    fields.invalid("settings or built", "A value has another type than its back end reads");
+  }
+}
+
+std::string hash_of(const fs::path& path) {
+  std::ifstream stream(path, std::ios::binary);
+  if (!stream) throw DamagedFiles(path.string() + " cannot be read.", "Check its permissions.");
+  Sha256 hash;
+  std::vector<char> chunk(kChunk);
+  while (stream) {
+    stream.read(chunk.data(), static_cast<std::streamsize>(chunk.size()));
+    hash.update(chunk.data(), static_cast<std::size_t>(stream.gcount()));
+  }
+  return hash.hex();
+}
+
+void verify_file(const fs::path& directory, const std::string& name, const FileRecord& record) {
+  if (name.find_first_of("/\\") != std::string::npos || name == "." || name == "..") {
+    throw DamagedFiles((directory / kManifest).string() + " names '" + name + "', outside its folder.",
+                       "Load only what you built.");
+  }
+  const fs::path path = directory / name;
+  std::error_code ignored;
+  if (!fs::is_regular_file(path, ignored)) throw DamagedFiles(path.string() + " is missing.", "Build it again.");
+  const std::uintmax_t size = fs::file_size(path);
+  if (size != record.bytes) {
+    throw DamagedFiles(path.string() + " has " + std::to_string(size) + " bytes, the manifest says " +
+                           std::to_string(record.bytes) + ".",
+                       "Build it again.");
+  }
+  if (hash_of(path) != record.sha256) {
+    throw DamagedFiles(path.string() + " is not what was built: its sha256 differs from the manifest's.",
+                       "Build it again, and load only what you built.");
+  }
+}
+
+/// The path as it is shown in messages: without a trailing separator.
+fs::path tidy(const std::string& directory) {
+  fs::path path = fs::path(directory).lexically_normal();
+  return path.has_filename() || path == path.root_path() ? path : path.parent_path();
+}
+
+}  // namespace
+
+fs::path EngineFolder::file(const std::string& name) const {
+  if (files.count(name) == 0) {
+    throw DamagedFiles((directory / kManifest).string() + " does not list " + name + ", which " + manifest.backend +
+                           " engines consist of.",
+                       "Build it again.");
+  }
+  return directory / name;
+}
+
+EngineFolder open_folder(const std::string& directory) {
+  EngineFolder folder;
+  folder.directory = tidy(directory);
+  const fs::path path = folder.directory / kManifest;
+  std::error_code ignored;
+  if (!fs::is_regular_file(path, ignored)) {
+    throw BadRequest(folder.directory.string() + " is no engine folder: it has no " + kManifest + ".",
+                     "Make one with `ztp engine …`.");
+  }
+  const std::string text = read_file(path);
+  const json root = parse(text, path);
+  const Fields fields(root, path);
+  if (fields.text("schema") != kSchema) {
+    fields.invalid("schema", std::string("Input should be '") + kSchema + "'");
+  }
+  folder.manifest = read_public(fields);
+  folder.manifest.sha256 = sha256_of_text(text);
+  folder.input = fields.text("input.name");
+  folder.outputs = fields.texts("outputs");
+  if (folder.outputs.empty() || folder.outputs.front() != "logits") {
+    fields.invalid("outputs", "The first should be 'logits'");
+  }
+  folder.manifest.stages = folder.outputs.size() - 1;
+  folder.files = read_files(fields);
+  read_settings(root, fields, folder);
+  check_seal(root, fields, path);
+  for (const auto& [name, record] : folder.files) verify_file(folder.directory, name, record);
+  return folder;
+}
+
+std::string read_file(const fs::path& path) {
+  std::ifstream stream(path, std::ios::binary);
+  std::ostringstream text;
+  text << stream.rdbuf();
+  if (!stream) throw DamagedFiles(path.string() + " cannot be read.", "Check its permissions.");
+  return text.str();
+}
+
+}  // namespace ztp

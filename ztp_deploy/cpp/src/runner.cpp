@@ -1,0 +1,47 @@
+#include "runner.h"
+
+#include <cstring>
+
+namespace ztp {
+namespace {
+
+[[noreturn]] void unlike_manifest(const std::string& name, const std::string& found) {
+  throw DamagedFiles("The engine's output " + name + " is " + found + ", unlike its manifest.", "Build it again.");
+}
+
+std::string readable(const std::vector<std::int64_t>& shape) {
+  std::string text;
+  for (const std::int64_t side : shape) text += (text.empty() ? "" : ", ") + std::to_string(side);
+  return "[" + text + "]";
+}
+
+template <class T>
+std::vector<T> copy(const OutputView& view, std::size_t batch) {
+  std::vector<T> values(batch * static_cast<std::size_t>(view.shape[1]));
+  if (!values.empty()) std::memcpy(values.data(), view.data, values.size() * sizeof(T));
+  return values;
+}
+
+}  // namespace
+
+Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector<OutputView>& views) {
+  for (std::size_t i = 0; i < views.size(); ++i) {
+    const OutputView& view = views[i];
+    const bool fits = view.shape.size() == 2 && view.shape[0] == static_cast<std::int64_t>(batch) && view.shape[1] > 0;
+    if (!fits) unlike_manifest(folder.outputs[i], readable(view.shape));
+    if (i == 0 ? !view.is_float32 : !view.is_int32) unlike_manifest(folder.outputs[i], "of another type");
+  }
+  if (views.size() != folder.outputs.size()) {
+    unlike_manifest("list", std::to_string(views.size()) + " entries long");
+  }
+  Outputs outputs;
+  outputs.batch = batch;
+  outputs.classes = static_cast<std::size_t>(views[0].shape[1]);
+  outputs.logits = copy<float>(views[0], batch);
+  for (std::size_t i = 1; i < views.size(); ++i) outputs.kept.push_back(copy<std::int32_t>(views[i], batch));
+  return outputs;
+}
+
+std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
+
+}  // namespace ztp

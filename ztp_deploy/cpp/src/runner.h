@@ -1,0 +1,46 @@
+/// What a back end supplies behind Session: an engine opened by its library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "folder.h"
+
+namespace ztp {
+
+/// One output of an engine as its library shows it; `data` lives until the library runs again.
+struct OutputView {
+  const void* data = nullptr;
+  std::vector<std::int64_t> shape;
+  bool is_float32 = false;
+  bool is_int32 = false;
+};
+
+/// An engine opened by its library. run() is called from several threads at once.
+class Runner {
+ public:
+  Runner() = default;
+  Runner(const Runner&) = delete;
+  Runner& operator=(const Runner&) = delete;
+  virtual ~Runner() = default;
+
+  /// Runs pixels [batch, 3, size, size] of the manifest's type; shapes and types were checked, pixels are finite.
+  virtual Outputs run(const void* images, std::size_t batch) const = 0;
+};
+
+/// Copies an engine's outputs, in the manifest's order, after checking that they are what the manifest promises.
+Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector<OutputView>& views);
+
+/// The first line of a library's message, which may be followed by pages of its sources' names.
+std::string first_line(const std::string& message);
+
+// One a back end; each exists where that back end is compiled in. They throw DamagedFiles and MissingSoftware.
+std::unique_ptr<Runner> open_aotinductor(const EngineFolder& folder);
+std::unique_ptr<Runner> open_onnxruntime(const EngineFolder& folder);
+std::unique_ptr<Runner> open_openvino(const EngineFolder& folder);
+std::unique_ptr<Runner> open_tensorrt(const EngineFolder& folder);
+
+}  // namespace ztp

@@ -1,0 +1,141 @@
+#include "ztp/session.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "folder.h"
+#include "runner.h"
+#include "selftest.h"
+
+namespace ztp {
+namespace {
+
+struct BackEnd {
+  const char* name;
+  std::unique_ptr<Runner> (*open)(const EngineFolder&);  // null where it is not compiled in
+  const char* option;
+};
+
+constexpr BackEnd kBackEnds[] = {
+#ifdef ZTP_AOTINDUCTOR
+    {"aotinductor", open_aotinductor, "ZTP_WITH_AOTINDUCTOR"},
+#else
+    {"aotinductor", nullptr, "ZTP_WITH_AOTINDUCTOR"},
+#endif
+#ifdef ZTP_ONNXRUNTIME
+    {"onnxruntime", open_onnxruntime, "ZTP_WITH_ONNXRUNTIME"},
+#else
+    {"onnxruntime", nullptr, "ZTP_WITH_ONNXRUNTIME"},
+#endif
+#ifdef ZTP_OPENVINO
+    {"openvino", open_openvino, "ZTP_WITH_OPENVINO"},
+#else
+    {"openvino", nullptr, "ZTP_WITH_OPENVINO"},
+#endif
+#ifdef ZTP_TENSORRT
+    {"tensorrt", open_tensorrt, "ZTP_WITH_TENSORRT"},
+#else
+    {"tensorrt", nullptr, "ZTP_WITH_TENSORRT"},
+#endif
+};
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text.empty() ? "none" : text;
+}
+
+std::unique_ptr<Runner> open_runner(const EngineFolder& folder) {
+  const std::string& wanted = folder.manifest.backend;
+  for (const BackEnd& back_end : kBackEnds) {
+    if (back_end.name != wanted) continue;
+    if (back_end.open != nullptr) return back_end.open(folder);
+    throw MissingSoftware(
+        "This is an engine for " + wanted + "; this build of the runtime opens: " + joined(backends()) + ".",
+        std::string("Configure it with -D") + back_end.option + "=ON.");
+  }
+  throw BadRequest("The C++ runtime opens no " + wanted + " engines.",
+                   "Use ztp_deploy from Python, or build for openvino, onnxruntime, tensorrt or aotinductor.");
+}
+
+void check_batch(const Manifest& manifest, std::size_t batch) {
+  const BatchRange& span = manifest.batch;
+  if (batch >= span.min && batch <= span.max) return;
+  const std::string least = std::to_string(std::min(span.min, std::max<std::size_t>(batch, 1)));
+  const std::string most = std::to_string(std::max(span.max, batch));
+  throw BadRequest("A batch of " + std::to_string(batch) + " is outside this engine's range " +
+                       std::to_string(span.min) + " to " + std::to_string(span.max) + ".",
+                   "Split it, or build with BATCH=" + least + ":" + std::to_string(span.opt) + ":" + most + ".");
+}
+
+void check_dtype(const Manifest& manifest, const std::string& given) {
+  if (manifest.dtype == given) return;
+  const std::string side = std::to_string(manifest.size);
+  throw BadRequest(
+      "This engine takes " + manifest.dtype + " arrays [B, 3, " + side + ", " + side + "]; " + given + " came.",
+      "Convert them, or build with --input " + given + ".");
+}
+
+void check_finite(const float* images, std::size_t values) {
+  const auto strange = std::count_if(images, images + values, [](float value) { return !std::isfinite(value); });
+  if (strange == 0) return;
+  throw BadRequest(std::to_string(strange) + " of the pixels are NaN or infinite.",
+                   "Check where the images come from.");
+}
+
+/// Engines may keep tokens in any order; users see them ascending.
+Outputs ascending(Outputs outputs) {
+  for (std::vector<std::int32_t>& kept : outputs.kept) {
+    const auto tokens = static_cast<std::ptrdiff_t>(kept.size() / outputs.batch);
+    for (auto image = kept.begin(); image != kept.end(); image += tokens) std::sort(image, image + tokens);
+  }
+  return outputs;
+}
+
+}  // namespace
+
+class Session::Implementation {
+ public:
+  explicit Implementation(const std::string& directory)
+      : folder_(open_folder(directory)), runner_(open_runner(folder_)) {}
+
+  const EngineFolder& folder() const noexcept { return folder_; }
+
+  Outputs run(const void* images, std::size_t batch) const { return ascending(runner_->run(images, batch)); }
+
+ private:
+  EngineFolder folder_;
+  std::unique_ptr<Runner> runner_;  // after the folder it refers to
+};
+
+Session::Session(const std::string& directory) : implementation_(std::make_unique<Implementation>(directory)) {}
+Session::~Session() = default;
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+
+const Manifest& Session::manifest() const noexcept { return implementation_->folder().manifest; }
+
+Outputs Session::run(const float* images, std::size_t batch) const {
+  check_dtype(manifest(), "float32");
+  check_batch(manifest(), batch);
+  check_finite(images, batch * 3 * manifest().size * manifest().size);
+  return implementation_->run(images, batch);
+}
+
+Outputs Session::run(const std::uint8_t* images, std::size_t batch) const {
+  check_dtype(manifest(), "uint8");
+  check_batch(manifest(), batch);
+  return implementation_->run(images, batch);
+}
+
+SelfTest Session::self_test() const { return repeat_recorded_run(*this, implementation_->folder().directory); }
+
+std::vector<std::string> backends() {
+  std::vector<std::string> names;
+  for (const BackEnd& back_end : kBackEnds) {
+    if (back_end.open != nullptr) names.emplace_back(back_end.name);
+  }
+  return names;
+}
+
+}  // namespace ztp
