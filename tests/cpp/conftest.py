@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 import ztp_deploy as ztp
-from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import EngineManifest, hash_files, read_manifest, recipe_hash
 
 HERE = Path(__file__).parent
@@ -119,24 +118,9 @@ def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path
 
 
 @pytest.fixture(scope="session")
-def openvino_engine(artifact: Artifact, shared_engine: ztp.backends.Engine, tmp_path_factory) -> Path:
-    """An OpenVINO engine of the tiny model."""
-    import openvino
-
-    directory = tmp_path_factory.mktemp("engines") / "openvino"
-    directory.mkdir()
-    model = openvino.convert_model(artifact.directory / "model.onnx")
-    openvino.save_model(model, directory / "model.xml", compress_to_fp16=False)
-    properties = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    return reseal(
-        directory,
-        shared_engine.directory,
-        backend="openvino",
-        backend_version=openvino.__version__,
-        provider="CPU",
-        settings={},
-        built={"properties": properties},
-    )
+def openvino_engine(openvino_engine: ztp.backends.Engine) -> Path:
+    """The OpenVINO engine's folder."""
+    return openvino_engine.directory
 
 
 @pytest.fixture

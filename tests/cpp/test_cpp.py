@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 from PIL import Image
@@ -178,6 +180,20 @@ def test_a_file_nobody_vouched_for_is_not_opened(runtime, openvino_engine, tmp_p
     problem, code = refusal(runtime.run(engine, "--selftest", "--json"))
     assert "does not list model.bin" in problem
     assert code == 2
+
+
+def test_a_precision_the_processor_lacks_is_refused(runtime, openvino_engine, tmp_path):
+    """OpenVINO itself would fall back to fp32 without a word."""
+    copy = Path(shutil.copytree(openvino_engine, tmp_path / "bf16"))
+    built = json.loads((copy / "manifest.json").read_text())["built"]
+    built["properties"]["INFERENCE_PRECISION_HINT"] = "bf16"
+    reseal(copy, built=built)
+    done = runtime.consume(copy, tiny.images(1), tmp_path)
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        assert done.returncode == 0
+    else:
+        assert done.stderr.startswith("This engine computes in bf16, and this processor only in f32.")
+        assert done.returncode == 3
 
 
 def test_a_half_written_graph_is_named(runtime, openvino_engine, tmp_path):

@@ -51,10 +51,24 @@ class OpenVinoRunner final : public Runner {
                             "Build it again with device=cpu.");
     }
     const ov::AnyMap properties(folder.properties.begin(), folder.properties.end());
+    ov::CompiledModel compiled;
     try {
-      return core.compile_model(core.read_model(graph, weights), device, properties);
+      compiled = core.compile_model(core.read_model(graph, weights), device, properties);
     } catch (const std::exception& error) {
       throw DamagedFiles("OpenVINO cannot open " + graph + ": " + first_line(error.what()) + ".", "Build it again.");
+    }
+    check_precision(folder, compiled);
+    return compiled;
+  }
+
+  /// On a processor without bf16 the library would quietly compute in fp32.
+  static void check_precision(const EngineFolder& folder, const ov::CompiledModel& compiled) {
+    const auto asked = folder.properties.find("INFERENCE_PRECISION_HINT");
+    if (asked == folder.properties.end()) return;
+    const std::string found = compiled.get_property(ov::hint::inference_precision).get_type_name();
+    if (found != asked->second) {
+      throw MissingSoftware("This engine computes in " + asked->second + ", and this processor only in " + found + ".",
+                            "Build it again with precision=fp32, or run it on a processor that has " + asked->second + ".");
     }
   }
 
