@@ -57,7 +57,7 @@ Profile = Annotated[
     str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")
 ]
 BackendName = Annotated[
-    str | None, typer.Option("--backend", "-b", help="auto, onnxruntime or torchscript.  \\[default: auto]")
+    str | None, typer.Option("--backend", "-b", help="auto or a name from `ztp list`.  \\[default: auto]")
 ]
 DeviceName = Annotated[
     str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
@@ -126,7 +126,7 @@ def export(
     option: Option = None,
     weights: Weights = "auto",
     recipe: Recipe = None,
-    format: Annotated[str, typer.Option(help="onnx or torchscript.")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, torch_export or torchscript.")] = "onnx",
     precision: Precision = None,
     input: InputType = None,
     directory: ExportRoot = Path("export"),

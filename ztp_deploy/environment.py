@@ -24,6 +24,11 @@ REPORTED_PACKAGES = (
     "numpy",
 )
 
+_INSTRUCTIONS = (
+    *("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "aes", "vaes"),
+    *("pclmul", "vpclmul", "gfni", "sha", "asimd", "sve", "i8mm", "bf16"),
+)
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -93,12 +98,21 @@ def cpu_features() -> list[str]:
         "asimd",
         "i8mm",
     )
+    flags = _cpu_flags()
+    return [name for name in known if name in flags]
+
+
+def instruction_flags() -> set[str]:
+    """The instruction sets of this CPU that a compiler may use when it compiles for it; empty where unknown."""
+    return {flag for flag in _cpu_flags() if flag.startswith(_INSTRUCTIONS)}
+
+
+def _cpu_flags() -> set[str]:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return []
-    flags = set(next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split())
-    return [name for name in known if name in flags]
+        return set()
+    return set(next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split())
 
 
 def usable_cores() -> int:
