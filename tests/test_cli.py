@@ -209,7 +209,13 @@ def test_missing_software_is_named_with_its_command(ztp, monkeypatch):
     one_sentence(code, out, err, 3, "pip install onnxruntime-gpu")
 
 
-COMMANDS = ["plan", "export", "build", "check", "bench", "engine", "classify", "list", "doctor"]
+def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
+    monkeypatch.setattr("ztp_deploy.environment.gpus", lambda: ())
+    one_sentence(*ztp("gpu-report"), 3, "needs an NVIDIA GPU", "ztp doctor")
+    assert list(tmp_path.iterdir()) == []
+
+
+COMMANDS = ["plan", "export", "build", "check", "bench", "engine", "gpu-report", "classify", "list", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -82,7 +82,9 @@ def test_a_compiler_that_gives_up_is_one_sentence(half, tmp_path, capfd):
 
     fake = tmp_path / "bin" / "g++"
     fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\ncase "$*" in *version*|-v) exec /usr/bin/g++ "$@";; esac\necho many lines >&2; exit 1\n')
+    fake.write_text(
+        '#!/bin/sh\ncase "$1" in --version|-v) exec /usr/bin/g++ "$@";; esac\necho many lines >&2; exit 1\n'
+    )
     fake.chmod(0o755)
     with config.patch({"cpp.cxx": (None, str(fake))}), pytest.raises(GateFailed, match="could not compile"):
         ztp.build(half, "aotinductor", device="cpu", precision="bf16", batch=1, directory=tmp_path / "e")

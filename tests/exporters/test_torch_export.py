@@ -103,8 +103,8 @@ def test_both_heads_of_a_distilled_model_stay_float32():
 def test_a_program_outside_the_vocabulary_is_not_kept(small, tmp_path, monkeypatch, change, operator):
     run = type(small).run
 
-    def broken(self, images):
-        outputs = run(self, images)
+    def broken(self, *arguments):
+        outputs = run(self, *arguments)
         outputs.scores[0]["score"] = change(outputs.scores[0]["score"])
         return outputs
 

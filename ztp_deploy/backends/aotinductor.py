@@ -29,6 +29,7 @@ from ztp_deploy.manifest import EngineManifest
 
 SUMMARY = "AOTInductor: compiled by torch ahead of time, CPU or CUDA; runs without Python too"
 FORMAT = "torch_export"
+DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
 PACKAGE_FILE = "model.pt2"

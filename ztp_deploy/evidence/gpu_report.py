@@ -7,6 +7,7 @@ finished cell is in the file before the next begins, so that a call may end at a
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import nn
 
 from ztp_deploy import environment, methods
-from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, ZtpError
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence import gpu_runtimes
 from ztp_deploy.evidence.gpu_runtimes import RUNTIMES, Job, Opened
 from ztp_deploy.evidence.images import ImageSet, load_images
@@ -28,9 +29,10 @@ from ztp_deploy.evidence.latency import Ratio, interleave, paired_ratio
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import write_text
 from ztp_deploy.methods.slice import twin_of
-from ztp_deploy.models import load_model, source_of
+from ztp_deploy.models import RandomWeightsWarning, load_model, source_of
 from ztp_deploy.plan import Plan, make_plan
 
+PRECISIONS = ("fp32", "fp16", "bf16")
 PARITY_IMAGES = 16
 DEFAULT_MINUTES = 9.0
 DEFAULT_SECONDS = 4.0
@@ -83,40 +85,8 @@ class GpuReport(EvidenceFile):
     schema_: Literal["ztp.gpu/1"] = Field(default="ztp.gpu/1", alias="schema")
     gpu: str
     clock: str
-    sessions: list[Session] = []
-    rows: list[Row] = []
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is measured: every runtime × precision × batch × plan × model; `device` is cuda or cpu.
-
-    `seconds` is the time measured a cell. Engines are built for batches from 1 to the largest.
-    """
-
-    models: Sequence[str] = ("deit_s", "deit_b")
-    runtimes: Sequence[str] = RUNTIMES
-    precisions: Sequence[str] = ("fp32", "fp16", "bf16")
-    batches: Sequence[int] = (1, 8, 64, 256)
-    device: str = "cuda"
-    weights: str = "auto"
-    seconds: float = DEFAULT_SECONDS
-    export_root: Path = Path("export")
-    engines_root: Path = Path("engines")
-    load: Callable[[str, str], nn.Module] = load_model
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a call ended: `done` of `cells`."""
-
-    report: GpuReport
-    done: int
-    cells: int
-
-
-class _OutOfTime(Exception):  # noqa: N818
-    """The call's time is spent; what is finished is in the file."""
+    sessions: list[Session] = Field(default_factory=list)
+    rows: list[Row] = Field(default_factory=list)
 
 
 def plans_of(model: nn.Module) -> dict[str, Plan]:
@@ -128,9 +98,43 @@ def plans_of(model: nn.Module) -> dict[str, Plan]:
     return {plan.label: plan for plan in plans}
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What is measured: every runtime × precision × batch × plan × model; `device` is cuda or cpu.
+
+    `seconds` is the time measured a cell. Engines are built for batches from 1 to the largest.
+    """
+
+    models: Sequence[str] = ("deit_s", "deit_b")
+    runtimes: Sequence[str] = RUNTIMES
+    precisions: Sequence[str] = PRECISIONS
+    batches: Sequence[int] = (1, 8, 64, 256)
+    device: str = "cuda"
+    weights: str = "auto"
+    seconds: float = DEFAULT_SECONDS
+    export_root: Path = Path("export")
+    engines_root: Path = Path("engines")
+    load: Callable[[str, str], nn.Module] = load_model
+    plans: Callable[[nn.Module], dict[str, Plan]] = plans_of
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a call ended: `done` of `cells`."""
+
+    report: GpuReport
+    done: int
+    cells: int
+
+
+class _OutOfTime(Exception):
+    """The call's time is spent; what is finished is in the file."""
+
+
 def report_path(root: Path, device: str) -> Path:
-    """`<root>/gpu/<gpu>.json`."""
-    return root / "gpu" / f"{environment.gpus()[0].slug if device == 'cuda' else 'cpu'}.json"
+    """`<root>/gpu/<gpu>.json`, `none.json` without a GPU."""
+    found = environment.gpus() if device == "cuda" else ()
+    return root / "gpu" / f"{found[0].slug if found else 'none'}.json"
 
 
 def measure_gpu(
@@ -146,6 +150,14 @@ def measure_gpu(
     `advance` hears each cell's title before it begins. Raises MissingSoftware without a GPU (device cuda),
     BadRequest for a report of another GPU, DamagedFiles for one that cannot be read.
     """
+    unknown = [runtime for runtime in grid.runtimes if runtime not in RUNTIMES]
+    unknown += [precision for precision in grid.precisions if precision not in PRECISIONS]
+    if unknown or grid.device not in ("cuda", "cpu") or min(grid.batches, default=0) < 1:
+        wrong = unknown[0] if unknown else f"device {grid.device} with batches {list(grid.batches)}"
+        raise BadRequest(
+            f"The GPU report does not know {wrong}.",
+            f"Runtimes: {', '.join(RUNTIMES)}; precisions: {', '.join(PRECISIONS)}; batches from 1 on.",
+        )
     if grid.device == "cuda" and not (environment.gpus() and torch.cuda.is_available()):
         raise MissingSoftware(
             "The GPU report needs an NVIDIA GPU; none was found.", "Run it on a machine that has one (`ztp doctor`)."
@@ -212,7 +224,7 @@ class _Call:
         """One model, runtime and precision: opened once, measured at every batch."""
         self._hurry()
         model = self._model(name)
-        plans = plans_of(model)
+        plans = self.grid.plans(model)
         why = gpu_runtimes.unavailable(runtime, precision)
         blank = Row(
             model=name,
@@ -318,7 +330,9 @@ class _Call:
     def _model(self, name: str) -> nn.Module:
         if name not in self._models:
             self._models.clear()
-            self._models[name] = self.grid.load(name, self.grid.weights)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RandomWeightsWarning)  # every row says what its weights are
+                self._models[name] = self.grid.load(name, self.grid.weights)
         return self._models[name]
 
     @cached_property
@@ -336,6 +350,3 @@ class _Call:
             )
         )
         return len(self.report.sessions) - 1
-
-
-__all__ = ["GpuReport", "Grid", "Progress", "Row", "ZtpError", "measure_gpu", "plans_of", "report_path"]
