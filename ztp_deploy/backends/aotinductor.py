@@ -89,7 +89,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     from ztp_deploy.exporters.torch_export import GRAPH_FILE, read
 
     torch_device.prepare(job.device.provider)
-    with _scratch(job.directory), _quiet():
+    with _quiet(), _scratch(job.directory):
         compiler = _compiler()
         program = _placed(read(job.artifact.directory / GRAPH_FILE), job)
         job.advance(0.1)
