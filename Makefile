@@ -23,10 +23,10 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine export check bench classify list doctor cpp test lint lock clean
+.PHONY: help setup engine export check bench gpu-report classify list doctor cpp test lint lock clean
 
 help:  ## Show the targets and variables
-	@echo "Targets:"; sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
+	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
 	@echo "Variables: MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(METHOD) BACKEND=$(BACKEND) PRECISION=$(PRECISION)"
 	@echo "  BATCH=$(BATCH) WEIGHTS=$(WEIGHTS) IMAGES=folder FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name"
 
@@ -43,6 +43,9 @@ check: $(READY)  ## Prove an engine again: make check ENGINE=engines/…
 
 bench: $(READY)  ## Build anew and measure long, recorded in engines/evidence
 	@$(ZTP) bench $(WANTED) $(BUILT) --fresh --record engines/evidence
+
+gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a call; the next call goes on
+	@$(ZTP) gpu-report
 
 classify: $(READY)  ## Classify pictures: make classify ENGINE=engines/… IMAGES="cat.jpg dog.png"
 	@$(ZTP) classify $(IMAGES) --engine "$(ENGINE)"

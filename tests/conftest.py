@@ -38,8 +38,8 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture(scope="session")
 def pruned(model: torch.nn.Module) -> PrunedModel:
-    """That model, Zero-TPrune at 0.7."""
-    return ztp.prune(model, ztp.make_plan(model, ratio=0.7))
+    """That model, Zero-TPrune at 0.7, with few voting rounds: what compiles graphs takes a minute otherwise."""
+    return ztp.prune(model, ztp.make_plan(model, ratio=0.7, options={"rounds": 2}))
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +78,16 @@ def torchscript_engine(torchscript_artifact: Artifact, tmp_path_factory: pytest.
 def openvino_engine(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """An OpenVINO engine that tests only read."""
     return ztp.build(artifact, "openvino", batch=(1, 4, 8), directory=tmp_path_factory.mktemp("engines") / "openvino")
+
+
+@pytest.fixture(scope="session")
+def torch_export_artifact(pruned: PrunedModel, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """Its torch.export artifact; tests must not change it."""
+    return ztp.export(pruned, "torch_export", tmp_path_factory.mktemp("artifacts") / "torch_export")
+
+
+@pytest.fixture(scope="session")
+def aotinductor_engine(torch_export_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """An AOTInductor engine that tests only read."""
+    directory = tmp_path_factory.mktemp("engines") / "aotinductor"
+    return ztp.build(torch_export_artifact, "aotinductor", device="cpu", batch=(1, 4, 8), directory=directory)

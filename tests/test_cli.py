@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from ztp_deploy import cli
+from ztp_deploy import backends, cli
 from ztp_deploy.evidence.images import photograph_crops
 
 
@@ -193,7 +193,7 @@ def test_list_and_doctor(ztp):
     for word in ("deit_s", "augreg_vit_l_384", "zero_tprune", "slice", "onnx", "torchscript", "onnxruntime", "OK"):
         assert word in out
     code, out, _ = ztp("list", "--json")
-    assert {entry["name"] for entry in json.loads(out)["backends"]} == {"onnxruntime", "torchscript"}
+    assert {entry["name"] for entry in json.loads(out)["backends"]} == set(backends.BACKENDS)
     code, out, _ = ztp("doctor")
     assert code == 0
     assert "BACKEND=auto takes" in out
@@ -209,7 +209,13 @@ def test_missing_software_is_named_with_its_command(ztp, monkeypatch):
     one_sentence(code, out, err, 3, "pip install onnxruntime-gpu")
 
 
-COMMANDS = ["plan", "export", "build", "check", "bench", "engine", "classify", "list", "doctor"]
+def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
+    monkeypatch.setattr("ztp_deploy.environment.gpus", lambda: ())
+    one_sentence(*ztp("gpu-report"), 3, "needs an NVIDIA GPU", "ztp doctor")
+    assert list(tmp_path.iterdir()) == []
+
+
+COMMANDS = ["plan", "export", "build", "check", "bench", "engine", "gpu-report", "classify", "list", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,4 +1,4 @@
-"""The command line: `ztp plan | export | build | check | bench | engine | classify | list | doctor`.
+"""The command line: `ztp plan | export | build | check | bench | engine | gpu-report | classify | list | doctor`.
 
 Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device,
 130 interrupted.
@@ -57,7 +57,7 @@ Profile = Annotated[
     str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")
 ]
 BackendName = Annotated[
-    str | None, typer.Option("--backend", "-b", help="auto, onnxruntime or torchscript.  \\[default: auto]")
+    str | None, typer.Option("--backend", "-b", help="auto or a name from `ztp list`.  \\[default: auto]")
 ]
 DeviceName = Annotated[
     str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
@@ -126,7 +126,7 @@ def export(
     option: Option = None,
     weights: Weights = "auto",
     recipe: Recipe = None,
-    format: Annotated[str, typer.Option(help="onnx or torchscript.")] = "onnx",
+    format: Annotated[str, typer.Option(help="onnx, torch_export or torchscript.")] = "onnx",
     precision: Precision = None,
     input: InputType = None,
     directory: ExportRoot = Path("export"),
@@ -346,6 +346,53 @@ def engine(
         command=_command(),
     )
     show_result(result, as_json)
+
+
+@app.command("gpu-report")
+def gpu_report(
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="Models; repeatable.  \\[default: deit_s, deit_b]")
+    ] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option("--runtime", help="Only these runtimes; repeatable.  \\[default: all]")
+    ] = None,
+    precisions: Annotated[str, typer.Option(help="Precisions.")] = "fp32,fp16,bf16",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64,256",
+    weights: Weights = "auto",
+    minutes: Annotated[float, typer.Option(help="Begin nothing new after so many minutes; the next call goes on.")] = 9,
+    seconds: Annotated[float, typer.Option(help="Seconds of measuring a cell.")] = 4.0,
+    device: Annotated[str, typer.Option(hidden=True, help="cuda, or cpu to try the report out.")] = "cuda",
+    directory: Annotated[Path, typer.Option(help="Where reports lie.")] = Path("engines/evidence"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure everything this machine's GPU can run: runtimes × precisions × batches × plans × models, resumable."""
+    from ztp_deploy.evidence.gpu_report import Grid, measure_gpu, report_path
+    from ztp_deploy.evidence.gpu_runtimes import RUNTIMES
+    from ztp_deploy.evidence.latency import check_seconds
+    from ztp_deploy.evidence.report.gpu import render_gpu_report
+    from ztp_deploy.manifest import write_text
+
+    check_seconds(seconds)
+    check_seconds(minutes * 60)
+    grid = Grid(
+        models=model or Grid.models,
+        runtimes=runtime or RUNTIMES,
+        precisions=precisions.replace(" ", "").split(","),
+        batches=_integers("batches", batches),
+        device=device,
+        weights=weights,
+        seconds=seconds,
+    )
+    path = report_path(directory, device)
+    progress = measure_gpu(grid, path, minutes=minutes, command=_command(), advance=err.print)
+    table = render_gpu_report(progress.report)
+    write_text(path.with_suffix(".md"), table)
+    if as_json:
+        print_json(progress.report.model_dump(mode="json"))
+        return
+    out.print(table, markup=False, soft_wrap=True)
+    again = "" if progress.done == progress.cells else "; run the same command again to go on"
+    out.print(f"{progress.done} of {progress.cells} cells are measured{again}. Report: {path}", soft_wrap=True)
 
 
 @app.command()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
+import subprocess
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -22,6 +24,16 @@ REPORTED_PACKAGES = (
     "onnxruntime",
     "polygraphy",
     "numpy",
+)
+
+_INSTRUCTIONS = (
+    *("sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "aes", "vaes"),
+    *("pclmul", "vpclmul", "gfni", "sha", "asimd", "sve", "i8mm", "bf16"),
+)
+
+_GPU_STATE = (
+    *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm"),
+    *("temperature.gpu", "power.draw", "power.limit", "utilization.gpu"),
 )
 
 
@@ -93,12 +105,21 @@ def cpu_features() -> list[str]:
         "asimd",
         "i8mm",
     )
+    flags = _cpu_flags()
+    return [name for name in known if name in flags]
+
+
+def instruction_flags() -> set[str]:
+    """The instruction sets of this CPU that a compiler may use when it compiles for it; empty where unknown."""
+    return {flag for flag in _cpu_flags() if flag.startswith(_INSTRUCTIONS)}
+
+
+def _cpu_flags() -> set[str]:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return []
-    flags = set(next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split())
-    return [name for name in known if name in flags]
+        return set()
+    return set(next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "").split())
 
 
 def usable_cores() -> int:
@@ -155,3 +176,19 @@ def gpu_line() -> str:
     """One line on the GPU for reports."""
     found = gpus()
     return f"GPU: {', '.join(gpu.name for gpu in found)}" if found else "GPU: none found; everything ran on the CPU"
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks (MHz), temperature (°C) and power (W) of the first GPU now; `absent` says why there is nothing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {"absent": "nvidia-smi is not on this machine."}
+    command = [tool, f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"absent": f"nvidia-smi did not answer ({type(error).__name__})."}
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    if len(values) != len(_GPU_STATE):
+        return {"absent": "nvidia-smi answered in a form that is not known here."}
+    return dict(zip(_GPU_STATE, values, strict=True))

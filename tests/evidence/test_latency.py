@@ -30,7 +30,7 @@ def test_sittings_that_differ_widen_the_interval():
 
 
 def ratio(reference, engine):
-    return latency._ratio("pruned", "dense", 1, {"dense": [reference] * 2, "pruned": [engine] * 2})
+    return latency.paired_ratio("pruned", "dense", 1, {"dense": [reference] * 2, "pruned": [engine] * 2})
 
 
 def test_ratios_are_paired_round_by_round():
@@ -47,10 +47,10 @@ def test_noise_and_drift_are_inconclusive():
     noisy = ratio(generator.uniform(1, 3, 15), np.ones(15))
     assert (noisy.verdict, noisy.reason.split()[-1]) == ("inconclusive", "running")
     halves = {"dense": [np.full(300, 1.0), np.full(300, 1.5)], "pruned": [np.ones(300)] * 2}
-    drifting = latency._ratio("pruned", "dense", 1, halves)
+    drifting = latency.paired_ratio("pruned", "dense", 1, halves)
     assert drifting.verdict == "inconclusive"
     steady = [np.r_[np.linspace(1.0, 1.2, 3000)]]
-    slow = latency._ratio("pruned", "dense", 1, {"dense": steady, "pruned": [np.ones(3000)]})
+    slow = latency.paired_ratio("pruned", "dense", 1, {"dense": steady, "pruned": [np.ones(3000)]})
     assert "drifted" in slow.reason
 
 
@@ -97,7 +97,7 @@ def test_the_order_of_a_round_is_random(shared_engine):
             order.append(self.role)
 
     roles = {role: Recorder(role) for role in "abc"}
-    times = latency._interleave(roles, dict.fromkeys(roles), 1000.0, np.random.default_rng(0), lambda share: None)
+    times = latency.interleave(roles, dict.fromkeys(roles), 1000.0, np.random.default_rng(0), lambda share: None)
     measured = order[-6 * latency.MAX_ROUNDS :]  # what came before was warm-up
     # Every turn is an untimed run and a timed one.
     assert measured[::2] == measured[1::2]

@@ -33,6 +33,7 @@ from ztp_deploy.manifest import (
 )
 
 BACKENDS: dict[str, str] = {
+    "aotinductor": "ztp_deploy.backends.aotinductor",
     "onnxruntime": "ztp_deploy.backends.onnxruntime",
     "openvino": "ztp_deploy.backends.openvino",
     "torchscript": "ztp_deploy.backends.torchscript",
@@ -220,7 +221,7 @@ def find_engine(directory: Path | str) -> Engine:
 def load_engine(directory: Path | str) -> Session:
     """Opens an engine folder after verifying its manifest and every file's sha256.
 
-    TorchScript engines are code: load only what you built. Raises BadRequest (no engine folder),
+    TorchScript and AOTInductor engines are code: load only what you built. Raises BadRequest (no engine folder),
     DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
     """
     engine = find_engine(directory)

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
+from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.errors import BadRequest, DamagedFiles
 from ztp_deploy.manifest import EngineManifest
 
 SUMMARY = "TorchScript: torch's own runtime, CPU or CUDA"
@@ -44,16 +45,7 @@ def version() -> str:
 
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
-    import torch
-
-    if device not in ("auto", "cpu", "cuda"):
-        raise BadRequest(f"TorchScript knows no device {device!r}.", "Use auto, cpu or cuda.")
-    found = environment.gpus()
-    if device != "cpu" and found and torch.cuda.is_available():
-        return Device("cuda", f"cuda-{found[0].slug}", "cuda:0")
-    if device == "cuda":
-        raise MissingSoftware("device=cuda was asked for, but torch sees no GPU.", "Use device=cpu.")
-    return Device("cpu", "cpu", "cpu")
+    return torch_device.resolve(device, "TorchScript")
 
 
 def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -88,13 +80,7 @@ class TorchScriptRunner:
     def __init__(self, graph: Path, manifest: EngineManifest) -> None:
         import torch
 
-        if manifest.provider.startswith("cuda") and not torch.cuda.is_available():
-            raise MissingSoftware(
-                "This engine was built for a GPU and torch sees none.", "Build it again with device=cpu."
-            )
-        if manifest.provider.startswith("cuda"):
-            # Convolutions default to TF32, which is not the float32 that was checked; holds for the process.
-            torch.backends.cudnn.allow_tf32 = False
+        torch_device.prepare(manifest.provider)
         threads = Settings(**manifest.settings).threads
         if threads:
             torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,15 @@ MAX_DRIFT = 0.10
 MAX_BUSY = 0.10
 
 Progress = Callable[[float], None]
+Clock = Callable[[Callable[[], object]], float]
+"""Runs a call to its end and says how many seconds it took."""
+
+
+class Runs(Protocol):
+    """What can be timed."""
+
+    def run(self, images: Any) -> object:
+        """One run."""
 
 
 class Samples(BaseModel):
@@ -141,12 +150,12 @@ def measure_latency(
                     for role in order.permutation(roles).tolist()
                 }
                 images = {role: _images(session, batch) for role, session in sessions.items()}
-                sitting = _interleave(sessions, images, seconds / SITTINGS, order, lambda s: advance(s / SITTINGS))
+                sitting = interleave(sessions, images, seconds / SITTINGS, order, lambda s: advance(s / SITTINGS))
             for role in roles:
                 times[role].append(sitting[role])
         samples += [_summary(role, named[role], batch, times[role]) for role in roles]
         ratios += [
-            _ratio(faster, reference, batch, times)
+            paired_ratio(faster, reference, batch, times)
             for index, reference in enumerate(roles)
             for faster in roles[index + 1 :]
         ]
@@ -192,21 +201,33 @@ def _images(session: Session, batch: int) -> NDArray[Any]:
     return generator.standard_normal((batch, 3, size, size), dtype=np.float32)
 
 
-def _interleave(
-    sessions: Mapping[str, Session],
-    images: Mapping[str, NDArray[Any]],
+def wall_clock(run: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def interleave(
+    sessions: Mapping[str, Runs],
+    images: Mapping[str, Any],
     seconds: float,
     order: np.random.Generator,
     advance: Progress,
+    clock: Clock = wall_clock,
 ) -> dict[str, list[float]]:
-    """Seconds a run, by role; the i-th samples of all roles belong to one round."""
+    """Seconds a run by `clock`, by role; the i-th samples of all roles belong to one round."""
     roles = list(sessions)
+
+    def turn(role: str) -> float:
+        return clock(lambda: sessions[role].run(images[role]))
+
     for role in roles:
         deadline = time.perf_counter() + WARM_UP_SECONDS
         for _ in range(2):
-            sessions[role].run(images[role])
+            turn(role)
         while time.perf_counter() < deadline:
-            sessions[role].run(images[role])
+            turn(role)
     times: dict[str, list[float]] = {role: [] for role in roles}
     begin = time.perf_counter()
     done = 0.0
@@ -214,10 +235,8 @@ def _interleave(
     # clocks, which in service, where one engine runs again and again, is the engine's own.
     for number in range(1, MAX_ROUNDS + 1):
         for role in order.permutation(roles).tolist():
-            sessions[role].run(images[role])
-            start = time.perf_counter()
-            sessions[role].run(images[role])
-            times[role].append(time.perf_counter() - start)
+            turn(role)
+            times[role].append(turn(role))
         share = max((time.perf_counter() - begin) / seconds, number / MAX_ROUNDS)
         share = min(1.0, share, number / MIN_ROUNDS)
         advance(share - done)
@@ -252,7 +271,8 @@ def _drift(values: NDArray[Any]) -> float:
     return float(np.median(values[-third:]) / np.median(values[:third]) - 1)
 
 
-def _ratio(engine: str, reference: str, batch: int, times: Mapping[str, Sequence[Sequence[float]]]) -> Ratio:
+def paired_ratio(engine: str, reference: str, batch: int, times: Mapping[str, Sequence[Sequence[float]]]) -> Ratio:
+    """The ratio of two roles from their seconds by role, one list a sitting."""
     sittings = [np.array(slow) / np.array(fast) for slow, fast in zip(times[reference], times[engine], strict=True)]
     paired = np.concatenate(sittings)
     low, high = bootstrap_median(sittings)

@@ -27,11 +27,13 @@ from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.evidence.selection import Difference, Observation, differences, same_sets
 from ztp_deploy.exporters import load_artifact
 from ztp_deploy.exporters.graph import InferenceGraph
-from ztp_deploy.manifest import manifest_sha256, write_text
+from ztp_deploy.manifest import ArtifactManifest, manifest_sha256, write_text
 from ztp_deploy.plan import Geometry, Plan
 from ztp_deploy.pruning.prune import PrunedModel, prune
 
 PARITY_FILE = "parity.json"
+_RUNNABLE = ("onnx", "torch_export")
+"""Formats whose graph can be run as it stands, before an engine changes it."""
 
 Progress = Callable[[int], None]
 
@@ -239,9 +241,23 @@ def check_parity(
     return report
 
 
+def compare_with_eager(
+    pruned: PrunedModel, runner: Runner, images: ImageSet, precision: str, name: str = "engine", batch: int = 8
+) -> Edge:
+    """The one edge from eager PyTorch in float32 to whatever runs the same plan; `images` are float32."""
+    graph = InferenceGraph(pruned, "float32")
+    nothing: Progress = lambda count: None  # noqa: E731
+    observations = {
+        "eager": _observe_eager(graph, images.pixels, nothing),
+        name: _observe(runner, images.pixels, graph.output_names, batch, 1, nothing),
+    }
+    geometry = pruned.host.geometry
+    return _compare("eager", name, observations, runner, 1, graph, geometry, TOLERANCES[precision], images)
+
+
 def expected_steps(images: int, format: str) -> int:
     """How many image passes `check_parity` reports to its progress callback."""
-    return images * (3 if format == "onnx" else 2)
+    return images * (3 if format in _RUNNABLE else 2)
 
 
 def _named(pixels: NDArray[Any]) -> ImageSet:
@@ -251,22 +267,29 @@ def _named(pixels: NDArray[Any]) -> ImageSet:
 def _exported_runner(engine: Engine, notes: list[str]) -> tuple[Runner, Tolerance] | None:
     """Runs the exported graph as it stands, where the format is not itself the engine's file; with its bounds."""
     manifest = engine.manifest
-    if manifest.format != "onnx":
+    if manifest.format not in _RUNNABLE:
         return None
-    from ztp_deploy.backends import onnxruntime
-
     directory = (engine.directory / manifest.artifact).resolve()
     try:
         artifact = load_artifact(directory)
         if manifest_sha256(directory) != manifest.artifact_sha256:
             raise BadRequest("It is not the export this engine was built from.")
-        precision = artifact.manifest.precision
-        if precision == "bf16":
-            raise BadRequest("ONNX Runtime has no bf16 kernels for the CPU.")
-        return onnxruntime.open_unoptimised(directory, artifact.manifest), TOLERANCES[precision]
+        return _open_exported(directory, artifact.manifest), TOLERANCES[artifact.manifest.precision]
     except ZtpError as error:
         notes.append(f"The exported graph could not be checked on its own: {error.problem}")
         return None
+
+
+def _open_exported(directory: Path, manifest: ArtifactManifest) -> Runner:
+    if manifest.format == "torch_export":
+        from ztp_deploy.exporters.torch_export import ProgramRunner
+
+        return ProgramRunner(directory, manifest)
+    from ztp_deploy.backends import onnxruntime
+
+    if manifest.precision == "bf16":
+        raise BadRequest("ONNX Runtime has no bf16 kernels for the CPU.")
+    return onnxruntime.open_unoptimised(directory, manifest)
 
 
 def _observe_eager(

@@ -28,6 +28,7 @@ from ztp_deploy.pruning.prune import PrunedModel
 
 FORMATS: dict[str, str] = {
     "onnx": "ztp_deploy.exporters.onnx",
+    "torch_export": "ztp_deploy.exporters.torch_export",
     "torchscript": "ztp_deploy.exporters.torchscript",
 }
 EXPORTER_VERSION = 1
@@ -71,7 +72,7 @@ def export(
 ) -> Artifact:
     """Writes `directory` with the graph (dynamic batch) and its manifest, or returns it where it stands already.
 
-    `format`: "onnx" or "torchscript". `precision` other than fp32 leaves scores and logits in fp32. `input="uint8"` puts the normalisation into the graph.
+    `format`: "onnx", "torch_export" or "torchscript". `precision` other than fp32 leaves scores and logits in fp32. `input="uint8"` puts the normalisation into the graph.
     `image_batch` (at least 2) is the batch of the example that is traced. The graph's outputs are
     `logits`, then `kept_1`, `kept_2` … (int32, original patch positions).
     Raises BadRequest, WriteFailed, and GateFailed where the graph breaks the op vocabulary.

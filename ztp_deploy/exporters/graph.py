@@ -31,6 +31,8 @@ class InferenceGraph(nn.Module):
         super().__init__()
         self.pruned = pruned
         self.input = input
+        self.low: torch.dtype | None = None
+        """What the backbone computes in where that is not float32; set by `lower`."""
         preprocessing = pruned.source.preprocessing
         self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocessing.std).reshape(1, 3, 1, 1), persistent=False)
@@ -59,9 +61,9 @@ class InferenceGraph(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Float input as it is; uint8 pixels scaled to [0, 1], then (x − mean) / std."""
-        if self.input == "float32":
-            return images
-        return (images.to(torch.float32) / 255 - self.mean) / self.std
+        if self.input == "uint8":
+            images = (images.to(torch.float32) / 255 - self.mean) / self.std
+        return images if self.low is None else images.to(self.low)
 
     def example(self, batch: int) -> Tensor:
         """A traceable example batch: noise, the same on every machine."""
@@ -70,3 +72,14 @@ class InferenceGraph(nn.Module):
         if self.input == "uint8":
             return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         return torch.randn(shape, generator=generator)
+
+
+class AuditedGraph(nn.Module):
+    """`InferenceGraph.audited` as a module, for exporters that trace `forward`."""
+
+    def __init__(self, graph: InferenceGraph) -> None:
+        super().__init__()
+        self.inference = graph  # fx modules own the name "graph"
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.inference.audited(images)

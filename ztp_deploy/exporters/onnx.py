@@ -11,11 +11,10 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import Tensor, nn
 
 from ztp_deploy.errors import GateFailed
 from ztp_deploy.exporters import precision, vocabulary
-from ztp_deploy.exporters.graph import InferenceGraph
+from ztp_deploy.exporters.graph import AuditedGraph, InferenceGraph
 from ztp_deploy.plan import Plan
 
 SUMMARY = "dynamic batch; what ONNX Runtime, TensorRT and OpenVINO engines are built from"
@@ -71,20 +70,11 @@ def with_audit(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProt
     return audited
 
 
-class _Audited(nn.Module):
-    def __init__(self, graph: InferenceGraph) -> None:
-        super().__init__()
-        self.inference = graph  # fx modules own the name "graph"
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.inference.audited(images)
-
-
 def _traced(graph: InferenceGraph, image_batch: int) -> onnx.ModelProto:
     names = [*graph.output_names, *graph.audit_names]
     with _quiet(), torch.inference_mode(False), torch.no_grad():
         program = torch.onnx.export(
-            _Audited(graph),
+            AuditedGraph(graph),
             (graph.example(image_batch),),
             dynamo=True,
             opset_version=OPSET,

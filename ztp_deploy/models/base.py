@@ -95,6 +95,10 @@ class Host(Protocol):
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks in order; each maps tokens to tokens by itself."""
 
+    @property
+    def classifiers(self) -> Sequence[nn.Module]:
+        """The linear layers that yield the logits."""
+
     def mix(self, block: nn.Module, tokens: Tensor) -> Tensor:
         """The attention half of a block with its residual, fused as the family does it."""
 

@@ -112,6 +112,11 @@ class TimmVitHost:
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.blocks)
 
+    @property
+    def classifiers(self) -> Sequence[nn.Module]:
+        names = ("head", "head_dist")
+        return [getattr(self.model, name) for name in names if hasattr(self.model, name)]
+
     def embed(self, images: Tensor) -> Tensor:
         model = self.model
         tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))

@@ -1,0 +1,98 @@
+"""What is AOTInductor's own: fixed batches, lower precision, the CPU it was compiled for, a missing compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy import environment
+from ztp_deploy.backends import aotinductor
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """The smallest thing there is to compile: two blocks, nothing pruned."""
+    model = tiny.model(size=tiny.SIZE.model_copy(update={"depth": 2}))
+    return ztp.prune(model, ztp.make_plan(model, "dense"))
+
+
+@pytest.fixture(scope="module")
+def half(dense, tmp_path_factory):
+    return ztp.export(dense, "torch_export", tmp_path_factory.mktemp("half") / "a", precision="bf16")
+
+
+def test_a_fixed_batch_in_bf16_on_one_thread(dense, half, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    before = set(os.listdir(tempfile.gettempdir()))
+    engine = ztp.build(
+        half, "aotinductor", device="cpu", precision="bf16", batch=1, directory="engine", settings={"threads": 1}
+    )
+    threads = torch.get_num_threads()
+    images = tiny.images(1)
+    try:
+        with ztp.load_engine(engine.directory) as session:
+            assert torch.get_num_threads() == 1
+            logits = session.run(images)
+            with pytest.raises(BadRequest, match="range 1 to 1"):
+                session.run(tiny.images(2))
+    finally:
+        torch.set_num_threads(threads)
+    with torch.inference_mode():
+        expected = dense(torch.from_numpy(images)).numpy()
+    assert 0 < np.abs(logits - expected).max() / expected.std() < 0.1
+    assert engine.manifest.built["isa"]
+    assert "--version" not in engine.manifest.built["compiler"]
+    # Nothing on the terminal, nothing beside the engine, no compiler's litter.
+    assert capfd.readouterr() == ("", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
+    assert {path.name for path in (tmp_path / "engine").iterdir()} == {"model.pt2", "manifest.json"}
+    assert not {name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("torchinductor")}
+
+
+def test_an_engine_for_another_cpu_is_refused_before_it_runs(aotinductor_engine, tmp_path):
+    flags = aotinductor_engine.manifest.built["cpu_flags"]
+    assert set(flags) == environment.instruction_flags()
+    copy = tmp_path / "copy"
+    shutil.copytree(aotinductor_engine.directory, copy)
+    tiny.reseal(copy, built={**aotinductor_engine.manifest.built, "cpu_flags": [*flags, "avx4096"]})
+    with pytest.raises(MissingSoftware, match="compiled for a CPU with avx4096, which this one lacks"):
+        ztp.load_engine(copy)
+
+
+def test_without_a_compiler_it_is_one_sentence(half, tmp_path):
+    from torch._inductor import config
+
+    without = config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with without, pytest.raises(MissingSoftware, match="no working compiler"):
+        ztp.build(half, "aotinductor", device="cpu", precision="bf16", directory=tmp_path / "e")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_gives_up_is_one_sentence(half, tmp_path, capfd):
+    """A compiler that answers to its version and then fails, as a broken installation does."""
+    from torch._inductor import config
+
+    fake = tmp_path / "bin" / "g++"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/sh\ncase "$1" in --version|-v) exec /usr/bin/g++ "$@";; esac\necho many lines >&2; exit 1\n'
+    )
+    fake.chmod(0o755)
+    with config.patch({"cpp.cxx": (None, str(fake))}), pytest.raises(GateFailed, match="could not compile"):
+        ztp.build(half, "aotinductor", device="cpu", precision="bf16", batch=1, directory=tmp_path / "e")
+    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_settings():
+    assert aotinductor.parse_settings({}) == {"threads": 0, "max_autotune": False}
+    with pytest.raises(BadRequest, match="aotinductor does not take cache"):
+        aotinductor.parse_settings({"cache": 1})

@@ -1,0 +1,227 @@
+"""The GPU report, run on the CPU: resumed, honest about what is missing or fails, rendered."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy import environment
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.evidence import gpu_report, gpu_runtimes, latency
+from ztp_deploy.evidence.gpu_report import GpuReport, Grid, measure_gpu
+from ztp_deploy.evidence.gpu_runtimes import Job, open_job
+from ztp_deploy.evidence.images import load_images
+from ztp_deploy.evidence.report.gpu import render_gpu_report
+from ztp_deploy.methods.slice import twin_of
+
+SMALL = tiny.SIZE.model_copy(update={"depth": 2})
+
+
+def plans(model):
+    pruned = ztp.make_plan(model, ratio=0.7, sites=[1], options={"rounds": 2})
+    return {"dense": ztp.make_plan(model, "dense"), "pruned": pruned, "slice": twin_of(pruned)}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Where artifacts and engines stand, for all tests."""
+    return tmp_path_factory.mktemp("built")
+
+
+@pytest.fixture
+def grid(built, monkeypatch):
+    monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(latency, "MAX_ROUNDS", latency.MIN_ROUNDS)
+    return Grid(
+        models=("deit_t",),
+        runtimes=("eager", "tensorrt_rtx", "onnxruntime"),
+        precisions=("fp32",),
+        batches=(1, 2),
+        device="cpu",
+        weights="random",
+        export_root=built / "export",
+        engines_root=built / "engines",
+        load=lambda name, weights: tiny.model(name, SMALL),
+        plans=plans,
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_rtx(monkeypatch):
+    """TensorRT-RTX is the runtime that is not here."""
+    monkeypatch.setattr(
+        gpu_runtimes,
+        "unavailable",
+        lambda runtime, precision: "pip install tensorrt-rtx." if runtime == "tensorrt_rtx" else None,
+    )
+    version = gpu_runtimes.version_of
+    monkeypatch.setattr(gpu_runtimes, "version_of", lambda runtime: "" if "rtx" in runtime else version(runtime))
+
+
+def test_an_interrupted_report_goes_on_and_measures_nothing_twice(grid, tmp_path):
+    path = tmp_path / "gpu" / "here.json"
+    timed = []
+
+    def interrupt(title):
+        timed.append(title)
+        if "onnxruntime" in title:  # after eager's two cells and the missing ones
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_gpu(grid, path, advance=interrupt)
+    first = GpuReport.model_validate_json(path.read_bytes())
+    assert [(row.runtime, row.batch, row.plan, row.status) for row in first.rows] == [
+        *(("eager", batch, plan, "measured") for batch in (1, 2) for plan in ("dense", "pruned", "slice")),
+        *(("tensorrt_rtx", batch, plan, "missing") for batch in (1, 2) for plan in ("dense", "pruned", "slice")),
+    ]
+    again = []
+    progress = measure_gpu(grid, path, advance=again.append, command="ztp gpu-report")
+    assert not [title for title in again if "eager" in title]
+    assert (progress.done, progress.cells) == (6, 6)
+    report = GpuReport.model_validate_json(path.read_bytes())
+    assert report.rows[: len(first.rows)] == first.rows
+    assert len({row.key for row in report.rows}) == len(report.rows) == 18
+    assert [row.session for row in report.rows] == [0] * 12 + [1] * 6
+    assert report.sessions[1].command == "ztp gpu-report"
+    third = []
+    assert measure_gpu(grid, path, advance=third.append).report == report
+    assert third == []
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_rows_hold_what_was_measured(grid, tmp_path):
+    report = measure_gpu(grid, tmp_path / "r.json").report
+    assert json.loads((tmp_path / "r.json").read_text())["schema"] == "ztp.gpu/1"
+    for row in report.rows:
+        if row.runtime == "tensorrt_rtx":
+            assert (row.status, row.reason, row.milliseconds) == ("missing", "pip install tensorrt-rtx.", [])
+            continue
+        assert (row.status, row.parity, row.weights) == ("measured", "holds", "random")
+        assert row.worst_logit < 1e-4
+        assert len(row.milliseconds) == latency.MIN_ROUNDS
+        assert row.median == pytest.approx(np.median(row.milliseconds), abs=1e-3)
+        assert row.images_per_second == pytest.approx(row.batch * 1e3 / row.median)
+        assert (row.speedup is None) == (row.plan == "dense")
+        if row.speedup:
+            assert row.speedup.low <= row.speedup.speedup <= row.speedup.high
+            assert (row.speedup.engine, row.speedup.reference) == (row.plan, "dense")
+    assert report.gpu == "none: run on the CPU"
+    assert report.sessions[0].before["absent"]
+
+
+def test_the_table_names_gpu_runtimes_and_what_is_missing(grid, tmp_path):
+    report = measure_gpu(grid, tmp_path / "r.json").report
+    report.gpu = "NVIDIA Test"
+    report.sessions[0].before = report.sessions[-1].after = {"clocks.sm": "1980", "temperature.gpu": "41"}
+    text = render_gpu_report(report)
+    lines = text.splitlines()
+    assert (
+        lines[0]
+        == "| model | runtime | precision | batch | dense: ms an image | pruned over dense | slice over dense |"
+    )
+    assert len([line for line in lines if line.startswith("| deit_t |")]) == 4
+    dense = next(row for row in report.rows if row.plan == "dense")
+    pruned = next(row for row in report.rows if row.plan == "pruned")
+    assert f"| deit_t | eager | fp32 | 1 | {dense.median:.3f} | **{pruned.speedup.speedup:.2f} ×**" in text
+    assert "- tensorrt_rtx, missing (6 rows): pip install tensorrt-rtx." in text
+    assert "NVIDIA Test" in text
+    assert "clocks.sm 1980 → 1980" in text
+    assert "Random weights" in text
+
+
+def test_a_failing_parity_is_a_row_and_not_a_crash(grid, tmp_path, monkeypatch):
+    opened = gpu_runtimes._Module.outputs
+
+    def wrong(self, images, audited):
+        outputs = opened(self, images, audited)
+        return outputs | {"logits": outputs["logits"] * (1.5 if self._job.plan.method == "slice" else 1)}
+
+    monkeypatch.setattr(gpu_runtimes._Module, "outputs", wrong)
+    one = Grid(**{**vars(grid), "runtimes": ("eager",), "batches": (1,)})
+    rows = {row.plan: row for row in measure_gpu(one, tmp_path / "r.json").report.rows}
+    assert rows["pruned"].status == "measured"
+    assert (rows["slice"].status, rows["slice"].parity, rows["slice"].milliseconds) == ("failed", "fails", [])
+    assert rows["slice"].reason.startswith("parity: on the same tokens logits differ")
+
+
+def test_a_runtime_that_breaks_is_a_row_and_the_next_goes_on(grid, tmp_path, monkeypatch):
+    def out_of_memory(self, images):
+        if len(images) == 2:
+            raise RuntimeError("CUDA out of memory.\nmuch more text")
+        return real(self, images)
+
+    real = gpu_runtimes._Module.run
+    monkeypatch.setattr(gpu_runtimes._Module, "run", out_of_memory)
+    one = Grid(**{**vars(grid), "runtimes": ("eager",)})
+    rows = measure_gpu(one, tmp_path / "r.json").report.rows
+    assert {row.status for row in rows if row.batch == 1} == {"measured"}
+    assert {(row.status, row.reason) for row in rows if row.batch == 2} == {
+        ("failed", "RuntimeError: CUDA out of memory.")
+    }
+
+
+def test_spent_time_ends_the_call_between_cells(grid, tmp_path):
+    progress = measure_gpu(grid, tmp_path / "r.json", minutes=0)
+    assert (progress.done, progress.cells, progress.report.rows) == (0, 6, [])
+
+
+def test_another_version_is_measured_anew(grid, tmp_path, monkeypatch):
+    one = Grid(**{**vars(grid), "runtimes": ("eager",), "batches": (1,)})
+    measure_gpu(one, tmp_path / "r.json")
+    monkeypatch.setattr(gpu_runtimes, "version_of", lambda runtime: "99")
+    rows = measure_gpu(one, tmp_path / "r.json").report.rows
+    assert [(row.version, row.session) for row in rows] == [("99", 1)] * 3
+
+
+def test_torch_compile_equals_eager_in_bf16(grid):
+    model = tiny.model("deit_t", SMALL)
+    job = Job(
+        model, plans(model)["dense"], "torch_compile", "bf16", "cpu", 2, grid.export_root, grid.engines_root
+    )  # fmt: skip
+    one = open_job(job)
+    [edge] = one.edges(load_images(None, model.source.preprocessing, "float32", 8))
+    assert edge.holds
+    assert 1e-4 < edge.worst_logit < 0.15
+    logits = one.run(torch.zeros(2, 3, 96, 96))[0]
+    assert (logits.shape, logits.dtype) == ((2, 10), torch.float32)
+    one.close()
+
+
+def test_refusals(grid, tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    monkeypatch.setattr(environment, "gpus", lambda: ())
+    with pytest.raises(MissingSoftware, match="needs an NVIDIA GPU"):
+        measure_gpu(Grid(), path)
+    for wrong in ({"runtimes": ("cuda",)}, {"precisions": ("int3",)}, {"batches": ()}, {"device": "tpu"}):
+        with pytest.raises(BadRequest, match="does not know"):
+            measure_gpu(Grid(**{**vars(grid), **wrong}), path)
+    path.write_text("{}")
+    with pytest.raises(DamagedFiles, match="no GPU report"):
+        measure_gpu(grid, path)
+    path.write_text(GpuReport(gpu="NVIDIA Other", clock="CUDA events").to_json())
+    with pytest.raises(BadRequest, match="measured on NVIDIA Other"):
+        measure_gpu(grid, path)
+    assert gpu_report.report_path(tmp_path, "cuda") == tmp_path / "gpu" / "none.json"
+
+
+def test_nvidia_smi_is_asked_for_clocks(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "not on this machine" in environment.gpu_state()["absent"]
+    tool = tmp_path / "nvidia-smi"
+    answer = "NVIDIA Test, 580.1, P0, 1980, 2619, 1980, 41, 210.5, 700.0, 3"
+    tool.write_text(f'#!/bin/sh\necho "{answer}"\n')
+    tool.chmod(0o755)
+    state = environment.gpu_state()
+    assert (state["clocks.sm"], state["temperature.gpu"], state["power.draw"]) == ("1980", "41", "210.5")
+    tool.write_text("#!/bin/sh\necho nothing\n")
+    assert "not known" in environment.gpu_state()["absent"]
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert "did not answer" in environment.gpu_state()["absent"]
+    assert shutil.which("nvidia-smi") == os.fspath(tool)

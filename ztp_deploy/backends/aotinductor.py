@@ -1,0 +1,244 @@
+"""AOTInductor: torch's compiler ahead of time, CPU or CUDA; C++ loads the same file.
+
+An engine is `model.pt2`, which holds a shared library: it is code, load only what you built. Its outputs are the
+manifest's `outputs`, then its `audit` scores: an audit asks the very code that ships.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ztp_deploy import environment
+from ztp_deploy.backends import torch_device
+from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.settings import parse
+from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
+from ztp_deploy.manifest import EngineManifest
+
+SUMMARY = "AOTInductor: compiled by torch ahead of time, CPU or CUDA; runs without Python too"
+FORMAT = "torch_export"
+DEVICES: tuple[str, ...] = ("cpu", "cuda")
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
+CALIBRATED: tuple[str, ...] = ()
+PACKAGE_FILE = "model.pt2"
+
+
+class Settings(BaseModel):
+    """How the package is compiled.
+
+    `threads` 0: as many as torch uses where the engine is opened; else that many, compiled in and set for the
+    whole process. `max_autotune` tries kernels at the optimal batch and keeps the fastest: a build takes minutes longer.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threads: int = Field(default=0, ge=0, le=1024)
+    max_autotune: bool = False
+
+
+def missing() -> str | None:
+    """The pip package to install, None when it is here."""
+    return None if environment.installed("torch") else "torch"
+
+
+def version() -> str:
+    """torch's version."""
+    return environment.installed("torch") or "none"
+
+
+def resolve_device(device: str) -> Device:
+    """`auto` takes CUDA where torch sees a GPU, else the CPU."""
+    return torch_device.resolve(device, "AOTInductor")
+
+
+def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """See `Settings`."""
+    return parse(Settings, settings, "aotinductor")
+
+
+def graph_precision(precision: str) -> str:
+    """The program is compiled as it is."""
+    return precision
+
+
+def unrunnable(device: Device) -> str | None:
+    """A GPU engine needs a GPU."""
+    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
+
+
+def build(job: BuildJob) -> dict[str, Any]:
+    """Compiles `model.pt2` and reports the instruction set it was compiled for.
+
+    The compiler works in a scratch folder of its own, which goes whatever happens.
+    Raises MissingSoftware (no C++ compiler) and GateFailed (the compiler gave up).
+    """
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    from ztp_deploy.exporters.torch_export import GRAPH_FILE, read
+
+    torch_device.prepare(job.device.provider)
+    with _quiet(), _scratch(job.directory):
+        compiler = _compiler()
+        program = _placed(read(job.artifact.directory / GRAPH_FILE), job)
+        job.advance(0.1)
+        package = _compile(program, job, Settings(**job.settings))
+        isa = str(pick_vec_isa())
+    # Through memory: torch's own file writer aborts the process on a full disk.
+    (job.directory / PACKAGE_FILE).write_bytes(package)
+    job.advance(0.9)
+    return {"compiler": compiler, "isa": isa, "cpu_flags": sorted(environment.instruction_flags())}
+
+
+def open_runner(directory: Path, manifest: EngineManifest) -> AotInductorRunner:
+    """Opens `model.pt2`, which is code: its hash was checked, load only what you built.
+
+    Raises MissingSoftware where this CPU lacks instructions that the code was compiled for.
+    """
+    return AotInductorRunner(directory / PACKAGE_FILE, manifest)
+
+
+class AotInductorRunner:
+    """One loaded package; its code runs one call at a time, further threads wait."""
+
+    def __init__(self, package: Path, manifest: EngineManifest) -> None:
+        import torch
+        from torch._inductor import aoti_load_package
+
+        # The process would be killed by the first instruction that is not there.
+        lacking = set(manifest.built.get("cpu_flags", ())) - environment.instruction_flags()
+        if lacking:
+            raise MissingSoftware(
+                f"This engine was compiled for a CPU with {', '.join(sorted(lacking))}, which this one lacks.",
+                "Build it again on this machine.",
+            )
+        torch_device.prepare(manifest.provider)
+        threads = Settings(**manifest.settings).threads
+        if threads:
+            torch.set_num_threads(threads)
+        self._manifest = manifest
+        self._names = (*manifest.outputs, *manifest.audit)
+        try:
+            with _quiet():
+                self._model: Any = aoti_load_package(str(package))
+        except Exception as error:  # a damaged archive raises anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DamagedFiles(f"torch cannot open {package}: {reason}.", "Build the engine again.") from error
+
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._run(images, self._manifest.outputs)
+
+    def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._run(images, self._names)
+
+    def close(self) -> None:
+        self._model = None
+
+    def compute(self, images: Any) -> tuple[Any, ...]:
+        """All outputs for a tensor on the engine's device; nothing is copied."""
+        import torch
+
+        if self._model is None:
+            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
+        with torch.inference_mode():
+            return tuple(self._model(images))
+
+    def _run(self, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        import torch
+
+        values = self.compute(torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider))
+        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=False)}
+
+
+def _placed(program: Any, job: BuildJob) -> Any:
+    """The program on the job's device; traced anew where the batch is fixed or kernels are tried out at it."""
+    from torch.export import Dim
+    from torch.export.passes import move_to_device_pass
+
+    from ztp_deploy.exporters.torch_export import export_module
+
+    span = job.batch
+    if span.min == span.max or job.settings["max_autotune"]:
+        [example] = program.example_inputs[0]
+        fixed = span.min == span.max
+        # A batch of 1 is a special case to the tracer and would be the only one.
+        wanted = span.opt if fixed else max(2, span.opt)
+        example = example[:1].expand(wanted, *example.shape[1:]).contiguous()
+        batch = None if fixed else Dim("batch", min=span.min, max=max(2, span.max))
+        program = export_module(program.module(), example, batch)
+    return move_to_device_pass(program, job.device.provider) if job.device.name == "cuda" else program
+
+
+def _compile(program: Any, job: BuildJob, settings: Settings) -> bytes:
+    from torch._inductor import aoti_compile_and_package
+
+    options: dict[str, Any] = {"max_autotune": settings.max_autotune}
+    if job.device.name == "cpu":
+        options |= {"cpp.threads": settings.threads} if settings.threads else {"cpp.dynamic_threads": True}
+    buffer = io.BytesIO()
+    try:
+        aoti_compile_and_package(program, package_path=buffer, inductor_configs=options)
+    except OSError:
+        raise
+    except Exception as error:  # compilers of three languages, each with errors of its own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+        raise GateFailed(
+            f"AOTInductor could not compile the program for {job.device.name}: {type(error).__name__}: {reason}.",
+            "Try other settings, or another back end (`ztp list`).",
+        ) from error
+    return buffer.getvalue()
+
+
+def _compiler() -> str:
+    """The C++ compiler's version. Raises MissingSoftware where there is none that works."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        done = subprocess.run([get_cpp_compiler(), "--version"], capture_output=True, text=True, check=True)
+    except Exception as error:  # torch's own exception says that none was found
+        raise MissingSoftware(
+            "AOTInductor compiles C++ and found no working compiler.",
+            "Install one (apt-get install g++), or name it in the variable CXX.",
+        ) from error
+    return done.stdout.splitlines()[0]
+
+
+@contextlib.contextmanager
+def _scratch(directory: Path) -> Iterator[None]:
+    """A cache for the compiler beside the engine being made, gone at the end."""
+    from torch._inductor.utils import fresh_cache
+
+    with tempfile.TemporaryDirectory(dir=directory, prefix="compile-") as folder, fresh_cache(dir=folder):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what the compiler says to developers of torch off the user's terminal."""
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "torch"]
+    loggers = [logging.getLogger(name) for name in {"torch", *names}]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

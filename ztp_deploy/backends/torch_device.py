@@ -1,0 +1,33 @@
+"""The devices of back ends that torch itself runs."""
+
+from __future__ import annotations
+
+from ztp_deploy import environment
+from ztp_deploy.backends.base import Device
+from ztp_deploy.errors import BadRequest, MissingSoftware
+
+
+def resolve(device: str, backend: str) -> Device:
+    """`auto` takes CUDA where torch sees a GPU, else the CPU. Raises BadRequest and MissingSoftware."""
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadRequest(f"{backend} knows no device {device!r}.", "Use auto, cpu or cuda.")
+    found = environment.gpus()
+    if device != "cpu" and found and torch.cuda.is_available():
+        return Device("cuda", f"cuda-{found[0].slug}", "cuda:0")
+    if device == "cuda":
+        raise MissingSoftware("device=cuda was asked for, but torch sees no GPU.", "Use device=cpu.")
+    return Device("cpu", "cpu", "cpu")
+
+
+def prepare(provider: str) -> None:
+    """Readies the process for engines on `cpu` or `cuda:0`. Raises MissingSoftware where torch sees no GPU."""
+    import torch
+
+    if not provider.startswith("cuda"):
+        return
+    if not torch.cuda.is_available():
+        raise MissingSoftware("This engine was built for a GPU and torch sees none.", "Build it again with device=cpu.")
+    # Convolutions default to TF32, which is not the float32 that was checked; holds for the process.
+    torch.backends.cudnn.allow_tf32 = False

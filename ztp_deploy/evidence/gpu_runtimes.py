@@ -1,0 +1,214 @@
+"""What the GPU report compares: eager PyTorch, torch.compile and every engine, behind one face on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ztp_deploy import backends, environment
+from ztp_deploy.errors import MissingSoftware, ZtpError
+from ztp_deploy.evidence.images import ImageSet
+from ztp_deploy.evidence.latency import wall_clock
+from ztp_deploy.evidence.parity import PARITY_FILE, Edge, ParityReport, check_parity, compare_with_eager
+from ztp_deploy.exporters import check_precision
+from ztp_deploy.exporters.graph import InferenceGraph
+from ztp_deploy.exporters.lower import lower
+from ztp_deploy.manifest import manifest_sha256
+from ztp_deploy.plan import Plan
+from ztp_deploy.pruning.prune import prune
+from ztp_deploy.workflow import BuildRequest, Clock, build_engine, export_model
+
+IN_PROCESS = ("eager", "torch_compile")
+RUNTIMES = (*IN_PROCESS, "aotinductor", "onnxruntime", "tensorrt", "tensorrt_rtx")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be opened: a plan of a model in one precision on `cuda` or `cpu`, for batches up to `max_batch`."""
+
+    model: nn.Module
+    plan: Plan
+    runtime: str
+    precision: str
+    device: str
+    max_batch: int
+    export_root: Path
+    engines_root: Path
+
+
+class Opened(Protocol):
+    """A plan at work on the device."""
+
+    def run(self, images: Tensor) -> object:
+        """Images [B, 3, H, W] on the device; all outputs stay there."""
+
+    def edges(self, images: ImageSet) -> list[Edge]:
+        """Parity with eager PyTorch in float32 on the CPU."""
+
+    def close(self) -> None:
+        """Frees it."""
+
+
+def unavailable(runtime: str, precision: str) -> str | None:
+    """Why a runtime cannot be measured here in that precision, as a sentence; None where it can."""
+    if runtime in IN_PROCESS:
+        return None
+    if runtime not in backends.BACKENDS:
+        return f"this version of ztp_deploy has no back end {runtime}."
+    try:
+        module = backends.usable(runtime)
+        backends.check_precision(runtime, precision)
+        check_precision(module.FORMAT, module.graph_precision(precision))
+    except ZtpError as error:
+        return str(error)
+    return None
+
+
+def version_of(runtime: str) -> str:
+    """The version of what runs; empty where it is not installed."""
+    if runtime in IN_PROCESS:
+        return environment.installed("torch") or ""
+    if runtime not in backends.BACKENDS or backends.get(runtime).missing():
+        return ""
+    return backends.get(runtime).version()
+
+
+def open_job(job: Job) -> Opened:
+    """Exports, builds and opens what the job asks for; finished folders are used again.
+
+    Raises ZtpError where it cannot be had.
+    """
+    return _Module(job) if job.runtime in IN_PROCESS else _Engine(job)
+
+
+def clock_for(device: str) -> Callable[[Callable[[], object]], float]:
+    """CUDA events on a GPU, from an idle device to the end of the work; the wall clock on the CPU."""
+    return _cuda_events if device == "cuda" else wall_clock
+
+
+def _cuda_events(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+class _Module:
+    """The pruned module itself, plain or through torch.compile, lowered as the torch.export format is."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        graph = lower(InferenceGraph(prune(job.model, job.plan), "float32"), job.precision).to(job.device)
+        self._graph = graph
+        self._forward: Callable[[Tensor], tuple[Tensor, ...]] = graph
+        if job.runtime == "torch_compile":
+            # All plans share the code of one class: by default the ninth variant would silently run eagerly.
+            torch._dynamo.config.recompile_limit = 64
+            self._forward = torch.compile(graph, dynamic=True, fullgraph=True)
+
+    def run(self, images: Tensor) -> object:
+        with torch.inference_mode():
+            return self._forward(images)
+
+    def edges(self, images: ImageSet) -> list[Edge]:
+        pruned = prune(self._job.model, self._job.plan)
+        return [compare_with_eager(pruned, _Runner(self), images, self._job.precision)]
+
+    def close(self) -> None:
+        del self._graph, self._forward
+
+    def outputs(self, images: NDArray[Any], audited: bool) -> dict[str, NDArray[Any]]:
+        batch = torch.from_numpy(np.ascontiguousarray(images)).to(self._job.device)
+        names = (*self._graph.output_names, *(self._graph.audit_names if audited else ()))
+        with torch.inference_mode():
+            values = self._graph.audited(batch) if audited else self._forward(batch)
+        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)}
+
+
+class _Runner:
+    """The module as the parity gate sees engines. Scores are those of the module before torch.compile."""
+
+    def __init__(self, module: _Module) -> None:
+        self._module = module
+
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._module.outputs(images, audited=False)
+
+    def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._module.outputs(images, audited=True)
+
+    def close(self) -> None:
+        """Nothing of its own."""
+
+
+class _Engine:
+    """An engine of a back end, built into its canonical folder."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        module = backends.usable(job.runtime)
+        request = BuildRequest(
+            backend=job.runtime,
+            device=job.device,
+            precision=job.precision,
+            batch=f"1:{job.max_batch}:{job.max_batch}",
+            export_root=job.export_root,
+            engines_root=job.engines_root,
+        )
+        clock = Clock(_Silent())
+        graph_precision = module.graph_precision(job.precision)
+        artifact = export_model(job.model, job.plan, request, module.FORMAT, graph_precision, clock)
+        self._engine = build_engine(artifact, request, clock)
+        self._session = backends.load_engine(self._engine.directory)
+        runner: Any = self._session._runner
+        compute = getattr(runner, "run_tensors", None) or getattr(runner, "compute", None)
+        if compute is None:
+            self._session.close()
+            raise MissingSoftware(
+                f"{job.runtime} takes no tensors that lie on the device: copies would be timed.", "Use another runtime."
+            )
+        self._compute: Callable[[Tensor], object] = compute
+
+    def run(self, images: Tensor) -> object:
+        return self._compute(images)
+
+    def edges(self, images: ImageSet) -> list[Edge]:
+        standing = self._engine.evidence / PARITY_FILE
+        if standing.is_file():
+            report = ParityReport.model_validate_json(standing.read_bytes())
+            ours = manifest_sha256(self._engine.directory)
+            if (report.manifest_sha256, report.images_sha256) == (ours, images.sha256):
+                return report.edges
+        return check_parity(self._engine, self._job.model, images).edges
+
+    def close(self) -> None:
+        self._session.close()
+
+
+class _Silent:
+    """A monitor that shows nothing."""
+
+    def step(self, title: str, total: float | None) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext(lambda amount: None)
+
+    def warn(self, text: str) -> None:
+        """Nothing is shown; the report's rows say what matters."""
+
+
+def reason(error: Exception) -> str:
+    """One line on why something failed."""
+    if isinstance(error, ZtpError):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
