@@ -31,6 +31,7 @@ class TensorRT:
 
     FORMAT = "onnx"
     PRECISIONS = ("fp32", *LOW)
+    CALIBRATED: tuple[str, ...] = ()
 
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
