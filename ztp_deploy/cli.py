@@ -178,7 +178,9 @@ def build(
         )
         return
     only = ", not run" if engine.manifest.unproved else ""
-    out.print(f"Built{only} for {engine.manifest.backend} {engine.manifest.backend_version} on {engine.manifest.device}.")
+    out.print(
+        f"Built{only} for {engine.manifest.backend} {engine.manifest.backend_version} on {engine.manifest.device}."
+    )
     out.print(f"Engine: {engine.directory}", soft_wrap=True)
     out.print(f"Next: ztp check --engine {engine.directory}", soft_wrap=True)
 

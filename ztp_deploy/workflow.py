@@ -210,7 +210,8 @@ def check_runnable(request: BuildRequest) -> None:
     reason = module.unrunnable(module.resolve_device(request.device))
     if reason:
         raise MissingSoftware(
-            f"{name} engines cannot be measured on this machine: {reason}.", "`ztp engine` builds one without running it."
+            f"{name} engines cannot be measured on this machine: {reason}.",
+            "`ztp engine` builds one without running it.",
         )
 
 

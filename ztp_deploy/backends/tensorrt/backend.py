@@ -144,13 +144,17 @@ class TensorRT:
 
         # A graph without stages has nothing to audit: its one plan answers both.
         audit_file = AUDIT_FILE if manifest.audit else PLAN_FILE
-        return runtime.TensorRTRunner(execute(PLAN_FILE), partial(execute, audit_file), manifest.outputs, manifest.audit)
+        return runtime.TensorRTRunner(
+            execute(PLAN_FILE), partial(execute, audit_file), manifest.outputs, manifest.audit
+        )
 
     def _check_home(self, directory: Path, manifest: EngineManifest, settings: Settings) -> None:
         """Raises MissingSoftware for a plan of another GPU or version: the library would say it worse, or crash."""
         here = environment.gpus()
         if not here:
-            raise MissingSoftware(f"{directory} needs an NVIDIA GPU, and none was found.", "Open it where there is one.")
+            raise MissingSoftware(
+                f"{directory} needs an NVIDIA GPU, and none was found.", "Open it where there is one."
+            )
         if manifest.backend_version != self.version() and not settings.version_compatible:
             raise MissingSoftware(
                 f"{directory} was built with {self.library.title} {manifest.backend_version}; this is {self.version()}.",

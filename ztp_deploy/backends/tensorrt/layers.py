@@ -50,7 +50,7 @@ class Fusion:
 def read_layers(text: str) -> list[Layer]:
     """The layers in a message of the builder, or in what the inspector prints line by line."""
     layers = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines() would also part at the separators that TensorRT puts between nodes
         found = _LAYER.search(line)
         # A region that was not taken apart carries everything and proves nothing.
         if found is None or "ForeignNode" in found["name"]:
@@ -101,9 +101,7 @@ def check_engine_precision(layers: Sequence[Layer], low: frozenset[str], precisi
     carriers = {name: [layer for layer in layers if name in layer.carries] for name in low}
     # Beside the product itself, layers that prepare an operand carry its node: one that reads the type is enough.
     proved = {name for name, found in carriers.items() if any(wanted in layer.reads for layer in found)}
-    failed = sorted(
-        name for name in low - proved if any("Float" in layer.reads for layer in carriers[name])
-    )
+    failed = sorted(name for name in low - proved if any("Float" in layer.reads for layer in carriers[name]))
     if failed:
         raise GateFailed(
             f"{precision} was asked for, but {len(failed)} of {len(low)} matrix products run in float32, "

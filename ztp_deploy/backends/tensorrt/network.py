@@ -73,6 +73,7 @@ def check_precision(trt: Any, network: tensorrt.INetworkDefinition, model: onnx.
     if wrong or not count:
         found = f"{wrong[0]} and {len(wrong) - 1} more are not" if wrong else "no matrix product is"
         raise GateFailed(
-            f"{precision} was asked for, but in TensorRT's network {found}.", "Export the graph in that precision again."
+            f"{precision} was asked for, but in TensorRT's network {found}.",
+            "Export the graph in that precision again.",
         )
     return count

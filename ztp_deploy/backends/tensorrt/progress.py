@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -101,6 +101,9 @@ def interruptible(work: Callable[[], T], progress: Progress) -> T:
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorrt-build") as pool:
         future = pool.submit(work)
         try:
+            # In pieces: a signal that another thread received does not wake a thread that waits for good.
+            while not wait([future], timeout=0.1).done:
+                pass
             result = future.result()
         except BaseException:
             progress.cancelled.set()

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ztp_deploy.backends.tensorrt.library import Library, listening, logger
+from ztp_deploy.backends.tensorrt.library import Library, listening
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def inspect(library: Library, path: Path) -> str:
 class _Lane:
     """An execution context with the buffers it writes to, and the graph that replays it."""
 
-    context: Any
+    context: tensorrt.IExecutionContext
     buffers: dict[str, Tensor] = field(default_factory=dict)
     graph: Any = None
 
@@ -84,14 +84,14 @@ class Executor:
     of its own: a recorded graph is bound to the shapes and addresses it was recorded with.
     """
 
-    def __init__(self, engine: Any, *, largest: int, device: str, cuda_graph: bool) -> None:
+    def __init__(self, engine: tensorrt.ICudaEngine, *, largest: int, device: str, cuda_graph: bool) -> None:
         self._engine = engine
         self._largest = largest
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._cuda_graph = cuda_graph
         self._lock = threading.Lock()
         self._lanes: dict[int, _Lane] = {}
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT"]
         self.outputs = [name for name in names if name not in self.inputs]
@@ -101,7 +101,7 @@ class Executor:
         with self._lock:
             if self._stream is None:
                 return self._execute(images, 0)
-            caller = torch.cuda.current_stream(self._device)
+            caller = torch.cuda.current_stream(self.device)
             self._stream.wait_stream(caller)
             with torch.cuda.stream(self._stream):
                 outputs = self._execute(images, self._stream.cuda_stream)
@@ -155,7 +155,7 @@ class Executor:
         for name in self.outputs:
             shape = tuple(lane.context.get_tensor_shape(name))
             dtype = _DTYPES[self._engine.get_tensor_dtype(name).name]
-            lane.buffers[name] = torch.empty((largest, *shape[1:]), dtype=dtype, device=self._device)
+            lane.buffers[name] = torch.empty((largest, *shape[1:]), dtype=dtype, device=self.device)
             lane.context.set_tensor_address(name, lane.buffers[name].data_ptr())
 
     def _enqueue(self, lane: _Lane, stream: int) -> None:
@@ -172,7 +172,7 @@ class Executor:
         """Frees contexts, buffers and engine."""
         with self._lock:
             self._lanes.clear()
-            self._engine = None
+            del self._engine
 
 
 class TensorRTRunner:
