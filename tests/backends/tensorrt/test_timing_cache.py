@@ -23,10 +23,12 @@ def test_there_is_one_file_per_library_version_and_device(monkeypatch, tmp_path)
     assert timing_cache.directory() == tmp_path / ".cache" / "ztp_deploy" / "tensorrt"
 
 
+# The module alone: its package would load torch, in every process.
 ADD_LINES = """
-import sys
+import runpy, sys
 from pathlib import Path
-from ztp_deploy.backends.tensorrt import timing_cache
+from types import SimpleNamespace
+timing_cache = SimpleNamespace(**runpy.run_path(sys.argv[3]))
 for number in range(20):
     timing_cache.update(Path(sys.argv[1]), lambda had: had + f"{sys.argv[2]}-{number}\\n".encode())
 """
@@ -34,7 +36,7 @@ for number in range(20):
 
 def test_processes_do_not_lose_each_others_timings(tmp_path):
     path = tmp_path / "deep" / "t.timings"
-    running = [subprocess.Popen([sys.executable, "-c", ADD_LINES, str(path), name]) for name in "abc"]
+    running = [subprocess.Popen([sys.executable, "-c", ADD_LINES, str(path), name, timing_cache.__file__]) for name in "abc"]
     assert [process.wait(120) for process in running] == [0, 0, 0]
     assert sorted(path.read_text().split()) == sorted(f"{name}-{number}" for name in "abc" for number in range(20))
     assert not list(path.parent.glob("*.partial"))
