@@ -20,6 +20,8 @@ REPORTED_PACKAGES = (
     "onnxscript",
     "onnxruntime-gpu",
     "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
     "polygraphy",
     "numpy",
 )

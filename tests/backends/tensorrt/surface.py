@@ -72,8 +72,7 @@ def write_stubs(compiled: str, folder: Path) -> None:
             ast.parse("\n".join(lines))
             break
         except SyntaxError as error:
-            assert error.lineno
-            lines.pop(error.lineno - 1)
+            lines.pop((error.lineno or 1) - 1)
     target.write_text("import typing\n" + "\n".join(lines), encoding="utf-8")
 
 

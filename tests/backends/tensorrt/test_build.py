@@ -85,7 +85,9 @@ def test_every_graph_builds(method, precision, batch, artifacts, tmp_path, no_gp
 def test_the_audit_plan_is_a_second_plan(artifacts, tmp_path, no_gpu):
     told: list[float] = []
     artifact = artifacts["zero_tprune", "fp16"]
-    engine = ztp.build(artifact, "tensorrt_rtx", precision="fp16", batch=2, directory=tmp_path / "e", progress=told.append)
+    engine = ztp.build(
+        artifact, "tensorrt_rtx", precision="fp16", batch=2, directory=tmp_path / "e", progress=told.append
+    )
     assert set(engine.manifest.files) == {"model.plan", "audit.plan"}
     assert sum(told) == pytest.approx(1.0)
     with pytest.raises(MissingSoftware, match="no NVIDIA GPU was found"):
@@ -141,7 +143,9 @@ def test_the_builder_has_a_largest_k(k, fits, tmp_path):
     if fits:
         assert build_plan(order(model, tmp_path), silent()).data.nbytes > 0
         return
-    with pytest.raises(GateFailed, match=r"could not build the engine: .*too_many: K exceeds the maximum .*3840") as error:
+    with pytest.raises(
+        GateFailed, match=r"could not build the engine: .*too_many: K exceeds the maximum .*3840"
+    ) as error:
         build_plan(order(model, tmp_path), silent())
     assert ".cpp" not in str(error.value)
 
@@ -227,7 +231,11 @@ def test_a_flag_that_a_release_lacks_is_a_sentence(missing):
 def test_the_choice_of_auto(monkeypatch):
     gpu = environment.Gpu("NVIDIA H100", "9.0", 80.0)
     tensorrt = backends.get("tensorrt")
-    for gpus, missing, chosen in (((), None, "onnxruntime"), ((gpu,), "tensorrt", "onnxruntime"), ((gpu,), None, "tensorrt")):
+    for gpus, missing, chosen in (
+        ((), None, "onnxruntime"),
+        ((gpu,), "tensorrt", "onnxruntime"),
+        ((gpu,), None, "tensorrt"),
+    ):
         monkeypatch.setattr(environment, "gpus", lambda gpus=gpus: gpus)
         monkeypatch.setattr(tensorrt, "missing", lambda missing=missing: missing)
         assert backends.choose("auto") == chosen

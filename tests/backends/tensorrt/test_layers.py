@@ -24,7 +24,9 @@ def line(name: str, nodes: str, kind: str = "Half", const: str = "Float") -> str
 
 
 def test_a_layer_is_read_with_its_types_and_nodes():
-    text = "Layers:\n" + line("_gemm_mha_v2_myl0_6", "pv_1 softmax_1 qk_1") + "\n\nBindings:\n Name: images, IOMode: Input"
+    text = (
+        "Layers:\n" + line("_gemm_mha_v2_myl0_6", "pv_1 softmax_1 qk_1") + "\n\nBindings:\n Name: images, IOMode: Input"
+    )
     [layer] = read_layers(text)
     assert layer.name == "_gemm_mha_v2_myl0_6"
     assert layer.reads == {"Half"}  # not the float32 constant, which a product in fp16 has too
@@ -45,7 +47,9 @@ def test_fused_attention_is_one_layer_with_all_three_nodes():
 
 
 def test_attention_in_pieces_is_named():
-    layers = read_layers("\n".join([line("gemm", "qk_1"), line("soft", "softmax_1 pv_1"), line("mha", "qk_2 softmax_2 pv_2")]))
+    layers = read_layers(
+        "\n".join([line("gemm", "qk_1"), line("soft", "softmax_1 pv_1"), line("mha", "qk_2 softmax_2 pv_2")])
+    )
     found = fusion(layers, [FIRST, SECOND], stages=0)
     assert (found.expected, found.fused, found.unfused) == (2, 1, ("pv_1",))
 
@@ -72,6 +76,10 @@ def test_products_in_the_asked_type_are_proved():
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_an_engine_in_float32_is_an_error(precision):
-    layers = read_layers("\n".join([line("gemm", "qk_1", "Float"), line("gemm2", "pv_1", {"fp16": "Half"}.get(precision, "BFloat16"))]))
-    with pytest.raises(GateFailed, match=rf"{precision} was asked for, but 1 of 2 matrix products run in float32.*qk_1"):
+    layers = read_layers(
+        "\n".join([line("gemm", "qk_1", "Float"), line("gemm2", "pv_1", {"fp16": "Half"}.get(precision, "BFloat16"))])
+    )
+    with pytest.raises(
+        GateFailed, match=rf"{precision} was asked for, but 1 of 2 matrix products run in float32.*qk_1"
+    ):
         check_engine_precision(layers, frozenset({"qk_1", "pv_1"}), precision)

@@ -182,7 +182,9 @@ def fake_library(deserialised, message="", monkeypatch=None):
 def test_a_plan_that_does_not_open_is_a_sentence(monkeypatch, tmp_path):
     (tmp_path / "model.plan").write_bytes(b"plan")
     library = fake_library(None, "The engine plan file is not compatible", monkeypatch)
-    with pytest.raises(DamagedFiles, match=r"FakeRT 9\.9 cannot open .*model\.plan: The engine plan file is not compatible"):
+    with pytest.raises(
+        DamagedFiles, match=r"FakeRT 9\.9 cannot open .*model\.plan: The engine plan file is not compatible"
+    ):
         runtime.open_engine(library, tmp_path / "model.plan", None)
     engine = object()
     assert runtime.open_engine(fake_library(engine, "", monkeypatch), tmp_path / "model.plan", None) is engine
@@ -206,10 +208,20 @@ def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
         ((), "11.4", {}, "needs an NVIDIA GPU, and none was found"),
         ((H100,), "11.3", {}, r"was built with TensorRT 11\.4; this is 11\.3"),
         ((H100,), "11.3", {"version_compatible": True}, None),
-        ((environment.Gpu("NVIDIA L4", "8.9", 24.0),), "11.4", {}, r"built for NVIDIA H100 \(compute capability 9\.0\); this is NVIDIA L4"),
+        (
+            (environment.Gpu("NVIDIA L4", "8.9", 24.0),),
+            "11.4",
+            {},
+            r"built for NVIDIA H100 \(compute capability 9\.0\); this is NVIDIA L4",
+        ),
         ((environment.Gpu("NVIDIA L4", "8.9", 24.0),), "11.4", {"hardware_compatible": "ampere_plus"}, None),
         ((environment.Gpu("NVIDIA H200", "9.0", 140.0),), "11.4", {}, "this is NVIDIA H200"),
-        ((environment.Gpu("NVIDIA H200", "9.0", 140.0),), "11.4", {"hardware_compatible": "same_compute_capability"}, None),
+        (
+            (environment.Gpu("NVIDIA H200", "9.0", 140.0),),
+            "11.4",
+            {"hardware_compatible": "same_compute_capability"},
+            None,
+        ),
         ((H100,), "11.4", {}, None),
     ],
 )
@@ -263,7 +275,12 @@ def test_an_engine_runs_on_a_gpu(precision, cuda_graph, model, tmp_path):
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
     artifact = ztp.export(pruned, "onnx", tmp_path / "a", precision=precision)
     engine = ztp.build(
-        artifact, "tensorrt", precision=precision, batch="1:4:8", directory=tmp_path / "e", settings={"cuda_graph": cuda_graph}
+        artifact,
+        "tensorrt",
+        precision=precision,
+        batch="1:4:8",
+        directory=tmp_path / "e",
+        settings={"cuda_graph": cuda_graph},
     )
     assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
     with ztp.load_engine(engine.directory) as session:

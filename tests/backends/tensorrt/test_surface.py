@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(not RTX.found(), reason="tensorrt-rtx has no whe
 
 def needs_bindings(major: int) -> None:
     if not (harness.bindings_folder(major) / "tensorrt_bindings").is_dir():
-        pytest.skip(f"TensorRT {major}'s bindings are not in {harness.bindings_folder(major)}: make setup puts them there")
+        pytest.skip(
+            f"TensorRT {major}'s bindings are not in {harness.bindings_folder(major)}: make setup puts them there"
+        )
 
 
 def run(*arguments: str) -> dict:

@@ -36,7 +36,9 @@ for number in range(20):
 
 def test_processes_do_not_lose_each_others_timings(tmp_path):
     path = tmp_path / "deep" / "t.timings"
-    running = [subprocess.Popen([sys.executable, "-c", ADD_LINES, str(path), name, timing_cache.__file__]) for name in "abc"]
+    running = [
+        subprocess.Popen([sys.executable, "-c", ADD_LINES, str(path), name, timing_cache.__file__]) for name in "abc"
+    ]
     assert [process.wait(120) for process in running] == [0, 0, 0]
     assert sorted(path.read_text().split()) == sorted(f"{name}-{number}" for name in "abc" for number in range(20))
     assert not list(path.parent.glob("*.partial"))

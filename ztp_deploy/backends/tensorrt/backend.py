@@ -30,12 +30,16 @@ class TensorRT:
     """A back end over one of the two libraries."""
 
     FORMAT = "onnx"
+    DEVICES = ("cuda",)
     PRECISIONS = ("fp32", *LOW)
     CALIBRATED: tuple[str, ...] = ()
 
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
         self.SUMMARY = summary
+
+    def __repr__(self) -> str:
+        return self.library.module
 
     def missing(self) -> str | None:
         """The pip package to install, None when it is here."""
