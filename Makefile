@@ -69,18 +69,32 @@ lint: $(READY)  ## ruff and mypy
 lock: $(READY)  ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 	    --no-header --no-annotate --no-emit-index-url --upgrade -o requirements.lock
+	for release in 10.16.1.11 11.4.0.106; do \
+	    echo "tensorrt-cu13-bindings==$$release; sys_platform == 'linux' and platform_machine == 'x86_64' and python_version < '3.14'" | \
+	    uv pip compile - --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url \
+	        -o tests/backends/tensorrt/harness/bindings-$${release%%.*}.lock; \
+	done
 
 clean:  ## Remove .venv and everything that was exported or built
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
 	find export engines -mindepth 1 -maxdepth 1 ! -name README.md ! -name '*.toml' ! -name evidence -exec rm -rf {} +
 
 # Made whole or not at all: the stamp comes last, and an interrupted set-up starts over.
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock pyproject.toml $(wildcard tests/backends/tensorrt/harness/*.lock)
 	@test -n "$(PYTHON)" || { echo "ztp_deploy needs Python 3.11 or newer and found none: install one (apt-get install python3) or name it with PYTHON=/path/to/python3." >&2; exit 3; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ztp_deploy needs Python 3.11 or newer; $(PYTHON) is older or no Python: install one or name it with PYTHON=/path/to/python3." >&2; exit 3; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "This Python has no venv module: apt-get install python3-venv (Debian, Ubuntu), then run make again." >&2; exit 3; }
 	@echo "Setting up $(VENV) from requirements.lock (once; about 6 GB with torch) …"
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@for release in 10 11; do \
+	    $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+	        --target $(VENV)/tensorrt-$$release -r tests/backends/tensorrt/harness/bindings-$$release.lock || exit 1; \
+	done
+	@if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; then \
+	    echo "There is a GPU: installing TensorRT for it …"; \
+	    $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "tensorrt>=10.12" \
+	        || echo "TensorRT could not be installed; the other back ends work without it." >&2; \
+	fi
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -21,7 +21,7 @@ import typer
 from rich.table import Table
 
 from ztp_deploy.console import Bars, err, out, print_json, record_result, show_parity, show_result, warn
-from ztp_deploy.errors import INTERRUPTED, BadRequest, ZtpError
+from ztp_deploy.errors import INTERRUPTED, BadRequest, MissingSoftware, ZtpError
 
 app = typer.Typer(
     name="ztp",
@@ -177,7 +177,10 @@ def build(
             {"engine": str(engine.directory), "manifest": engine.manifest.model_dump(mode="json", by_alias=True)}
         )
         return
-    out.print(f"Built for {engine.manifest.backend} {engine.manifest.backend_version} on {engine.manifest.device}.")
+    only = ", not run" if engine.manifest.unproved else ""
+    out.print(
+        f"Built{only} for {engine.manifest.backend} {engine.manifest.backend_version} on {engine.manifest.device}."
+    )
     out.print(f"Engine: {engine.directory}", soft_wrap=True)
     out.print(f"Next: ztp check --engine {engine.directory}", soft_wrap=True)
 
@@ -253,6 +256,7 @@ def bench(
     if model:
         wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
         request = _build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
+        workflow.check_runnable(request)
         with tempfile.TemporaryDirectory() if fresh else contextlib.nullcontext() as scratch:
             if scratch:
                 roots = {"export_root": Path(scratch, "export"), "engines_root": Path(scratch, "engines")}
@@ -498,11 +502,14 @@ def doctor(as_json: AsJson = False) -> None:
     for name in backends.BACKENDS:
         module = backends.get(name)
         missing = module.missing()
-        uses[name] = (
-            f"missing: pip install {missing}"
-            if missing
-            else f"{module.version()} on {module.resolve_device('auto').slug}"
-        )
+        try:
+            uses[name] = (
+                f"missing: pip install {missing}"
+                if missing
+                else f"{module.version()} on {module.resolve_device('auto').slug}"
+            )
+        except MissingSoftware as error:  # a library that is here and a device that is not
+            uses[name] = error.problem
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if environment.installed(name)]
     problems = []
     if len(both) == 2:

@@ -22,6 +22,8 @@ REPORTED_PACKAGES = (
     "onnxscript",
     "onnxruntime-gpu",
     "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
     "polygraphy",
     "numpy",
 )

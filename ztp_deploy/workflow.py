@@ -19,12 +19,12 @@ from torch import nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evidence.images import DEFAULT_COUNT, image_files, load_images
 from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, check_seconds, measure_latency
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
 from ztp_deploy.evidence.report.markdown import render_markdown
-from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise
+from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise, unproved_line
 from ztp_deploy.evidence.selftest import write_selftest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, folder_tags, write_text
@@ -125,11 +125,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished `make engine`: the engine, its yardsticks by role, and the evidence."""
+    """A finished `make engine`: the engine, its yardsticks by role, and the evidence (none for an engine not run)."""
 
     engine: Engine
     yardsticks: dict[str, Engine]
-    parity: ParityReport
+    parity: ParityReport | None
     latency: LatencyReport | None
     summary: Summary
 
@@ -197,9 +197,23 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
             calibration=calibration,
             progress=advance,
         )
+    if reason := module.unrunnable(device):
+        clock.monitor.warn(unproved_line(reason))
     for note in engine.manifest.built.get("notes", ()):
         clock.monitor.warn(note)
     return engine
+
+
+def check_runnable(request: BuildRequest) -> None:
+    """Raises MissingSoftware where an engine could be built here but not run."""
+    name = backends.choose(request.backend)
+    module = backends.usable(name)
+    reason = module.unrunnable(module.resolve_device(request.device))
+    if reason:
+        raise MissingSoftware(
+            f"{name} engines cannot be measured on this machine: {reason}.",
+            "`ztp engine` builds one without running it.",
+        )
 
 
 def check(
@@ -239,7 +253,8 @@ def make_engine(
 ) -> Result:
     """Everything from a name to a shippable engine: plan, export, build, parity gate, latency, summary.
 
-    The dense model and the slice twin are built as well, as yardsticks, where latency is measured.
+    The dense model and the slice twin are built as well, as yardsticks, where latency is measured. An engine that
+    this machine cannot run is built and left at that; the summary says so.
     Raises GateFailed after the evidence is written where parity does not hold.
     """
     clock = Clock(monitor)
@@ -254,7 +269,8 @@ def make_engine(
         check_seconds(seconds)
     backend = backends.choose(build.backend)
     module = backends.usable(backend)
-    module.resolve_device(build.device)
+    runs_here = module.unrunnable(module.resolve_device(build.device)) is None
+    measure = measure and runs_here
     module.parse_settings(dict(build.settings))
     format, graph_precision = module.FORMAT, module.graph_precision(build.precision)
     # Whatever can be refused is refused before anything heavy is loaded.
@@ -273,8 +289,9 @@ def make_engine(
         role: build_engine(export_model(model, chosen, build, format, graph_precision, clock), build, clock, images)
         for role, chosen in plans.items()
     }
-    parity = check(engines["pruned"], model, images, clock)
-    parity.require()
+    parity = None
+    if runs_here:
+        parity = check(engines["pruned"], model, images, clock).require()
     del model
     latency = None
     line = command or shlex.join(sys.argv)

@@ -168,6 +168,9 @@ def test_a_gpu_that_is_not_there_is_not_replaced(backend, monkeypatch):
     module = backends.get(backend)
     if "cpu" in module.DEVICES:
         assert module.resolve_device("auto").name == "cpu"
+    if backend == "tensorrt_rtx":  # builds without one, and says that it cannot run
+        assert module.unrunnable(module.resolve_device("cuda")) == "no NVIDIA GPU was found"
+        return
     with pytest.raises(MissingSoftware, match="cuda"):
         module.resolve_device("cuda")
 

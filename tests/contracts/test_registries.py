@@ -53,7 +53,7 @@ def test_every_method_traces_with_its_counts_and_replays_its_selection(name, mod
         assert (trace.assignment >= 0).sum(1).tolist() == [stage.tokens_out] * 2
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if "cpu" in backends.get(name).DEVICES])
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_passes_the_gate_on_every_back_end(name, backend, model, tmp_path, request):
     if (name, backend) == ("zero_tprune", "aotinductor"):  # compiled once, a minute's work
@@ -83,6 +83,10 @@ def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
 
     if not environment.gpus():
         pytest.skip("needs an NVIDIA GPU and its driver; none was found on this machine")
+    if backends.get(backend).missing():
+        pytest.skip(f"{backend} is installed by make setup where there is a GPU; here it is not")
+    if backend == "tensorrt_rtx" and environment.gpus()[0].compute_capability.split(".")[0] in ("9", "10"):
+        pytest.skip("TensorRT-RTX does not support this GPU")
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.6))
     artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
     engine = ztp.build(artifact, backend, device="cuda", directory=tmp_path / "engine")

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ztp_deploy import environment
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
 from ztp_deploy.exporters import Artifact
@@ -37,6 +38,8 @@ BACKENDS: dict[str, str] = {
     "onnxruntime": "ztp_deploy.backends.onnxruntime",
     "openvino": "ztp_deploy.backends.openvino",
     "torchscript": "ztp_deploy.backends.torchscript",
+    "tensorrt": "ztp_deploy.backends.tensorrt:TENSORRT",
+    "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",
 }
 EVIDENCE = "evidence"
 DEFAULT_BATCH = (1, 8, 64)
@@ -66,7 +69,9 @@ def get(name: str) -> Backend:
 
 def choose(name: str) -> str:
     """`auto` resolved: the fastest back end whose software and device are here."""
-    return "onnxruntime" if name == "auto" else name
+    if name != "auto":
+        return name
+    return "tensorrt" if environment.gpus() and not get("tensorrt").missing() else "onnxruntime"
 
 
 def usable(name: str) -> Backend:
@@ -221,7 +226,7 @@ def find_engine(directory: Path | str) -> Engine:
 def load_engine(directory: Path | str) -> Session:
     """Opens an engine folder after verifying its manifest and every file's sha256.
 
-    TorchScript and AOTInductor engines are code: load only what you built. Raises BadRequest (no engine folder),
+    TorchScript, AOTInductor and TensorRT engines are code: load only what you built. Raises BadRequest (no engine folder),
     DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
     """
     engine = find_engine(directory)
@@ -233,13 +238,14 @@ def load_engine(directory: Path | str) -> Session:
             f"{engine.directory} runs on {manifest.device}, but {reason}.",
             "Open it on a machine that has one, or build for this one (`ztp doctor`).",
         )
+    runner = module.open_runner(engine.directory, manifest)
     if module.version() != manifest.backend_version:
         warnings.warn(
             f"{engine.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
             f"this is {module.version()}. Run `ztp check --engine {engine.directory}`.",
             stacklevel=2,
         )
-    return Session(engine.directory, manifest, module.open_runner(engine.directory, manifest))
+    return Session(engine.directory, manifest, runner)
 
 
 def _standing(directory: Path, recipe: str, artifact_sha256: str) -> Engine | None:

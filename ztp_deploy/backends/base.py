@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from ztp_deploy.manifest import BatchRange, EngineManifest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class BuildJob:
 
 
 class Runner(Protocol):
-    """An engine opened by its library."""
+    """An engine opened by its library.
+
+    One that keeps its data on a device may also have `run_tensors(images: Tensor) -> dict[str, Tensor]`.
+    """
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """All outputs of the shipped graph."""
@@ -119,22 +123,37 @@ class Session:
         self._last = threading.local()
         self._transform: Any = None
 
-    def run(self, images: NDArray[Any]) -> NDArray[np.float32]:
+    @overload
+    def run(self, images: NDArray[Any]) -> NDArray[np.float32]: ...
+
+    @overload
+    def run(self, images: Tensor) -> Tensor: ...
+
+    def run(self, images: Any) -> Any:
         """Images [B, 3, H, W] (float32 normalised, or uint8 pixels, as the manifest's input says) → logits [B, classes].
 
+        Engines that run on a device (TensorRT) also take a torch tensor that lies there and answer with one, without
+        a copy through the host; such pixels are not looked at.
         Raises BadRequest for a wrong dtype, shape or batch and for pixels that are not finite.
         """
-        self._check(images)
-        outputs = self._runner.run(images)
+        run_tensors = getattr(self._runner, "run_tensors", None)
+        if run_tensors is not None and type(images).__name__ == "Tensor":
+            self._check_dtype(images, str(images.dtype).removeprefix("torch."))
+            self._check_shape(tuple(images.shape))
+            outputs = run_tensors(images)
+        else:
+            self._check(images)
+            outputs = self._runner.run(images)
         self._last.kept = [outputs[name] for name in self.manifest.outputs[1:]]
-        logits: NDArray[np.float32] = outputs["logits"]
-        return logits
+        return outputs["logits"]
 
     def kept(self) -> list[NDArray[np.int32]]:
         """Per stage, the original patch positions [B, k] kept in this thread's last run, ascending."""
         if not hasattr(self._last, "kept"):
             raise BadRequest("Nothing was run yet in this thread.", "Call run(images) first.")
-        return [np.sort(kept, axis=1) for kept in self._last.kept]
+        # Tensors come to the host here and not in `run`, which need not wait for them.
+        arrays = (kept if isinstance(kept, np.ndarray) else kept.cpu().numpy() for kept in self._last.kept)
+        return [np.sort(kept, axis=1) for kept in arrays]
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Outputs and stage scores of the very same graph, by name; slower than `run`."""
@@ -168,25 +187,32 @@ class Session:
         self.close()
 
     def _check(self, images: NDArray[Any]) -> None:
-        wanted = self.manifest.input
-        shape = f"[B, 3, {wanted.size}, {wanted.size}]"
-        if not isinstance(images, np.ndarray) or images.dtype != np.dtype(wanted.dtype):
-            found = images.dtype if isinstance(images, np.ndarray) else type(images).__name__
-            raise BadRequest(
-                f"This engine takes {wanted.dtype} arrays {shape}; {found} came.",
-                "Use session.preprocess(images), or convert them.",
-            )
-        if images.ndim != 4 or images.shape[1:] != (3, wanted.size, wanted.size):
-            raise BadRequest(
-                f"This engine takes images {shape}; {list(images.shape)} came.", "Use session.preprocess(images)."
-            )
-        span = self.manifest.batch
-        if not span.min <= len(images) <= span.max:
-            raise BadRequest(
-                f"A batch of {len(images)} is outside this engine's range {span.min} to {span.max}.",
-                f"Split it, or build with BATCH={min(span.min, len(images) or 1)}:{span.opt}:{max(span.max, len(images))}.",
-            )
+        self._check_dtype(images, str(images.dtype) if isinstance(images, np.ndarray) else None)
+        self._check_shape(images.shape)
         # The sum finds every NaN or infinity in one fast pass; only then the slow look decides.
-        if wanted.dtype == "float32" and not math.isfinite(float(images.sum())) and not np.isfinite(images).all():
+        floats = self.manifest.input.dtype == "float32"
+        if floats and not math.isfinite(float(images.sum())) and not np.isfinite(images).all():
             count = int(np.size(images) - np.isfinite(images).sum())
             raise BadRequest(f"{count} of the pixels are NaN or infinite.", "Check where the images come from.")
+
+    def _check_dtype(self, images: object, dtype: str | None) -> None:
+        wanted = self.manifest.input
+        if dtype != wanted.dtype:
+            raise BadRequest(
+                f"This engine takes {wanted.dtype} arrays [B, 3, {wanted.size}, {wanted.size}]; "
+                f"{dtype or type(images).__name__} came.",
+                "Use session.preprocess(images), or convert them.",
+            )
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        size, span = self.manifest.input.size, self.manifest.batch
+        if len(shape) != 4 or shape[1:] != (3, size, size):
+            raise BadRequest(
+                f"This engine takes images [B, 3, {size}, {size}]; {list(shape)} came.",
+                "Use session.preprocess(images).",
+            )
+        if not span.min <= shape[0] <= span.max:
+            raise BadRequest(
+                f"A batch of {shape[0]} is outside this engine's range {span.min} to {span.max}.",
+                f"Split it, or build with BATCH={min(span.min, shape[0] or 1)}:{span.opt}:{max(span.max, shape[0])}.",
+            )

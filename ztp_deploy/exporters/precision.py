@@ -39,13 +39,21 @@ def lower(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 
 def matrix_types(model: onnx.ModelProto) -> dict[str, int]:
     """How many matrix products (MatMul, Gemm, Conv) the graph computes in each element type."""
-    types = _float_types(model.graph)
     counts: dict[str, int] = {}
-    for node in model.graph.node:
-        if node.op_type in MATRIX:
-            name = TensorProto.DataType.Name(types.get(node.output[0], TensorProto.UNDEFINED)).lower()
-            counts[name] = counts.get(name, 0) + 1
+    for _, kind in matrix_nodes(model):
+        name = TensorProto.DataType.Name(kind).lower()
+        counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def matrix_nodes(model: onnx.ModelProto) -> list[tuple[str, int]]:
+    """Every matrix product's node name and the element type it is computed in."""
+    types = _float_types(model.graph)
+    return [
+        (node.name, types.get(node.output[0], TensorProto.UNDEFINED))
+        for node in model.graph.node
+        if node.op_type in MATRIX
+    ]
 
 
 class _Lowering:

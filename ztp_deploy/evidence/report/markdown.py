@@ -16,8 +16,8 @@ _TEMPLATE = """\
 | | |
 |---|---|
 | parity | {{ s.parity }} |
-| images | {{ s.parity_images }} |
-{% if s.top1_dense_to_pruned is not none %}| dense → pruned | top-1 agrees on {{ percent(s.top1_dense_to_pruned) }} |
+{% if s.parity_images is not none %}| images | {{ s.parity_images }} |
+{% endif %}{% if s.top1_dense_to_pruned is not none %}| dense → pruned | top-1 agrees on {{ percent(s.top1_dense_to_pruned) }} |
 {% endif %}| weights | {{ s.weights }} |
 | engine | `{{ s.engine }}` |
 | made in | {{ s.seconds }} s ({{ s.seconds_measuring }} s of them measuring latency), peak memory {{ s.peak_gib }} GiB |

@@ -46,7 +46,10 @@ class Gain(BaseModel):
 
 
 class Summary(EvidenceFile):
-    """Everything a reader of the report needs (`evidence/report.json`)."""
+    """Everything a reader of the report needs (`evidence/report.json`).
+
+    `unproved` says why the engine was built but not run here; whatever parity would have said is then None.
+    """
 
     schema_: Literal["ztp.report/1"] = Field(default="ztp.report/1", alias="schema")
     engine: str
@@ -67,12 +70,13 @@ class Summary(EvidenceFile):
     executed_macs: int
     flop_share: float
     flop_limit: float
-    parity_passed: bool
+    unproved: str | None = None
+    parity_passed: bool | None
     parity: str
-    parity_images: str
-    worst_logit: float
-    logit_tolerance: float
-    near_ties: int
+    parity_images: str | None
+    worst_logit: float | None
+    logit_tolerance: float | None
+    near_ties: int | None
     top1_dense_to_pruned: float | None
     timings: list[Timing]
     gains: list[Gain]
@@ -89,7 +93,7 @@ class Summary(EvidenceFile):
 def summarise(
     manifest: EngineManifest,
     directory: Path,
-    parity: ParityReport,
+    parity: ParityReport | None,
     latency: LatencyReport | None,
     *,
     command: str,
@@ -97,15 +101,18 @@ def summarise(
     peak_gib: float,
     machine: dict[str, Any],
 ) -> Summary:
-    """Draws the numbers together; `steps` hold {step, seconds}."""
+    """Draws the numbers together; `steps` hold {step, seconds}. `parity` is None for an engine that was not run."""
     from ztp_deploy import environment
 
     plan = manifest.plan
-    end_to_end = parity.edges[-1]
-    agreement = parity.dense_to_pruned
-    notes = list(parity.notes) + (latency.notes if latency else [])
+    end_to_end = parity.edges[-1] if parity else None
+    agreement = parity.dense_to_pruned if parity else None
+    notes = [*manifest.built.get("notes", ()), *(parity.notes if parity else ()), *(latency.notes if latency else ())]
     if manifest.random_weights:
         notes.insert(0, "Random weights: latency is real, predictions mean nothing; accuracy is left out.")
+    unproved = None if parity else manifest.unproved
+    if unproved:
+        notes.insert(0, unproved_line(unproved))
     return Summary(
         engine=str(directory),
         model=manifest.source.name,
@@ -125,12 +132,13 @@ def summarise(
         executed_macs=plan.flops.executed,
         flop_share=plan.flops.share,
         flop_limit=plan.flops.speedup_limit,
-        parity_passed=parity.passed,
-        parity=_parity_line(parity),
-        parity_images=parity.images,
-        worst_logit=end_to_end.worst_logit,
-        logit_tolerance=parity.tolerance.logits,
-        near_ties=len(end_to_end.near_ties),
+        unproved=unproved,
+        parity_passed=parity.passed if parity else None,
+        parity=_parity_line(parity) if parity else "was not checked",
+        parity_images=parity.images if parity else None,
+        worst_logit=end_to_end.worst_logit if end_to_end else None,
+        logit_tolerance=parity.tolerance.logits if parity else None,
+        near_ties=len(end_to_end.near_ties) if end_to_end else None,
         top1_dense_to_pruned=agreement.top1_equal if agreement else None,
         timings=_timings(latency) if latency else [],
         gains=_gains(latency, plan.flops.speedup_limit) if latency and plan.stages else [],
@@ -143,6 +151,11 @@ def summarise(
         command=command,
         notes=notes,
     )
+
+
+def unproved_line(reason: str) -> str:
+    """What stands beside an engine that was built and not run."""
+    return f"BUILT, NOT RUN: {reason}. Neither parity nor latency is known; check it where it is to run."
 
 
 def _parity_line(parity: ParityReport) -> str:

@@ -45,7 +45,8 @@ def show_summary(summary: Summary, console: Console) -> None:
         f"{giga(summary.executed_macs)} G executed: FLOP limit × {summary.flop_limit:.2f}.",
         highlight=False,
     )
-    console.print(f"Parity {summary.parity}.", style="green" if summary.parity_passed else "bold red", highlight=False)
+    verdict = {True: "green", False: "bold red", None: "bold yellow"}[summary.parity_passed]
+    console.print(f"Parity {summary.parity}.", style=verdict, highlight=False)
     console.print(f"{summary.gpu}.", highlight=False)
     for note in summary.notes:
         console.print(note, style="yellow", highlight=False)

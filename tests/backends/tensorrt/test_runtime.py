@@ -1,0 +1,293 @@
+"""The runner's own logic on a fake engine, and the refusals before a library is touched. Only a GPU proves the rest."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import ztp_deploy as ztp
+from tests import tiny
+from tests.backends.tensorrt.fake_engine import FakeEngine
+from ztp_deploy import backends, environment
+from ztp_deploy.backends.base import Session
+from ztp_deploy.backends.tensorrt import runtime
+from ztp_deploy.backends.tensorrt.library import STANDARD, Library, listening, logger
+from ztp_deploy.backends.tensorrt.runtime import Executor, TensorRTRunner
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.manifest import BatchRange
+
+H100 = environment.Gpu("NVIDIA H100", "9.0", 80.0)
+
+
+def compute(images):
+    sums = images.flatten(1).sum(1, keepdim=True)
+    return sums * torch.arange(10), (sums * torch.tensor([4, 3, 2, 1])).int()
+
+
+def executor(engine=None, cuda_graph=False):
+    return Executor(engine or FakeEngine(compute), largest=8, device="cpu", cuda_graph=cuda_graph)
+
+
+@pytest.fixture
+def session(shared_engine, tmp_path):
+    """A session over the fake engine, with the manifest of a real one."""
+    manifest = shared_engine.manifest.model_copy(update={"outputs": ("logits", "kept_1"), "audit": ()})
+    runner = TensorRTRunner(executor(), executor, manifest.outputs, ())
+    return Session(tmp_path, manifest, runner)
+
+
+def test_outputs_are_those_of_the_images(session):
+    for batch in (3, 1, 8, 3):
+        images = tiny.images(batch, seed=batch)
+        logits, kept = compute(torch.from_numpy(images))
+        np.testing.assert_array_equal(session.run(images), logits.numpy())
+        assert session.kept()[0].tolist() == kept.sort(1).values.tolist()
+
+
+def test_buffers_stay_and_shapes_are_told_once():
+    engine = FakeEngine(compute)
+    runs = executor(engine)
+    for batch in (2, 2, 2, 5, 5):
+        runs.run(torch.from_numpy(tiny.images(batch)))
+    [context] = engine.contexts
+    assert engine.shapes_told == 2
+    assert context.addresses["logits"] == runs._lanes[0].buffers["logits"].data_ptr()
+    assert runs._lanes[0].buffers["logits"].shape == (8, 10)  # once, for the largest batch
+
+
+def test_outputs_belong_to_the_caller():
+    runs = executor()
+    first = runs.run(torch.from_numpy(tiny.images(2, seed=1)))["logits"]
+    before = first.clone()
+    runs.run(torch.from_numpy(tiny.images(2, seed=2)))
+    assert torch.equal(first, before)
+
+
+def test_the_images_are_read_where_they_lie():
+    engine = FakeEngine(compute)
+    images = torch.from_numpy(tiny.images(2))
+    executor(engine).run(images)
+    assert engine.contexts[0].addresses["images"] == images.data_ptr()
+
+
+def test_a_cuda_graph_per_batch_size(monkeypatch):
+    """Recorded after one plain run, then replayed from buffers whose addresses never change."""
+    engine = FakeEngine(compute)
+    runs = executor(engine, cuda_graph=True)
+    recorded = []
+
+    def record(lane, stream):
+        recorded.append(lane.context.shape[0])
+        return SimpleNamespace(replay=lambda: lane.context.execute_async_v3(stream))
+
+    monkeypatch.setattr(runs, "_record", record)
+    for batch in (2, 5, 2, 5, 2):
+        images = torch.from_numpy(tiny.images(batch, seed=batch))
+        addresses = [dict(context.addresses) for context in engine.contexts]
+        assert torch.equal(runs.run(images)["logits"], compute(images)[0])
+        assert addresses == [dict(context.addresses) for context in engine.contexts][: len(addresses)]
+    assert recorded == [2, 5]
+    assert [context.runs for context in engine.contexts] == [3, 2]
+
+
+def test_threads_wait_for_each_other(session):
+    inside = threading.Barrier(4)
+
+    def one(seed: int) -> bool:
+        images = tiny.images(seed % 3 + 1, seed=seed)
+        inside.wait()
+        same = True
+        for _ in range(20):
+            logits = session.run(images)
+            same &= np.array_equal(logits, compute(torch.from_numpy(images))[0].numpy())
+            same &= session.kept()[0].shape == (len(images), 4)
+        return same
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(one, range(4)))  # the fake engine refuses two runs at once
+
+
+def test_tensors_come_back_as_tensors(session):
+    images = torch.from_numpy(tiny.images(3))
+    logits = session.run(images)
+    assert isinstance(logits, torch.Tensor)
+    assert torch.equal(logits, compute(images)[0])
+    assert session.kept()[0].dtype == np.int32
+    assert torch.equal(session.run(images.permute(0, 1, 3, 2)), compute(images.permute(0, 1, 3, 2))[0])
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "float64 came"),
+        (torch.zeros(9, 3, 96, 96), "outside this engine's range 1 to 8"),
+        (torch.zeros(3, 96, 96), r"\[3, 96, 96\]"),
+        (torch.zeros(1, 3, 96, 96, device="meta"), "tensors on cpu; one on meta came"),
+    ],
+)
+def test_wrong_tensors_are_refused(session, images, message):
+    with pytest.raises(BadRequest, match=message):
+        session.run(images)
+
+
+def test_a_closed_session_says_so(session):
+    session.close()
+    for images in (tiny.images(1), torch.zeros(1, 3, 96, 96)):
+        with pytest.raises(BadRequest, match="closed"):
+            session.run(images)
+    with pytest.raises(BadRequest, match="closed"):
+        session.audit(tiny.images(1))
+
+
+def test_what_the_engine_refuses_is_a_sentence():
+    engine = FakeEngine(compute, largest=4)
+    with pytest.raises(BadRequest, match=r"takes no images of shape \[5, 3, 96, 96\]"):
+        executor(engine).run(torch.zeros(5, 3, 96, 96))
+    engine.fails = True
+    with pytest.raises(DamagedFiles, match="could not run"):
+        executor(engine).run(torch.zeros(1, 3, 96, 96))
+    engine.full = True
+    with pytest.raises(MissingSoftware, match="memory is short"):
+        executor(engine).run(torch.zeros(1, 3, 96, 96))
+
+
+class FakeLogger:
+    def __init__(self) -> None:
+        pass
+
+
+def fake_library(deserialised, message="", monkeypatch=None):
+    """A library whose runtime answers `deserialised`, complaining with `message`."""
+
+    class Runtime:
+        def __init__(self, log):
+            self.log = log
+
+        def deserialize_cuda_engine(self, data):
+            if message:
+                self.log.log(SimpleNamespace(name="ERROR"), message)
+            return deserialised
+
+    trt = type("fakert", (), {"ILogger": FakeLogger, "__version__": "9.9", "Runtime": Runtime})
+    library = Library("fake", "fake", "FakeRT", portable=False)
+    monkeypatch.setattr(Library, "load", lambda self: trt)
+    return library
+
+
+def test_a_plan_that_does_not_open_is_a_sentence(monkeypatch, tmp_path):
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    library = fake_library(None, "The engine plan file is not compatible", monkeypatch)
+    with pytest.raises(
+        DamagedFiles, match=r"FakeRT 9\.9 cannot open .*model\.plan: The engine plan file is not compatible"
+    ):
+        runtime.open_engine(library, tmp_path / "model.plan", None)
+    engine = object()
+    assert runtime.open_engine(fake_library(engine, "", monkeypatch), tmp_path / "model.plan", None) is engine
+
+
+def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
+    trt = type("Module", (), {"ILogger": FakeLogger})
+    outer, inner = [], []
+    with listening(trt, lambda *heard: outer.append(heard)) as log:
+        with listening(trt, lambda *heard: inner.append(heard)) as same:
+            assert same is log is logger(trt)
+            log.log(SimpleNamespace(name="WARNING"), "inside")
+        log.log(SimpleNamespace(name="ERROR"), "outside")
+    log.log(SimpleNamespace(name="ERROR"), "nobody")
+    assert (inner, outer) == ([("warning", "inside")], [("error", "outside")])
+
+
+@pytest.mark.parametrize(
+    "here, version, settings, message",
+    [
+        ((), "11.4", {}, "needs an NVIDIA GPU, and none was found"),
+        ((H100,), "11.3", {}, r"was built with TensorRT 11\.4; this is 11\.3"),
+        ((H100,), "11.3", {"version_compatible": True}, None),
+        (
+            (environment.Gpu("NVIDIA L4", "8.9", 24.0),),
+            "11.4",
+            {},
+            r"built for NVIDIA H100 \(compute capability 9\.0\); this is NVIDIA L4",
+        ),
+        ((environment.Gpu("NVIDIA L4", "8.9", 24.0),), "11.4", {"hardware_compatible": "ampere_plus"}, None),
+        ((environment.Gpu("NVIDIA H200", "9.0", 140.0),), "11.4", {}, "this is NVIDIA H200"),
+        (
+            (environment.Gpu("NVIDIA H200", "9.0", 140.0),),
+            "11.4",
+            {"hardware_compatible": "same_compute_capability"},
+            None,
+        ),
+        ((H100,), "11.4", {}, None),
+    ],
+)
+def test_a_plan_stays_at_home(here, version, settings, message, shared_engine, monkeypatch, tmp_path):
+    """Another GPU or release is refused before the library sees the plan."""
+    backend = backends.get("tensorrt")
+    monkeypatch.setattr(environment, "gpus", lambda: here)
+    monkeypatch.setattr(backend, "version", lambda: version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    built = {"gpu": {"name": H100.name, "compute_capability": H100.compute_capability}}
+    changes = {"backend_version": "11.4", "settings": backend.parse_settings(settings), "built": built}
+    manifest = shared_engine.manifest.model_copy(update=changes)
+    # What passes the gate meets the next one: this machine's torch sees no GPU.
+    with pytest.raises(MissingSoftware, match=message or "torch sees no GPU"):
+        backend.open_runner(tmp_path, manifest)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setattr(Library, "found", lambda self: None)
+    assert backends.get("tensorrt").missing() == "tensorrt"
+    assert backends.get("tensorrt_rtx").missing() == "tensorrt-rtx"
+    with pytest.raises(MissingSoftware, match="pip install tensorrt-rtx"):
+        backends.usable("tensorrt_rtx")
+    with pytest.raises(MissingSoftware, match="TensorRT is not installed"):
+        STANDARD.load()
+
+
+def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
+    (tmp_path / "brokenrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(MissingSoftware, match=r"cannot be loaded: libnvinfer\.so\.11"):
+        Library("brokenrt", "brokenrt", "BrokenRT", portable=False).load()
+
+
+def test_uint8_sessions_take_uint8_tensors(session):
+    manifest = session.manifest
+    changed = manifest.model_copy(update={"input": manifest.input.model_copy(update={"dtype": "uint8"})})
+    pixels = Session(session.directory, changed, session._runner)
+    with pytest.raises(BadRequest, match="takes uint8 arrays"):
+        pixels.run(torch.zeros(1, 3, 96, 96))
+    assert changed.batch == BatchRange(min=1, opt=4, max=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_engine_runs_on_a_gpu(precision, cuda_graph, model, tmp_path):
+    """What no harness can do: the plan runs, from NumPy and from CUDA tensors alike, and passes the gate."""
+    if not environment.gpus() or backends.get("tensorrt").missing():
+        pytest.skip("needs an NVIDIA GPU and TensorRT; none was found on this machine")
+    pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
+    artifact = ztp.export(pruned, "onnx", tmp_path / "a", precision=precision)
+    engine = ztp.build(
+        artifact,
+        "tensorrt",
+        precision=precision,
+        batch="1:4:8",
+        directory=tmp_path / "e",
+        settings={"cuda_graph": cuda_graph},
+    )
+    assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
+    with ztp.load_engine(engine.directory) as session:
+        for batch in (1, 8, 3, 3):
+            images = tiny.images(batch, seed=batch)
+            logits = session.run(torch.from_numpy(images).cuda())
+            assert logits.is_cuda
+            kept = session.kept()
+            np.testing.assert_array_equal(logits.cpu().numpy(), session.run(images))
+            assert all(np.array_equal(a, b) for a, b in zip(kept, session.kept(), strict=True))

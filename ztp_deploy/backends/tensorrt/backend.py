@@ -1,0 +1,190 @@
+"""TensorRT's face: what `backends` calls, for either library."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ztp_deploy import environment
+from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.settings import parse
+from ztp_deploy.backends.tensorrt import runtime, timing_cache
+from ztp_deploy.backends.tensorrt.build import Order, Plan, build_plan
+from ztp_deploy.backends.tensorrt.graph import LOW, with_batch
+from ztp_deploy.backends.tensorrt.layers import Fusion, read_layers
+from ztp_deploy.backends.tensorrt.library import Library
+from ztp_deploy.backends.tensorrt.progress import Progress
+from ztp_deploy.backends.tensorrt.settings import Settings
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.manifest import EngineManifest
+
+PLAN_FILE = "model.plan"
+AUDIT_FILE = "audit.plan"
+GRAPH_FILE = "model.onnx"
+
+
+class TensorRT:
+    """A back end over one of the two libraries."""
+
+    FORMAT = "onnx"
+    DEVICES = ("cuda",)
+    PRECISIONS = ("fp32", *LOW)
+    CALIBRATED: tuple[str, ...] = ()
+
+    def __init__(self, library: Library, summary: str) -> None:
+        self.library = library
+        self.SUMMARY = summary
+
+    def __repr__(self) -> str:
+        return self.library.module
+
+    def missing(self) -> str | None:
+        """The pip package to install, None when it is here."""
+        return None if self.library.found() else self.library.package
+
+    def version(self) -> str:
+        """The library's version."""
+        return str(self.library.load().__version__)
+
+    def resolve_device(self, device: str) -> Device:
+        """The GPU; a portable library needs none to build. Raises BadRequest and MissingSoftware."""
+        title = self.library.title
+        if device not in ("auto", "cuda"):
+            raise BadRequest(f"{title} engines run on NVIDIA GPUs; device={device!r} was asked for.", "Use cuda.")
+        if self.library.portable:
+            return Device("cuda", "portable", title)
+        found = environment.gpus()
+        if not found:
+            raise MissingSoftware(
+                f"{title} builds on the very GPU that is to run the engine (device=cuda), and none was found.",
+                "Use BACKEND=tensorrt_rtx, which builds without one, or BACKEND=onnxruntime.",
+            )
+        return Device("cuda", found[0].slug, title)
+
+    def parse_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """See `Settings`."""
+        return parse(Settings, settings, self.library.module)
+
+    def graph_precision(self, precision: str) -> str:
+        """Networks are strongly typed: the graph carries the precision."""
+        return precision
+
+    def build(self, job: BuildJob) -> dict[str, Any]:
+        """Writes `model.plan` and, with `audit`, `audit.plan`; says what fused and what runs in the precision."""
+        settings = Settings.model_validate(job.settings)
+        manifest = job.artifact.manifest
+        graph = job.artifact.directory / GRAPH_FILE
+        shipped = with_batch(onnx.load(str(graph), load_external_data=False), job.batch)
+        audited = settings.audit and bool(manifest.audit)
+        timings = None
+        if settings.timing_cache and not self.library.portable:
+            timings = timing_cache.path_for(self.library.module, self.version(), job.device.slug)
+        order = partial(
+            Order,
+            library=self.library,
+            graph=graph,
+            precision=job.precision,
+            batch=job.batch,
+            stages=len(manifest.plan.stages),
+            settings=settings,
+            timings=timings,
+        )
+        share = 0.5 if audited else 1.0
+        main = order(model=shipped)
+        plan = build_plan(main, Progress(job.advance, share))
+        (job.directory / PLAN_FILE).write_bytes(plan.data)
+        built = self._proved(main, plan, job.directory / PLAN_FILE)
+        if audited:
+            from ztp_deploy.exporters.onnx import with_audit
+
+            second = order(model=with_audit(shipped, manifest.audit))
+            (job.directory / AUDIT_FILE).write_bytes(build_plan(second, Progress(job.advance, share)).data)
+        if settings.strip_plan:
+            job.copy_graph()  # the weights that the plans lack
+        return built
+
+    def _proved(self, order: Order, plan: Plan, path: Path) -> dict[str, Any]:
+        """What the manifest says of a plan. Raises GateFailed where it is not what was asked for."""
+        here = environment.gpus()
+        if here and not any(layer.carries for layer in plan.layers):
+            inspected = read_layers(runtime.inspect(self.library, path))
+            plan = Plan(plan.data, inspected, plan.products)
+        fused, precision = plan.proofs(order)
+        notes = _notes(fused, order)
+        if order.settings.require_fusion and fused.fused != fused.expected:
+            raise GateFailed(f"require_fusion was asked for. {' '.join(notes)}", "Use fp16 or bf16, or leave it out.")
+        built: dict[str, Any] = {"matrix_products": plan.products, **fused.as_built()}
+        if precision is not None:
+            built["engine_products"] = precision
+        if here and not self.library.portable:
+            built["gpu"] = {"name": here[0].name, "compute_capability": here[0].compute_capability}
+        return built | {"notes": notes}
+
+    def unrunnable(self, device: Device) -> str | None:
+        """Plans run on NVIDIA GPUs only."""
+        return None if environment.gpus() else "no NVIDIA GPU was found"
+
+    def open_runner(self, directory: Path, manifest: EngineManifest) -> runtime.TensorRTRunner:
+        """Opens the plans, which are code: their hashes were checked, load only what you built."""
+        import torch
+
+        settings = Settings.model_validate(manifest.settings)
+        self._check_home(directory, manifest, settings)
+        if not torch.cuda.is_available():
+            raise MissingSoftware("torch sees no GPU, and it keeps the engine's memory.", "Install torch with CUDA.")
+        weights = directory / GRAPH_FILE if settings.strip_plan else None
+
+        def execute(file: str) -> runtime.Executor:
+            path = directory / file
+            if not path.is_file():
+                raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
+            engine = runtime.open_engine(self.library, path, weights)
+            return runtime.Executor(
+                engine, largest=manifest.batch.max, device="cuda", cuda_graph=settings.cuda_graph and file == PLAN_FILE
+            )
+
+        # A graph without stages has nothing to audit: its one plan answers both.
+        audit_file = AUDIT_FILE if manifest.audit else PLAN_FILE
+        return runtime.TensorRTRunner(
+            execute(PLAN_FILE), partial(execute, audit_file), manifest.outputs, manifest.audit
+        )
+
+    def _check_home(self, directory: Path, manifest: EngineManifest, settings: Settings) -> None:
+        """Raises MissingSoftware for a plan of another GPU or version: the library would say it worse, or crash."""
+        here = environment.gpus()
+        if not here:
+            raise MissingSoftware(
+                f"{directory} needs an NVIDIA GPU, and none was found.", "Open it where there is one."
+            )
+        if manifest.backend_version != self.version() and not settings.version_compatible:
+            raise MissingSoftware(
+                f"{directory} was built with {self.library.title} {manifest.backend_version}; this is {self.version()}.",
+                "Build it again, or build with version_compatible.",
+            )
+        home = manifest.built.get("gpu")
+        if home is None or settings.hardware_compatible == "ampere_plus":
+            return
+        same = here[0].compute_capability == home["compute_capability"]
+        if not same or (settings.hardware_compatible == "none" and here[0].name != home["name"]):
+            raise MissingSoftware(
+                f"{directory} was built for {home['name']} (compute capability {home['compute_capability']}); "
+                f"this is {here[0].name} ({here[0].compute_capability}).",
+                "Build it again on this GPU, or build with hardware_compatible.",
+            )
+
+
+def _notes(fused: Fusion, order: Order) -> list[str]:
+    """What the user must not miss."""
+    title = order.library.title
+    if fused.fused is None:
+        return [f"{title} did not say whether attention fused."]
+    if fused.fused == fused.expected:
+        return []
+    if order.precision == "fp32" and not fused.fused:
+        return [f"None of {fused.expected} attention layers fused: {title} fuses them in fp16 and bf16."]
+    return [
+        f"{fused.expected - fused.fused} of {fused.expected} attention layers did not fuse: {', '.join(fused.unfused)}."
+    ]

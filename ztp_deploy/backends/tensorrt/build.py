@@ -1,0 +1,122 @@
+"""From graph to plan: one network built, its log listened to, its outcome proved."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from ztp_deploy.backends.tensorrt import config as configuration
+from ztp_deploy.backends.tensorrt import network as networks
+from ztp_deploy.backends.tensorrt.graph import attentions, low_products
+from ztp_deploy.backends.tensorrt.layers import Fusion, Layer, check_engine_precision, fusion, read_layers
+from ztp_deploy.backends.tensorrt.library import Library, listening
+from ztp_deploy.backends.tensorrt.progress import Progress, interruptible, monitor
+from ztp_deploy.backends.tensorrt.settings import Settings
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.manifest import BatchRange
+
+if TYPE_CHECKING:
+    import tensorrt
+
+_PREFIX = re.compile(r"^(?:\[?[\w./]+::?[\w:]+\]?:? )?(?:Error Code \d+: )?")
+_PLACE = re.compile(r"\s*In \w+ at \S+\.cpp:\d+|\s*\(In \w+ at [^)]*\)?")
+
+
+@dataclass(frozen=True)
+class Order:
+    """One plan to build. `graph` is where `model` came from; `timings` where timings are kept, None for nowhere."""
+
+    library: Library
+    model: onnx.ModelProto
+    graph: Path
+    precision: str
+    batch: BatchRange
+    stages: int
+    settings: Settings
+    timings: Path | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A serialised engine, and what is known of it without running it."""
+
+    data: Any
+    layers: list[Layer]
+    products: int
+
+    def proofs(self, order: Order) -> tuple[Fusion, dict[str, int] | None]:
+        """What fused, and which matrix products run in the precision asked for. Raises GateFailed."""
+        low = low_products(order.model, order.precision)
+        return (
+            fusion(self.layers, attentions(order.model), order.stages),
+            check_engine_precision(self.layers, low, order.precision),
+        )
+
+
+@dataclass
+class _Heard:
+    """What of the log matters afterwards."""
+
+    errors: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+
+    def __call__(self, severity: str, message: str) -> None:
+        if severity in ("error", "internal_error"):
+            self.errors.append(message)
+        elif severity == "warning" and "is unsupported in" in message:
+            self.unsupported.append(message)
+        elif "LayerType: " in message:
+            self.layers += read_layers(message)
+
+
+def build_plan(order: Order, progress: Progress) -> Plan:
+    """Parses, configures and builds. Raises BadRequest, GateFailed, MissingSoftware; Ctrl-C cancels."""
+    trt = order.library.load()
+    heard = _Heard()
+    with listening(trt, heard) as log:
+        builder: tensorrt.Builder = _builder(trt, order.library, log, heard)
+        network, parser = networks.parse(trt, builder, log, order.model, order.graph)
+        products = networks.check_precision(trt, network, order.model, order.precision)
+        config: tensorrt.IBuilderConfig = builder.create_builder_config()
+        configuration.configure(trt, order.library, config, order.settings)
+        if heard.unsupported:
+            raise BadRequest(f"{order.library.title}: {heard.unsupported[0]}", "Leave the setting out.")
+        configuration.add_profile(builder, network, config, order.batch)
+        if order.timings is not None:
+            configuration.use_timings(config, order.timings)
+        config.progress_monitor = monitor(trt, progress)
+        heard.errors.clear()
+        data = interruptible(lambda: builder.build_serialized_network(network, config), progress)
+        del parser  # lived until here: the network's weights are its own
+        if data is None:
+            raise _failure(order.library, heard.errors)
+        if order.timings is not None:
+            configuration.keep_timings(config, order.timings)
+    progress.complete()
+    return Plan(data, heard.layers, products)
+
+
+def _builder(trt: Any, library: Library, log: tensorrt.ILogger, heard: _Heard) -> Any:
+    try:
+        return trt.Builder(log)
+    except (TypeError, RuntimeError) as error:  # the bindings' way of saying that none was created
+        reason = _sentence(heard.errors[0]) if heard.errors else str(error)
+        raise MissingSoftware(f"{library.title} cannot start: {reason}.", "See `ztp doctor`.") from error
+
+
+def _failure(library: Library, errors: list[str]) -> GateFailed:
+    reason = _sentence(errors[-1]) if errors else "it gave no reason"
+    return GateFailed(
+        f"{library.title} could not build the engine: {reason}.",
+        "Nothing was kept. Check what the message names: an operator's limits, the memory, or a setting.",
+    )
+
+
+def _sentence(message: str) -> str:
+    """The message without source locations of the library's own code."""
+    return _PLACE.sub("", _PREFIX.sub("", message)).strip(" .\n") or message.strip()

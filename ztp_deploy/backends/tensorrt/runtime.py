@@ -1,0 +1,224 @@
+"""Running a plan: device buffers that stay, one execution at a time, tensors in and out without a host copy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ztp_deploy.backends.tensorrt.library import Library, listening
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+
+if TYPE_CHECKING:
+    import tensorrt
+
+_DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "UINT8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def open_engine(library: Library, path: Path, weights: Path | None) -> tensorrt.ICudaEngine:
+    """The engine in a plan file; `weights` is the graph that fills a stripped one.
+
+    Only for files whose hash was verified, on a machine with a GPU: without one the library crashes here.
+    Raises DamagedFiles and MissingSoftware.
+    """
+    trt = library.load()
+    errors: list[str] = []
+    with listening(trt, lambda severity, text: errors.append(text) if "error" in severity else None) as log:
+        runtime: tensorrt.Runtime = trt.Runtime(log)
+        engine: tensorrt.ICudaEngine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is not None and weights is not None:
+            _refit(trt, engine, log, weights)
+    if engine is None:
+        reason = errors[0].splitlines()[0] if errors else "it gave no reason"
+        raise DamagedFiles(
+            f"{library.title} {trt.__version__} cannot open {path}: {reason}.",
+            "A plan fits the GPU and the version it was built with; build it again on this machine.",
+        )
+    return engine
+
+
+def _refit(trt: Any, engine: tensorrt.ICudaEngine, log: tensorrt.ILogger, weights: Path) -> None:
+    refitter: tensorrt.Refitter = trt.Refitter(engine, log)
+    parser: tensorrt.OnnxParserRefitter = trt.OnnxParserRefitter(refitter, log)
+    if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
+        raise DamagedFiles(f"The weights in {weights} do not fit the stripped plan.", "Build the engine again.")
+
+
+def inspect(library: Library, path: Path) -> str:
+    """What the engine inspector says of a plan's layers, one a line; needs a GPU."""
+    trt = library.load()
+    engine = open_engine(library, path, None)
+    inspector: tensorrt.EngineInspector = engine.create_engine_inspector()
+    return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
+
+
+@dataclass
+class _Lane:
+    """An execution context with the buffers it writes to, and the graph that replays it."""
+
+    context: tensorrt.IExecutionContext
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    graph: Any = None
+
+
+class Executor:
+    """One plan on one device.
+
+    Calls from several threads wait for each other. Outputs are copied out of the buffers before the next call may
+    write to them, so they are the caller's. With `cuda_graph` every batch size gets a context, buffers and a graph
+    of its own: a recorded graph is bound to the shapes and addresses it was recorded with.
+    """
+
+    def __init__(self, engine: tensorrt.ICudaEngine, *, largest: int, device: str, cuda_graph: bool) -> None:
+        self._engine = engine
+        self._largest = largest
+        self.device = torch.device(device)
+        self._cuda_graph = cuda_graph
+        self._lock = threading.Lock()
+        self._lanes: dict[int, _Lane] = {}
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self.inputs = [name for name in names if engine.get_tensor_mode(name).name == "INPUT"]
+        self.outputs = [name for name in names if name not in self.inputs]
+
+    def run(self, images: Tensor) -> dict[str, Tensor]:
+        """Images on the device → outputs on the device, in the order of the caller's current stream."""
+        with self._lock:
+            if self._stream is None:
+                return self._execute(images, 0)
+            caller = torch.cuda.current_stream(self.device)
+            self._stream.wait_stream(caller)
+            with torch.cuda.stream(self._stream):
+                outputs = self._execute(images, self._stream.cuda_stream)
+            # The allocator must not hand this memory to others while either stream still uses it.
+            images.record_stream(self._stream)
+            for value in outputs.values():
+                value.record_stream(caller)
+            caller.wait_stream(self._stream)
+            return outputs
+
+    def _execute(self, images: Tensor, stream: int) -> dict[str, Tensor]:
+        batch = images.shape[0]
+        lane = self._lane(images)
+        if not self._cuda_graph:
+            lane.context.set_tensor_address(self.inputs[0], images.data_ptr())
+            self._enqueue(lane, stream)
+        else:
+            lane.buffers[self.inputs[0]].copy_(images)
+            if lane.graph is None:
+                # The first run after a change of shape prepares things that cannot be recorded.
+                self._enqueue(lane, stream)
+                lane.graph = self._record(lane, stream)
+            else:
+                lane.graph.replay()
+        return {name: lane.buffers[name][:batch].clone() for name in self.outputs}
+
+    def _lane(self, images: Tensor) -> _Lane:
+        """The context for this batch, its shapes and addresses set."""
+        batch = images.shape[0]
+        key = batch if self._cuda_graph else 0
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = _Lane(self._engine.create_execution_context())
+            if lane.context is None:
+                del self._lanes[key]
+                raise MissingSoftware("TensorRT could not set the engine up: the GPU's memory is short.", "Free some.")
+        if lane.buffers and tuple(lane.context.get_tensor_shape(self.inputs[0])) == tuple(images.shape):
+            return lane
+        if not lane.context.set_input_shape(self.inputs[0], tuple(images.shape)):
+            raise BadRequest(f"The engine takes no images of shape {list(images.shape)}.", "See its batch range.")
+        if not lane.buffers:
+            self._allocate(lane, images)
+        return lane
+
+    def _allocate(self, lane: _Lane, images: Tensor) -> None:
+        """Buffers for the largest batch that this context will see."""
+        largest = images.shape[0] if self._cuda_graph else self._largest
+        if self._cuda_graph:
+            lane.buffers[self.inputs[0]] = torch.empty_like(images)
+            lane.context.set_tensor_address(self.inputs[0], lane.buffers[self.inputs[0]].data_ptr())
+        for name in self.outputs:
+            shape = tuple(lane.context.get_tensor_shape(name))
+            dtype = _DTYPES[self._engine.get_tensor_dtype(name).name]
+            lane.buffers[name] = torch.empty((largest, *shape[1:]), dtype=dtype, device=self.device)
+            lane.context.set_tensor_address(name, lane.buffers[name].data_ptr())
+
+    def _enqueue(self, lane: _Lane, stream: int) -> None:
+        if not lane.context.execute_async_v3(stream):
+            raise DamagedFiles("TensorRT could not run the engine.", "Build it again on this machine.")
+
+    def _record(self, lane: _Lane, stream: int) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream):
+            self._enqueue(lane, stream)
+        return graph
+
+    def close(self) -> None:
+        """Frees contexts, buffers and engine."""
+        with self._lock:
+            self._lanes.clear()
+            del self._engine
+
+
+class TensorRTRunner:
+    """A session's plan and, on first audit, its second plan with the scores."""
+
+    def __init__(self, shipped: Executor, audited: Any, outputs: Sequence[str], audit: Sequence[str]) -> None:
+        self._shipped: Executor | None = shipped
+        self._open_audit = audited
+        self._audited: Executor | None = None
+        self._outputs = tuple(outputs)
+        self._audit = tuple(audit)
+        self._lock = threading.Lock()
+
+    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._host(self._opened(), images, self._outputs)
+
+    def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """Like `run`, device to device; the pixels are not looked at, which would make the GPU wait."""
+        executor = self._opened()
+        if images.device.type != executor.device.type:
+            raise BadRequest(
+                f"This engine takes tensors on {executor.device.type}; one on {images.device} came.",
+                "Move it there, or give a NumPy array.",
+            )
+        outputs = executor.run(images.contiguous())
+        return {name: outputs[name] for name in self._outputs}
+
+    def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        self._opened()
+        with self._lock:
+            if self._audited is None:
+                self._audited = self._open_audit()
+        return self._host(self._audited, images, (*self._outputs, *self._audit))
+
+    def close(self) -> None:
+        for executor in (self._shipped, self._audited):
+            if executor is not None:
+                executor.close()
+        self._shipped = self._audited = None
+
+    def _opened(self) -> Executor:
+        if self._shipped is None:
+            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
+        return self._shipped
+
+    def _host(self, executor: Executor, images: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[Any]]:
+        batch = torch.from_numpy(np.ascontiguousarray(images)).to(executor.device)
+        outputs = executor.run(batch)
+        return {name: outputs[name].cpu().numpy() for name in names}
