@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from tests.cpp.conftest import reseal
 
@@ -16,14 +14,6 @@ SIZE = 16
 def interface(dtype: str) -> dict[str, object]:
     """The entries of a manifest that say what goes in and what comes out."""
     return {"outputs": ["logits", "kept_1"], "input": {"name": "images", "dtype": dtype, "size": SIZE}}
-
-
-class Toy(nn.Module):
-    """Images [B, 3, 16, 16] → logits [B, 3], kept [B, 2] int32."""
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits = images.mean((2, 3))
-        return logits, logits.topk(2, dim=1).indices.to(torch.int32)
 
 
 def expected(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,18 +36,3 @@ def openvino_toy(directory: Path, like: Path, dtype: str = "float32") -> Path:
     model = openvino.Model([logits.output(0), kept.output(1)], [images])
     openvino.save_model(model, directory / "model.xml", compress_to_fp16=False)
     return reseal(directory, like, backend="openvino", provider="CPU", settings={}, **interface(dtype))
-
-
-def aotinductor_toy(directory: Path, like: Path) -> Path:
-    """The toy for AOTInductor on the CPU."""
-    from torch import _inductor
-
-    batch = torch.export.Dim("batch", min=1, max=8)
-    exported = torch.export.export(Toy(), (torch.randn(2, 3, SIZE, SIZE),), dynamic_shapes=({0: batch},))
-    directory.mkdir()
-    _inductor.aoti_compile_and_package(
-        exported,
-        package_path=str(directory / "model.pt2"),
-        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
-    )
-    return reseal(directory, like, backend="aotinductor", provider="cpu", settings={}, **interface("float32"))

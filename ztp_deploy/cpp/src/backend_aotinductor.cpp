@@ -6,6 +6,11 @@
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
+#include <fstream>
+#include <iterator>
+#include <set>
+#include <sstream>
+
 #include "runner.h"
 
 namespace ztp {
@@ -27,10 +32,35 @@ void require_gpu() {
   at::globalContext().setAllowTF32CuDNN(false);
 }
 
+/// The instruction sets of this processor; empty where the system does not tell.
+std::set<std::string> processor_flags() {
+  std::ifstream stream("/proc/cpuinfo");
+  for (std::string line; std::getline(stream, line);) {
+    if (line.rfind("flags", 0) != 0 && line.rfind("Features", 0) != 0) continue;
+    std::istringstream words(line);
+    return {std::istream_iterator<std::string>(words), std::istream_iterator<std::string>()};
+  }
+  return {};
+}
+
+/// The process would be killed by the first instruction that is not there.
+void require_instructions(const EngineFolder& folder) {
+  const std::set<std::string> known = processor_flags();
+  std::string lacking;
+  for (const std::string& flag : folder.cpu_flags) {
+    if (known.count(flag) == 0) lacking += (lacking.empty() ? "" : ", ") + flag;
+  }
+  if (!lacking.empty()) {
+    throw MissingSoftware("This engine was compiled for a CPU with " + lacking + ", which this one lacks.",
+                          "Build it again on this machine.");
+  }
+}
+
 class AotInductorRunner final : public Runner {
  public:
   explicit AotInductorRunner(const EngineFolder& folder) : folder_(folder) {
     const std::string package = folder.file("model.pt2").string();
+    require_instructions(folder);
     load_torch();
     if (on_cuda(folder)) require_gpu();
     if (folder.threads > 0) at::set_num_threads(folder.threads);  // holds for the process, as in Python

@@ -158,6 +158,7 @@ void read_settings(const json& root, const Fields& fields, EngineFolder& folder)
     folder.threads = settings.value("threads", 0);
     folder.spin_between_runs = settings.value("spin_between_runs", false);
     folder.properties = built.value("properties", std::map<std::string, std::string>());
+    folder.cpu_flags = built.value("cpu_flags", std::vector<std::string>());
   } catch (const json::type_error&) {
     fields.invalid("settings or built", "A value has another type than its back end reads");
   }

@@ -29,6 +29,8 @@ struct EngineFolder {
   bool spin_between_runs = false;
   /// What the build decided, as the library's own names and texts.
   std::map<std::string, std::string> properties;
+  /// Instruction sets that compiled code may use.
+  std::vector<std::string> cpu_flags;
 
   /// Path of a file the back end opens; throws DamagedFiles unless the manifest vouches for it.
   std::filesystem::path file(const std::string& name) const;
