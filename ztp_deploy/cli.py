@@ -57,7 +57,7 @@ Profile = Annotated[
     str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")
 ]
 BackendName = Annotated[
-    str | None, typer.Option("--backend", "-b", help="auto or a name from `ztp list`.  \\[default: auto]")
+    str | None, typer.Option("--backend", "-b", help="auto, or one of those that `ztp list` shows.  \\[default: auto]")
 ]
 DeviceName = Annotated[
     str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
