@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from ztp_deploy.exporters import Artifact
 from ztp_deploy.pruning.prune import PrunedModel
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+# A shell that runs the tests in the background leaves Ctrl-C ignored, and tests that press it would wait for good.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

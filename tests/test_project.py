@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import ztp_deploy as ztp
+from ztp_deploy.evidence.latency import LatencyReport
+from ztp_deploy.evidence.report.comparison import render_comparison
 from ztp_deploy.evidence.report.markdown import render_tables
 from ztp_deploy.evidence.report.summary import Summary
 from ztp_deploy.recipes import Profile, Recipe, read_profile, read_recipe
@@ -23,6 +25,7 @@ from ztp_deploy.recipes import Profile, Recipe, read_profile, read_recipe
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SUMMARIES = [path for path in (ROOT / "engines" / "evidence").glob("*.json") if ".samples" not in path.name]
+COMPARISONS = list((ROOT / "engines" / "evidence").glob("*--comparison--*.samples.json"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
@@ -93,6 +96,18 @@ def test_the_readmes_table_is_the_recorded_one():
     assert shown in recorded
 
 
+def test_the_readmes_comparison_is_the_recorded_one():
+    shown = README.split("<!-- comparison -->")[1].split("<!-- /comparison -->")[0].strip()
+    assert COMPARISONS
+    recorded = {
+        render_comparison(LatencyReport.model_validate_json(path.read_text(encoding="utf-8"))).strip()
+        for path in COMPARISONS
+    }
+    assert shown in recorded
+    for path in COMPARISONS:
+        assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text(encoding="utf-8"))
+
+
 def test_recorded_evidence_names_machines_not_paths():
     assert SUMMARIES
     for path in SUMMARIES:
@@ -112,7 +127,9 @@ def test_the_lock_is_hashed_names_no_index_and_holds_every_dependency():
     assert all("--hash=sha256:" in requirement for requirement in requirements)
     locked = {re.match(r"[a-z0-9-]+", requirement)[0] for requirement in requirements}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["dev"] + extras["openvino"]
+    wanted.remove("ztp_deploy[openvino]")
     assert {re.match(r"[a-z0-9-]+", w.lower())[0] for w in wanted} <= locked
     # The two would overwrite each other: their markers exclude one another.
     gpu = next(r for r in requirements if r.startswith("onnxruntime-gpu=="))

@@ -20,7 +20,17 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from ztp_deploy.console import Bars, err, out, print_json, record_result, show_parity, show_result, warn
+from ztp_deploy.console import (
+    Bars,
+    err,
+    out,
+    print_json,
+    record_comparison,
+    record_result,
+    show_parity,
+    show_result,
+    warn,
+)
 from ztp_deploy.errors import INTERRUPTED, BadRequest, MissingSoftware, ZtpError
 
 app = typer.Typer(
@@ -62,7 +72,9 @@ BackendName = Annotated[
 DeviceName = Annotated[
     str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
 ]
-Precision = Annotated[str | None, typer.Option(help="fp32.  \\[default: fp32]")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16, bf16 or int8, as far as the back end has it.  \\[default: fp32]")
+]
 Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  \\[default: 1:8:64]")]
 InputType = Annotated[
     str | None,
@@ -239,7 +251,7 @@ def bench(
     record: Annotated[
         Path | None,
         typer.Option(
-            help="Also write the report's JSON and Markdown into this folder, named after model, plan, back end and machine."
+            help="Also write the report's JSON and Markdown into this folder, named after what was measured and the machine."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -273,7 +285,6 @@ def bench(
         "--keep": keep,
         "--sites": sites,
         "--method": method,
-        "--record": record,
     }
     given = [name for name, value in idle.items() if value is not None]
     if given or fresh or len(set(engine)) < len(engine):
@@ -283,10 +294,13 @@ def bench(
         )
     from ztp_deploy.backends import find_engine
 
-    named = {
-        path.name if len({p.name for p in engine}) == len(engine) else str(path): find_engine(path) for path in engine
-    }
+    # The folder above names back end, version and device.
+    named = {f"{path.resolve().parent.name}/{path.resolve().name}": find_engine(path) for path in engine}
+    if len(named) < len(engine):
+        named = {str(path): find_engine(path) for path in engine}
     report = workflow.bench(named, sizes, seconds, workflow.Clock(Bars()), _command())
+    if record is not None:
+        record_comparison(report, next(iter(named.values())).manifest.source.name, record)
     if as_json:
         print_json(report.model_dump(mode="json"))
         return

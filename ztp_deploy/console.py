@@ -85,14 +85,29 @@ def record_result(result: Any, folder: Path) -> None:
 
     where = Path(result.summary.engine)
     summary = result.summary.model_copy(update={"engine": f"engines/{where.parent.name}/{where.name}"})
-    machine = "".join(c if c.isalnum() else "-" for c in summary.machine["cpu"].lower()).strip("-")
-    machine = "-".join(filter(None, machine.split("-")))
     backend = summary.backend.split()[0]
-    name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}--{machine}"
+    name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}--{_slug(summary.machine)}"
     write_text(folder / f"{name}.json", summary.to_json())
     write_text(folder / f"{name}.samples.json", result.latency.to_json())
     write_text(folder / f"{name}.md", render_tables(summary))
     err.print(f"Recorded {folder / name}.json, .samples.json and .md", soft_wrap=True)
+
+
+def record_comparison(report: Any, model: str, folder: Path) -> None:
+    """Writes engines measured against each other and their table, without local paths."""
+    from ztp_deploy.evidence.report.comparison import render_comparison
+    from ztp_deploy.manifest import write_text
+
+    name = f"{model}--comparison--{_slug(report.environment)}"
+    write_text(folder / f"{name}.samples.json", report.to_json())
+    write_text(folder / f"{name}.md", render_comparison(report))
+    err.print(f"Recorded {folder / name}.samples.json and .md", soft_wrap=True)
+
+
+def _slug(machine: dict[str, Any]) -> str:
+    """The processor's name for file names."""
+    words = "".join(c if c.isalnum() else "-" for c in machine["cpu"].lower()).split("-")
+    return "-".join(filter(None, words))
 
 
 def print_json(value: Any) -> None:

@@ -116,3 +116,21 @@ def test_refusals(shared_engine):
         ztp.measure_latency([shared_engine], seconds=0)
     with pytest.raises(BadRequest, match="No engine"):
         ztp.measure_latency({})
+
+
+def test_a_comparison_names_back_ends_and_plans(shared_engine, torchscript_engine):
+    from ztp_deploy.evidence.report.comparison import render_comparison
+
+    roles = {
+        "onnxruntime-1.31.1-cpu/deit_t--dense--fp32--b1-4-8": shared_engine,
+        "torchscript-2.15.0-cpu/deit_t--zero_tprune-0.7--bf16--b1-4-8--random": torchscript_engine,
+    }
+    report = ztp.measure_latency(roles, batches=(2,), seconds=0.2)
+    lines = render_comparison(report).splitlines()
+    assert lines[0].startswith("| batch | engine |")
+    assert "over onnxruntime 1.31.1 dense fp32 (95 % interval)" in lines[0]
+    assert lines[2].startswith("| 2 | onnxruntime 1.31.1 dense fp32 |")
+    assert lines[3].startswith("| 2 | torchscript 2.15.0 zero_tprune-0.7 bf16 |")
+    dense, pruned = roles
+    ratio = report.ratio(pruned, dense, 2)
+    assert f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})" in lines[3]

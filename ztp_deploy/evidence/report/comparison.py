@@ -1,0 +1,40 @@
+"""Engines of different back ends against each other, as Markdown."""
+
+from __future__ import annotations
+
+from ztp_deploy.evidence.latency import LatencyReport
+
+
+def render_comparison(report: LatencyReport) -> str:
+    """A line an engine and batch, with its speed over the first engine's; then the machine and the command."""
+    first = report.samples[0].role
+    lines = [
+        f"| batch | engine | ms an image: median | p90 | images/s | over {_short(first)} (95 % interval) |",
+        "|---:|---|---:|---:|---:|---|",
+    ]
+    for sample in report.samples:
+        gain = ""
+        if sample.role != first:
+            ratio = report.ratio(sample.role, first, sample.batch)
+            gain = f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})"
+            gain += f" inconclusive: {ratio.reason}" if ratio.verdict == "inconclusive" else ""
+        median, p90 = sample.median / sample.batch, sample.p90 / sample.batch
+        cells = [
+            str(sample.batch),
+            _short(sample.role),
+            f"{median:.2f}",
+            f"{p90:.2f}",
+            f"{sample.images_per_second:.1f}",
+        ]
+        lines.append(f"| {' | '.join([*cells, gain])} |")
+    machine = report.environment
+    lines += ["", f"- {machine['cpu']}, {machine['cores']} cores, {machine['system']}. {report.gpu}."]
+    return "\n".join([*lines, *(f"- {note}" for note in report.notes)]) + "\n"
+
+
+def _short(role: str) -> str:
+    """`openvino-2026.4.1-cpu/deit_s--dense--fp32--b1-8-64` → `openvino 2026.4.1 dense fp32`."""
+    machine, _, engine = role.partition("/")
+    backend, version, *_ = [*machine.split("-"), ""]
+    _, plan, precision, *_ = [*engine.split("--"), "", "", ""]
+    return f"{backend} {version} {plan} {precision}" if plan and precision else role
