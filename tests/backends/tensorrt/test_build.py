@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ from tests import tiny
 from ztp_deploy import backends, environment, exporters, methods
 from ztp_deploy.backends.tensorrt.build import Order, build_plan
 from ztp_deploy.backends.tensorrt.library import RTX
+from ztp_deploy.backends.tensorrt.network import check_precision
 from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
@@ -158,6 +160,31 @@ def test_a_float32_graph_is_no_fp16_engine(artifacts, tmp_path):
     lowered = onnx.load(str(artifacts["dense", "fp16"].directory / "model.onnx"))
     with pytest.raises(GateFailed, match=r"fp32 was asked for, but .* \(half\) and 18 more are not"):
         build_plan(order(lowered, tmp_path, "fp32"), silent())
+
+
+def test_products_that_went_missing_are_counted(artifacts):
+    """As a parser would leave a network that renamed its layers and moved their types."""
+    trt = RTX.load()
+
+    class Layer:
+        name, type = "renamed", trt.LayerType.MATRIX_MULTIPLY
+
+        def get_output(self, index):
+            return SimpleNamespace(dtype=trt.DataType.HALF)
+
+    network = SimpleNamespace(num_layers=18, get_layer=lambda index: Layer())
+    model = onnx.load(str(artifacts["dense", "fp16"].directory / "model.onnx"))
+    with pytest.raises(GateFailed, match="only 18 of 19 matrix products are"):
+        check_precision(trt, network, model, "fp16")
+    network.num_layers = 19
+    assert check_precision(trt, network, model, "fp16") == 19
+
+
+def test_pixels_go_in_as_uint8(tmp_path, no_gpu):
+    model = tiny.model(size=SIZE)
+    pruned = ztp.prune(model, ztp.make_plan(model, "slice", ratio=0.7, sites=[2]))
+    artifact = ztp.export(pruned, "onnx", tmp_path / "a", precision="fp16", input="uint8")
+    assert build(artifact, tmp_path / "e").manifest.built["attention_fused"] == 3
 
 
 def test_a_second_reader_unfuses_and_is_named(artifacts, tmp_path):

@@ -70,8 +70,12 @@ def check_precision(trt: Any, network: tensorrt.INetworkDefinition, model: onnx.
         count += matches
         if not matches and (precision == "fp32" or layer.name in asked):
             wrong.append(f"{layer.name} ({layer.get_output(0).dtype.name.lower()})")
-    if wrong or not count:
-        found = f"{wrong[0]} and {len(wrong) - 1} more are not" if wrong else "no matrix product is"
+    if wrong or not count or count < len(asked):
+        found = f"only {count} of {len(asked)} matrix products are"
+        if wrong:
+            found = f"{wrong[0]} and {len(wrong) - 1} more are not"
+        elif not asked:
+            found = "no matrix product is"
         raise GateFailed(
             f"{precision} was asked for, but in TensorRT's network {found}.",
             "Export the graph in that precision again.",
