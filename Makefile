@@ -13,7 +13,7 @@ WEIGHTS   ?= auto
 PYTHON    ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
                $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
-VENV  := .venv
+override VENV := .venv
 READY := $(VENV)/.ready
 ZTP   := $(VENV)/bin/ztp
 
@@ -57,7 +57,7 @@ doctor: $(READY)  ## Versions, devices, what would be used here
 	@$(ZTP) doctor
 
 cpp: $(READY)  ## Build the C++ runtime and ztp-run into build/cpp (needs cmake, ninja, nlohmann-json, stb)
-	@cmake -G Ninja -S ztp_deploy/cpp -B build/cpp -DPython3_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python" $(CMAKE)
+	@cmake -G Ninja -S ztp_deploy/cpp -B build/cpp -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python" $(CMAKE)
 	@cmake --build build/cpp
 
 test: lint  ## Lint, type-check and run all tests
@@ -85,6 +85,7 @@ $(READY): requirements.lock pyproject.toml $(wildcard tests/backends/tensorrt/ha
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ztp_deploy needs Python 3.11 or newer; $(PYTHON) is older or no Python: install one or name it with PYTHON=/path/to/python3." >&2; exit 3; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "This Python has no venv module: apt-get install python3-venv (Debian, Ubuntu), then run make again." >&2; exit 3; }
 	@echo "Setting up $(VENV) from requirements.lock (once; about 6 GB with torch) …"
+	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is there and is no virtual environment: move it away." >&2; exit 2; }
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	@for release in 10 11; do \

@@ -196,8 +196,9 @@ def test_folder_names_tell_weights_and_settings_apart(artifact, tmp_path):
 
     def path(settings):
         chosen = module.parse_settings(settings)
-        return backends.engine_directory(tmp_path, artifact.manifest, "onnxruntime", device, span, chosen).name
+        return backends.engine_directory(tmp_path, artifact.manifest, "onnxruntime", device, "fp32", span, chosen).name
 
-    assert path({}) == "deit_t--zero_tprune-0.7--fp32--b1-2-4--random"
-    assert path({"threads": 1}).startswith("deit_t--zero_tprune-0.7--fp32--b1-2-4--random--s")
+    label = artifact.manifest.plan.label
+    assert path({}) == f"deit_t--{label}--fp32--b1-2-4--random"
+    assert path({"threads": 1}).startswith(f"deit_t--{label}--fp32--b1-2-4--random--s")
     assert path({"threads": 1}) != path({"threads": 2})

@@ -206,9 +206,10 @@ def check(
 ) -> None:
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
     from ztp_deploy import models, workflow
-    from ztp_deploy.backends import find_engine
+    from ztp_deploy.backends import find_engine, require_runnable
 
     found = find_engine(engine)
+    require_runnable(found)
     clock = workflow.Clock(Bars())
     with clock.step(f"load {found.manifest.source.name}"):
         model = models.reload_model(found.manifest.source)

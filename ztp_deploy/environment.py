@@ -22,8 +22,11 @@ REPORTED_PACKAGES = (
     "onnxscript",
     "onnxruntime-gpu",
     "onnxruntime",
+    "openvino",
+    "nncf",
     "tensorrt",
     "tensorrt-rtx",
+    "tensorrt-rtx-cu13-libs",
     "polygraphy",
     "numpy",
 )

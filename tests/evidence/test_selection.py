@@ -104,6 +104,22 @@ def test_the_first_decision_that_flips_is_named(setting):
     assert difference.cause == "weights"
 
 
+def test_flattened_scores_are_no_near_ties(setting):
+    """An engine whose scores are all but equal is near every cut; how clear the choice was, the reference says."""
+    observation, plan, geometry = setting
+    candidate = copy_of(observation)
+    candidate.scores["score_1"][0] = 1 + 1e-7 * np.arange(36)
+    dropped = candidate.scores["similarity_1"]
+    assert dropped.size  # similarity still takes its share; importance then keeps the last of the rest
+    before = observation.scores["score_1"][0]
+    gone = before <= 0  # what similarity took out
+    candidate.scores["score_1"][0][gone] = before[gone]
+    candidate.kept[0][0] = np.argsort(-candidate.scores["score_1"][0], kind="stable")[:25]
+    [first, *_] = differences(observation, candidate.kept, candidate, plan, geometry, 1e-3)
+    assert (first.stage, first.cause, first.decision) == (1, "weights", "importance")
+    assert first.gap > 1e-3
+
+
 def test_slot_order_does_not_matter(setting):
     """Engines may order kept tokens freely: the second stage's slots are compared by position."""
     observation, plan, geometry = setting

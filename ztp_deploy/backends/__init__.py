@@ -223,13 +223,8 @@ def find_engine(directory: Path | str) -> Engine:
     return Engine(folder, manifest)
 
 
-def load_engine(directory: Path | str) -> Session:
-    """Opens an engine folder after verifying its manifest and every file's sha256.
-
-    TorchScript, AOTInductor and TensorRT engines are code: load only what you built. Raises BadRequest (no engine folder),
-    DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
-    """
-    engine = find_engine(directory)
+def require_runnable(engine: Engine) -> Backend:
+    """The engine's back end. Raises MissingSoftware where its library or its device is not here."""
     manifest = engine.manifest
     module = usable(manifest.backend)
     reason = module.unrunnable(Device(manifest.device, "", manifest.provider))
@@ -238,6 +233,18 @@ def load_engine(directory: Path | str) -> Session:
             f"{engine.directory} runs on {manifest.device}, but {reason}.",
             "Open it on a machine that has one, or build for this one (`ztp doctor`).",
         )
+    return module
+
+
+def load_engine(directory: Path | str) -> Session:
+    """Opens an engine folder after verifying its manifest and every file's sha256.
+
+    TorchScript, AOTInductor and TensorRT engines are code: load only what you built. Raises BadRequest (no engine folder),
+    DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
+    """
+    engine = find_engine(directory)
+    manifest = engine.manifest
+    module = require_runnable(engine)
     runner = module.open_runner(engine.directory, manifest)
     if module.version() != manifest.backend_version:
         warnings.warn(

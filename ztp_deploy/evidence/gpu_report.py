@@ -333,6 +333,9 @@ class _Call:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RandomWeightsWarning)  # every row says what its weights are
                 self._models[name] = self.grid.load(name, self.grid.weights)
+            # What was measured with other weights is measured anew.
+            kind = source_of(self._models[name]).weights.kind
+            self.report.rows = [row for row in self.report.rows if row.model != name or row.weights == kind]
         return self._models[name]
 
     @cached_property

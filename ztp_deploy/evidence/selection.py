@@ -119,12 +119,15 @@ def _apart(replay: Replay, entering: NDArray[Any], kept: NDArray[Any]) -> set[in
 def _flipped(
     reference: Replay, reference_entering: NDArray[Any], candidate: Replay, candidate_entering: NDArray[Any]
 ) -> tuple[str, float]:
-    """The first decision that came out differently, and the largest margin among what flipped."""
+    """The first decision that came out differently, and how far from the cut the reference saw what flipped.
+
+    The reference's margins alone count: a candidate whose scores are all but equal has none.
+    """
     for one, other in zip(reference.decisions, candidate.decisions, strict=True):
         ours, theirs = _by_position(one, reference_entering), _by_position(other, candidate_entering)
         flipped = (ours > 0) != (theirs > 0)
         if flipped.any():
-            return one.name, float(np.minimum(np.abs(ours), np.abs(theirs))[flipped].max())
+            return one.name, float(np.abs(ours)[flipped].max())
     return "unexplained", float("inf")
 
 

@@ -19,6 +19,7 @@ from ztp_deploy.exporters.vocabulary import MATRIX
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 255 / 128 * 2.0**127}
 _BF16_OPSET = 22
 """The first opset whose Conv takes bfloat16."""
 
@@ -157,11 +158,10 @@ class _Lowering:
 
 def _rounded(values: NDArray[Any], low: int) -> NDArray[Any]:
     """Values in the lower type; finite numbers stay finite."""
-    kind = helper.tensor_dtype_to_np_dtype(low)
-    if low == TensorProto.FLOAT16:
-        limit = float(np.finfo(np.float16).max)
-        values = np.where(np.isfinite(values), np.clip(values, -limit, limit), values)
-    return np.asarray(values).astype(kind)
+    kind: Any = helper.tensor_dtype_to_np_dtype(low)
+    limit = _LARGEST[low]
+    clipped: NDArray[Any] = np.where(np.isfinite(values), np.clip(values, -limit, limit), values)
+    return clipped.astype(kind)
 
 
 def _retype(node: onnx.NodeProto, low: int) -> None:

@@ -207,7 +207,9 @@ def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
     [
         ((), "11.4", {}, "needs an NVIDIA GPU, and none was found"),
         ((H100,), "11.3", {}, r"was built with TensorRT 11\.4; this is 11\.3"),
-        ((H100,), "11.3", {"version_compatible": True}, None),
+        ((H100,), "11.5", {"version_compatible": True}, None),
+        ((H100,), "11.3", {"version_compatible": True}, r"was built with TensorRT 11\.4; this is 11\.3"),
+        ((H100,), "12.0", {"version_compatible": True}, r"was built with TensorRT 11\.4; this is 12\.0"),
         (
             (environment.Gpu("NVIDIA L4", "8.9", 24.0),),
             "11.4",

@@ -110,7 +110,7 @@ class TensorRT:
         """What the manifest says of a plan. Raises GateFailed where it is not what was asked for."""
         here = environment.gpus()
         if here and not any(layer.carries for layer in plan.layers):
-            inspected = read_layers(runtime.inspect(self.library, path))
+            inspected = read_layers(runtime.inspect(self.library, path, order.settings.version_compatible))
             plan = Plan(plan.data, inspected, plan.products)
         fused, precision = plan.proofs(order)
         notes = _notes(fused, order)
@@ -141,7 +141,7 @@ class TensorRT:
             path = directory / file
             if not path.is_file():
                 raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
-            engine = runtime.open_engine(self.library, path, weights)
+            engine = runtime.open_engine(self.library, path, weights, settings.version_compatible)
             return runtime.Executor(
                 engine, largest=manifest.batch.max, device="cuda", cuda_graph=settings.cuda_graph and file == PLAN_FILE
             )
@@ -159,7 +159,7 @@ class TensorRT:
             raise MissingSoftware(
                 f"{directory} needs an NVIDIA GPU, and none was found.", "Open it where there is one."
             )
-        if manifest.backend_version != self.version() and not settings.version_compatible:
+        if not _opens(manifest.backend_version, self.version(), settings.version_compatible):
             raise MissingSoftware(
                 f"{directory} was built with {self.library.title} {manifest.backend_version}; this is {self.version()}.",
                 "Build it again, or build with version_compatible.",
@@ -174,6 +174,14 @@ class TensorRT:
                 f"this is {here[0].name} ({here[0].compute_capability}).",
                 "Build it again on this GPU, or build with hardware_compatible.",
             )
+
+
+def _opens(built: str, here: str, version_compatible: bool) -> bool:
+    """Whether a plan opens in this release: the very one, or a later one of the same major version where built for it."""
+    if not version_compatible:
+        return built == here
+    one, other = ([int(part) for part in version.split(".")[:2] if part.isdigit()] for version in (built, here))
+    return one[:1] == other[:1] and one <= other
 
 
 def _notes(fused: Fusion, order: Order) -> list[str]:

@@ -30,8 +30,10 @@ _DTYPES = {
 }
 
 
-def open_engine(library: Library, path: Path, weights: Path | None) -> tensorrt.ICudaEngine:
+def open_engine(library: Library, path: Path, weights: Path | None, host_code: bool = False) -> tensorrt.ICudaEngine:
     """The engine in a plan file; `weights` is the graph that fills a stripped one.
+
+    `host_code`: version-compatible plans carry code for the processor, which the library runs only when told to.
 
     Only for files whose hash was verified, on a machine with a GPU: without one the library crashes here.
     Raises DamagedFiles and MissingSoftware.
@@ -40,6 +42,7 @@ def open_engine(library: Library, path: Path, weights: Path | None) -> tensorrt.
     errors: list[str] = []
     with listening(trt, lambda severity, text: errors.append(text) if "error" in severity else None) as log:
         runtime: tensorrt.Runtime = trt.Runtime(log)
+        runtime.engine_host_code_allowed = host_code
         engine: tensorrt.ICudaEngine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is not None and weights is not None:
             _refit(trt, engine, log, weights)
@@ -59,10 +62,10 @@ def _refit(trt: Any, engine: tensorrt.ICudaEngine, log: tensorrt.ILogger, weight
         raise DamagedFiles(f"The weights in {weights} do not fit the stripped plan.", "Build the engine again.")
 
 
-def inspect(library: Library, path: Path) -> str:
+def inspect(library: Library, path: Path, host_code: bool = False) -> str:
     """What the engine inspector says of a plan's layers, one a line; needs a GPU."""
     trt = library.load()
-    engine = open_engine(library, path, None)
+    engine = open_engine(library, path, None, host_code)
     inspector: tensorrt.EngineInspector = engine.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
 

@@ -149,10 +149,16 @@ class TensorRtRunner final : public Runner {
   explicit TensorRtRunner(const EngineFolder& folder)
       : folder_(folder), contexts_([this] { return std::make_unique<Context>(*engine_, folder_); }) {
     const std::filesystem::path path = folder.file("model.plan");
+    if (folder.strip_plan) {
+      throw BadRequest("This engine's plan was stripped of its weights, which only the Python runtime puts back.",
+                       "Build it again without strip_plan.");
+    }
     require_gpu();
     const std::string plan = read_file(path);
     runtime_.reset(nvinfer1::createInferRuntime(logger_));
     if (runtime_ == nullptr) throw MissingSoftware("TensorRT did not start.", "See its message above.");
+    // Plans for later releases carry code for the processor, which the library runs only when told to.
+    runtime_->setEngineHostCodeAllowed(folder.version_compatible);
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine_ == nullptr) {
       throw DamagedFiles("TensorRT cannot open " + path.string() + ": it was built for another GPU or version.",

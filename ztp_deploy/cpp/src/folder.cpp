@@ -157,6 +157,8 @@ void read_settings(const json& root, const Fields& fields, EngineFolder& folder)
   try {
     folder.threads = settings.value("threads", 0);
     folder.spin_between_runs = settings.value("spin_between_runs", false);
+    folder.strip_plan = settings.value("strip_plan", false);
+    folder.version_compatible = settings.value("version_compatible", false);
     folder.properties = built.value("properties", std::map<std::string, std::string>());
     folder.cpu_flags = built.value("cpu_flags", std::vector<std::string>());
   } catch (const json::type_error&) {

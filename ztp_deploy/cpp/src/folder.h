@@ -27,6 +27,8 @@ struct EngineFolder {
   // Settings of back ends, as they were asked for; those of another back end keep their defaults.
   int threads = 0;  ///< 0: the library's own choice
   bool spin_between_runs = false;
+  bool strip_plan = false;
+  bool version_compatible = false;
   /// What the build decided, as the library's own names and texts.
   std::map<std::string, std::string> properties;
   /// Instruction sets that compiled code may use.
