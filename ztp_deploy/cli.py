@@ -305,20 +305,14 @@ def bench(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    table = Table("batch", "engine", "ms/image", "p90", "images/s")
-    for sample in report.samples:
-        table.add_row(
-            str(sample.batch),
-            sample.role,
-            f"{sample.median / sample.batch:.2f}",
-            f"{sample.p90 / sample.batch:.2f}",
-            f"{sample.images_per_second:.1f}",
-        )
+    from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
+
+    table = Table(*comparison_head(report))
+    for row in comparison_rows(report):
+        table.add_row(*(cell.replace("**", "") for cell in row))
     out.print(table)
-    for one in report.ratios:
-        out.print(
-            f"batch {one.batch}: {one.engine} over {one.reference}: {one.speedup:.3f} × ({one.low:.3f} to {one.high:.3f}) {one.reason or ''}".rstrip()
-        )
+    for note in report.notes:
+        warn(note)
     out.print(report.gpu)
 
 

@@ -19,7 +19,7 @@ from ztp_deploy.exporters.vocabulary import MATRIX
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-_LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 255 / 128 * 2.0**127}
+_LARGEST: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 255 / 128 * 2.0**127}
 _BF16_OPSET = 22
 """The first opset whose Conv takes bfloat16."""
 

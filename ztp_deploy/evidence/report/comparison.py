@@ -6,30 +6,39 @@ from ztp_deploy.evidence.latency import LatencyReport
 
 
 def render_comparison(report: LatencyReport) -> str:
-    """A line an engine and batch, with its speed over the first engine's; then the machine and the command."""
+    """A line an engine and batch, with its speed over the first engine's; then the machine."""
+    lines = [f"| {' | '.join(comparison_head(report))} |", "|---:|---|---:|---:|---:|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in comparison_rows(report)]
+    if any(ratio.verdict == "inconclusive" for ratio in report.ratios):
+        lines += [
+            "",
+            "- Inconclusive: the interval is wide or the machine drifted; measure longer, with nothing else running.",
+        ]
+    machine = report.environment
+    lines += ["", f"- {machine['cpu']}, {machine['cores']} cores, {machine['system']}. {report.gpu}."]
+    return "\n".join([*lines, *(f"- {note}" for note in report.notes)]) + "\n"
+
+
+def comparison_head(report: LatencyReport) -> list[str]:
+    """The columns' names."""
+    over = f"over {_short(report.samples[0].role)} (95 % interval)"
+    return ["batch", "engine", "ms an image: median", "p90", "images/s", over]
+
+
+def comparison_rows(report: LatencyReport) -> list[list[str]]:
+    """One row an engine and batch, as text."""
     first = report.samples[0].role
-    lines = [
-        f"| batch | engine | ms an image: median | p90 | images/s | over {_short(first)} (95 % interval) |",
-        "|---:|---|---:|---:|---:|---|",
-    ]
+    rows = []
     for sample in report.samples:
         gain = ""
         if sample.role != first:
             ratio = report.ratio(sample.role, first, sample.batch)
             gain = f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})"
-            gain += f" inconclusive: {ratio.reason}" if ratio.verdict == "inconclusive" else ""
+            gain += " inconclusive" if ratio.verdict == "inconclusive" else ""
         median, p90 = sample.median / sample.batch, sample.p90 / sample.batch
-        cells = [
-            str(sample.batch),
-            _short(sample.role),
-            f"{median:.2f}",
-            f"{p90:.2f}",
-            f"{sample.images_per_second:.1f}",
-        ]
-        lines.append(f"| {' | '.join([*cells, gain])} |")
-    machine = report.environment
-    lines += ["", f"- {machine['cpu']}, {machine['cores']} cores, {machine['system']}. {report.gpu}."]
-    return "\n".join([*lines, *(f"- {note}" for note in report.notes)]) + "\n"
+        cells = [str(sample.batch), _short(sample.role), f"{median:.2f}", f"{p90:.2f}"]
+        rows.append([*cells, f"{sample.images_per_second:.1f}", gain])
+    return rows
 
 
 def _short(role: str) -> str:
