@@ -67,7 +67,7 @@ def test_engine_from_a_name(made):
     assert "Random weights" in done.stdout + done.stderr
     [engine] = folder.glob("engines/*/deit_t--zero_tprune-0.7--fp32--b1-2-4--random")
     assert {p.name for p in (engine / "evidence").iterdir()} == {
-        *("parity.json", "latency.json", "report.json", "report.md")
+        *("parity.json", "latency.json", "report.json", "report.md", "selftest.safetensors")
     }
     report = json.loads((engine / "evidence" / "report.json").read_text())
     assert report["schema"] == "ztp.report/1"
