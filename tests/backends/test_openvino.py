@@ -49,8 +49,13 @@ def test_bf16_is_bf16_or_refused(artifact, tmp_path):
         assert refusal.value.exit_code == 3
         assert list(tmp_path.iterdir()) == []
         return
-    engine = ztp.build(artifact, "openvino", precision="bf16", directory=tmp_path / "e")
-    assert engine.manifest.built["matrix_precisions"]["bf16"] > 15
+    try:
+        engine = ztp.build(artifact, "openvino", precision="bf16", directory=tmp_path / "e")
+    except GateFailed as refusal:
+        assert "precision=bf16 was asked for, but OpenVINO computes" in refusal.problem  # noqa: PT017
+        return
+    counts = engine.manifest.built["matrix_precisions"]
+    assert counts["bf16"] > sum(counts.values()) / 2
 
 
 @pytest.mark.parametrize("counts", [{"f32": 20}, {"f32": 11, "bf16": 9}])

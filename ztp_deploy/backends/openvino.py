@@ -27,7 +27,7 @@ MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _RUNTIME_NAMES = {"fp32": {"f32"}, "bf16": {"bf16"}, "int8": {"i8", "u8"}}
 _FAST_INT8 = {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm"}
-_LEAST_SHARE = {"fp32": 0.99, "bf16": 0.75, "int8": 0.5}
+_LEAST_SHARE = {"fp32": 0.99, "bf16": 0.5, "int8": 0.5}
 _CAPABILITY = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}
 
 
@@ -224,7 +224,7 @@ def _check_processor(precision: str, settings: Settings) -> None:
 def _check_precision(precision: str, counts: dict[str, int]) -> None:
     """Raises GateFailed unless most products of the tokens' way are computed as asked.
 
-    In int8 engines the products of attention may stay in floats, in bf16 engines a few.
+    In int8 and bf16 engines some products, such as those of attention, may stay in fp32.
     """
     real = sum(count for name, count in counts.items() if name in _RUNTIME_NAMES[precision])
     if real <= sum(counts.values()) * _LEAST_SHARE[precision]:
