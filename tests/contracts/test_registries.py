@@ -83,10 +83,13 @@ def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
 
     if not environment.gpus():
         pytest.skip("needs an NVIDIA GPU and its driver; none was found on this machine")
-    if backends.get(backend).missing():
-        pytest.skip(f"{backend} is installed by make setup where there is a GPU; here it is not")
-    if backend == "tensorrt_rtx" and environment.gpus()[0].compute_capability.split(".")[0] in ("9", "10"):
-        pytest.skip("TensorRT-RTX does not support this GPU")
+    if package := backends.get(backend).missing():
+        pytest.skip(f"{package} is not installed beside this GPU: pip install {package}")
+    gpu = environment.gpus()[0]
+    if backend == "tensorrt_rtx" and gpu.compute_capability.split(".")[0] in ("9", "10"):
+        pytest.skip(
+            f"TensorRT-RTX needs a GPU of compute capability 8.0, 8.6, 8.9 or 12.0; {gpu.name} has {gpu.compute_capability}"
+        )
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.6))
     artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
     engine = ztp.build(artifact, backend, device="cuda", directory=tmp_path / "engine")

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from ztp_deploy.backends.base import BuildJob, Device
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.quiet import quiet
 
 SUMMARY = "AOTInductor: compiled by torch ahead of time, CPU or CUDA; runs without Python too"
 FORMAT = "torch_export"
@@ -89,7 +88,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     from ztp_deploy.exporters.torch_export import GRAPH_FILE, read
 
     torch_device.prepare(job.device.provider)
-    with _quiet(), _scratch(job.directory):
+    with quiet("torch", errors=True), _scratch(job.directory):
         compiler = _compiler()
         program = _placed(read(job.artifact.directory / GRAPH_FILE), job)
         job.advance(0.1)
@@ -130,7 +129,7 @@ class AotInductorRunner:
         self._manifest = manifest
         self._names = (*manifest.outputs, *manifest.audit)
         try:
-            with _quiet():
+            with quiet("torch", errors=True):
                 self._model: Any = aoti_load_package(str(package))
         except Exception as error:  # a damaged archive raises anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -221,24 +220,3 @@ def _scratch(directory: Path) -> Iterator[None]:
 
     with tempfile.TemporaryDirectory(dir=directory, prefix="compile-") as folder, fresh_cache(dir=folder):
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what the compiler says to developers of torch off the user's terminal."""
-    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "torch"]
-    loggers = [logging.getLogger(name) for name in {"torch", *names}]
-    levels = [logger.level for logger in loggers]
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +11,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.quiet import quiet
 
 _MATRIX_LAYERS = frozenset({"MatMul", "FullyConnected", "Convolution"})
 _NOTES = ("layerType", "runtimePrecision", "originalLayersNames")
@@ -68,9 +65,7 @@ def quantised(model: Any, images: NDArray[Any] | None, untouched: set[str], adva
         return image[None]
 
     present = {operation.get_friendly_name() for operation in model.get_ops()}
-    # NNCF prints bars of its own.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet("nncf"):
         return nncf.quantize(
             model,
             nncf.Dataset(list(images), told),
@@ -83,16 +78,11 @@ def quantised(model: Any, images: NDArray[Any] | None, untouched: set[str], adva
 
 def _nncf() -> Any:
     """The library, without torch's remark on CUDA that importing it calls forth. Raises MissingSoftware."""
-    remarks = logging.getLogger("torch.utils.cpp_extension")
-    level = remarks.level
-    remarks.setLevel(logging.ERROR)
-    try:
-        import nncf
-    except ImportError as error:
-        raise MissingSoftware("int8 needs nncf, which is not installed.", "pip install nncf") from error
-    finally:
-        remarks.setLevel(level)
-    nncf.set_log_level(logging.ERROR)
+    with quiet("torch.utils.cpp_extension"):
+        try:
+            import nncf
+        except ImportError as error:
+            raise MissingSoftware("int8 needs nncf, which is not installed.", "pip install nncf") from error
     return nncf
 
 

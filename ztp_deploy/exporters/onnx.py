@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -16,6 +11,7 @@ from ztp_deploy.errors import GateFailed
 from ztp_deploy.exporters import precision, vocabulary
 from ztp_deploy.exporters.graph import AuditedGraph, InferenceGraph
 from ztp_deploy.plan import Plan
+from ztp_deploy.quiet import quiet
 
 SUMMARY = "dynamic batch; what ONNX Runtime, TensorRT and OpenVINO engines are built from"
 PRECISIONS = precision.PRECISIONS
@@ -72,7 +68,7 @@ def with_audit(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProt
 
 def _traced(graph: InferenceGraph, image_batch: int) -> onnx.ModelProto:
     names = [*graph.output_names, *graph.audit_names]
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
+    with quiet("torch.onnx", "onnxscript", "onnx_ir"), torch.inference_mode(False), torch.no_grad():
         program = torch.onnx.export(
             AuditedGraph(graph),
             (graph.example(image_batch),),
@@ -92,19 +88,3 @@ def _traced(graph: InferenceGraph, image_batch: int) -> onnx.ModelProto:
         node.doc_string = ""
     del model.graph.metadata_props[:]
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's progress lines and notices for developers of torch off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -1,0 +1,10 @@
+"""TensorRT's tests; what builds needs TensorRT-RTX, which needs no GPU to build."""
+
+import pytest
+
+from ztp_deploy.backends.tensorrt.library import RTX
+
+needs_rtx = pytest.mark.skipif(
+    not RTX.found(),
+    reason="tensorrt-rtx is not installed: make setup installs it on x86-64 Linux, the only platform with wheels to pin",
+)

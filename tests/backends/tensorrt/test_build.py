@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.backends.tensorrt import needs_rtx
 from ztp_deploy import backends, environment, exporters, methods
 from ztp_deploy.backends.tensorrt.build import Order, build_plan
 from ztp_deploy.backends.tensorrt.library import RTX
@@ -24,7 +25,7 @@ from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.manifest import BatchRange
 from ztp_deploy.models.base import ModelSize
 
-pytestmark = pytest.mark.skipif(not RTX.found(), reason="tensorrt-rtx has no wheel for this platform")
+pytestmark = needs_rtx
 
 SIZE = ModelSize(img_size=64, depth=3, embed_dim=32, num_heads=2, num_classes=10)
 """Sixteen patches, a stage at block 2, plain attention at blocks 1 and 3."""

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from tests.backends.tensorrt import needs_rtx
 from ztp_deploy import cli, environment
-from ztp_deploy.backends.tensorrt.library import RTX
 
-pytestmark = pytest.mark.skipif(not RTX.found(), reason="tensorrt-rtx has no wheel for this platform")
+pytestmark = needs_rtx
 
 ENGINE = ("engine", "--model", "deit_t", "--method", "slice", "--ratio", 0.7, "--weights", "random")
 RTX_FP16 = ("--backend", "tensorrt_rtx", "--precision", "fp16", "--batch", "1:2:4", "--batches", "1,2")

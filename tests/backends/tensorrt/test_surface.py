@@ -8,11 +8,10 @@ import sys
 
 import pytest
 
-from tests.backends.tensorrt import harness
+from tests.backends.tensorrt import harness, needs_rtx
 from tests.backends.tensorrt.surface import used_names
-from ztp_deploy.backends.tensorrt.library import RTX
 
-pytestmark = pytest.mark.skipif(not RTX.found(), reason="tensorrt-rtx has no wheel for this platform")
+pytestmark = needs_rtx
 
 
 def needs_bindings(major: int) -> None:
