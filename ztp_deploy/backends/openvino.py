@@ -100,6 +100,7 @@ def build(job: BuildJob) -> dict[str, Any]:
             f"OpenVINO cannot read {job.artifact.directory}: {_reason(error)}.", "Export again."
         ) from error
     job.advance(0.1)
+    ir.fuse(model)
     scores = ir.outside_the_tokens_way(model)
     if job.precision == "int8":
         model = ir.quantised(model, job.calibration, scores, job.advance)
@@ -115,7 +116,8 @@ def build(job: BuildJob) -> dict[str, Any]:
     notes = []
     if lower := set(score_counts) - {"f32"}:
         notes.append(
-            f"OpenVINO computes some scores' products in {', '.join(sorted(lower))} although float32 was asked for."
+            f"OpenVINO computes {sum(score_counts[name] for name in lower)} of {sum(score_counts.values())} products of "
+            f"scores and classifier in {', '.join(sorted(lower))} although float32 was asked for."
         )
     if job.precision == "int8" and not _FAST_INT8 & set(environment.cpu_features()):
         notes.append(

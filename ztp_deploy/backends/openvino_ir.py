@@ -35,6 +35,13 @@ def outside_the_tokens_way(model: Any) -> set[str]:
     }
 
 
+def fuse(model: Any) -> None:
+    """The graph's own simplifications, done now: what they fuse when a plugin compiles loses its float32 mark."""
+    from openvino._offline_transformations import apply_moc_transformations
+
+    apply_moc_transformations(model, cf=False)
+
+
 def keep_float32(path: Path, names: set[str]) -> None:
     """Marks operations of a saved model, so that no plugin computes them in a lower precision."""
     tree = ElementTree.parse(path)
