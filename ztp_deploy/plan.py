@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Integral, Real
@@ -34,7 +34,8 @@ class Geometry:
 
     `patch_tokens` excludes the `special_tokens` (class, distillation, registers), which come first.
     `class_token` is the position of the class token among them, None without one.
-    `embed_macs` and `head_macs` count the parts before the first and after the last block.
+    `embed_macs` and `head_macs` count the parts before the first and after the last block. `rotary`: whether blocks ask
+    for the positions of tokens, which one made anew does not have.
     """
 
     image_size: int
@@ -49,6 +50,7 @@ class Geometry:
     num_classes: int
     embed_macs: int
     head_macs: int
+    rotary: bool = False
 
 
 class Stage(BaseModel):
@@ -182,9 +184,28 @@ def _shortest(number: float) -> str:
     return repr(float(number)).removesuffix(".0")
 
 
-def default_sites(depth: int, stages: int = DEFAULT_STAGES) -> list[int]:
-    """⌊depth·i/(stages+1)⌋ for i = 1 … stages, counted from 1, without repeats (3, 6, 9 of 12)."""
+def default_sites(depth: int, stages: int | None = None) -> list[int]:
+    """⌊depth·i/(stages+1)⌋ for i = 1 … stages (default 3), counted from 1, without repeats (3, 6, 9 of 12)."""
+    stages = stages or DEFAULT_STAGES
     return sorted({depth * i // (stages + 1) for i in range(1, stages + 1)} - {0})
+
+
+def following_sites(depth: int, stages: int | None = None) -> list[int]:
+    """The blocks after `default_sites`, for methods that act before or inside a block (4, 7, 10 of 12)."""
+    return [block + 1 for block in default_sites(depth, stages)]
+
+
+def every_block(depth: int, stages: int | None = None) -> list[int]:
+    """All blocks, for methods with a number per block; `following_sites` where another number of stages is asked for."""
+    return list(range(1, depth + 1)) if stages in (None, depth) else following_sites(depth, stages)
+
+
+def kept_chain(tokens: int, blocks: Sequence[int], counts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(block, tokens in, tokens out) of every stage that drops any, where `tokens` enter the first."""
+    for block, after in zip(blocks, counts, strict=True):
+        if after < tokens:
+            yield block, tokens, after
+        tokens = after
 
 
 def share_of(ratio: float, count: int, rounding: Callable[[Fraction], int] = math.floor) -> int:
@@ -242,7 +263,8 @@ def make_plan(
 
     Exactly one of: `ratio`, the share of tokens each stage keeps, in (0, 1]; `flops`, the share of
     the dense model's multiply-accumulates, in (0, 1]; `keep`, per stage a count (int) or a share of
-    what enters it (float). `sites` are block numbers counted from 1 (default ⌊depth·i/4⌋, i = 1 … 3).
+    what enters it (float). `sites` are block numbers counted from 1 (default ⌊depth·i/4⌋, i = 1 … 3, the next
+    block for methods that act before or inside one, all blocks for those with a number per block).
     `method="dense"` takes none of them. Raises BadRequest for anything that cannot be met.
     """
     from ztp_deploy import methods, models
@@ -264,12 +286,12 @@ def make_plan(
             "Give one, for example ratio=0.7.",
         )
     chosen = methods.parse_options(method, options or {})
-    blocks = _checked_sites(sites, geometry.depth, DEFAULT_STAGES if keep is None else len(keep))
+    if reason := rule.refuses(geometry, chosen):
+        raise BadRequest(f"{method} cannot prune {name}: {reason}", "`ztp list` shows which pairs work.")
+    blocks = _checked_sites(sites, geometry.depth, rule.default_sites, None if keep is None else len(keep))
 
     def stages_for(counts: list[int]) -> list[Stage]:
-        return [
-            stage for stage in rule.schedule(geometry, blocks, counts, chosen) if stage.tokens_out < stage.tokens_in
-        ]
+        return rule.schedule(geometry, blocks, counts, chosen)
 
     def stages_at(share: float) -> list[Stage]:
         return stages_for(rule.counts(geometry, blocks, share))
@@ -319,10 +341,12 @@ def _unit_interval(name: str, value: Any) -> float:
     return float(value)
 
 
-def _checked_sites(sites: Sequence[int] | None, depth: int, stages: int) -> list[int]:
+def _checked_sites(
+    sites: Sequence[int] | None, depth: int, default: Callable[[int, int | None], list[int]], stages: int | None
+) -> list[int]:
     if sites is None:
-        blocks = default_sites(depth, stages)
-        if not blocks or (len(blocks) < stages and stages != DEFAULT_STAGES):
+        blocks = default(depth, stages)
+        if not blocks or (stages is not None and len(blocks) < stages and stages != DEFAULT_STAGES) or stages == 0:
             raise BadRequest(
                 f"{stages} stages have no default sites in {depth} blocks.", "Give sites, one block for each stage."
             )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from ztp_deploy.evidence.selection import Observation, differences, same_sets
+from ztp_deploy.evidence.selection import Observation, differences, same_fates
 from ztp_deploy.models import host_of
 from ztp_deploy.plan import make_plan
 from ztp_deploy.pruning.prune import prune
@@ -28,13 +28,14 @@ def setting():
         for name, value in stage.items()
     }
     kept = [positions.numpy().copy() for positions in outputs.kept]
-    return Observation(outputs.logits.numpy(), kept, scores), plan, host_of(model).geometry
+    return Observation(outputs.logits.numpy(), kept, [], scores), plan, host_of(model).geometry
 
 
 def copy_of(observation):
     return Observation(
         observation.logits.copy(),
         [kept.copy() for kept in observation.kept],
+        [],
         {name: value.copy() for name, value in observation.scores.items()},
     )
 
@@ -52,10 +53,10 @@ def swap_at_the_cut(observation, keep, gap):
 
 def test_equal_runs_have_no_difference(setting):
     observation, plan, geometry = setting
-    assert differences(observation, copy_of(observation).kept, copy_of(observation), plan, geometry, BOUND) == []
+    assert differences(observation, copy_of(observation), copy_of(observation), plan, geometry, BOUND) == []
     shuffled = copy_of(observation)
     shuffled.kept[0][:] = shuffled.kept[0][:, ::-1]
-    assert same_sets(observation.kept[0], shuffled.kept[0]).all()
+    assert same_fates(observation, shuffled, 0, 36).all()
 
 
 def test_other_tokens_from_the_right_scores_is_a_selection_fault(setting):
@@ -64,7 +65,7 @@ def test_other_tokens_from_the_right_scores_is_a_selection_fault(setting):
     out = sorted(set(range(36)) - set(candidate.kept[0][0].tolist()))[0]
     gone = int(candidate.kept[0][0, 0])
     candidate.kept[0][0, 0] = out
-    difference = differences(observation, candidate.kept, candidate, plan, geometry, BOUND)[0]
+    difference = differences(observation, candidate, candidate, plan, geometry, BOUND)[0]
     assert (difference.stage, difference.cause) == (1, "selection")
     assert difference.tokens == sorted([out, gone])
     assert difference.gap > BOUND
@@ -74,7 +75,7 @@ def test_the_right_tokens_for_wrong_scores_is_a_weight_fault(setting):
     observation, plan, geometry = setting
     candidate = copy_of(observation)
     inside, outside = swap_at_the_cut(candidate, 25, gap=0.01)
-    difference = differences(observation, candidate.kept, candidate, plan, geometry, BOUND)[0]
+    difference = differences(observation, candidate, candidate, plan, geometry, BOUND)[0]
     assert (difference.stage, difference.cause, difference.decision) == (1, "weights", "importance")
     assert difference.tokens == sorted([inside, outside])
 
@@ -87,10 +88,10 @@ def test_a_gap_within_the_bound_is_a_near_tie(setting):
     reference.scores["score_1"][0][outside] = reference.scores["score_1"][0][inside] * (1 - 1e-6)
     candidate.scores["score_1"][0][outside] = reference.scores["score_1"][0][outside]
     swap_at_the_cut(candidate, 25, gap=1e-6)
-    difference = differences(reference, candidate.kept, candidate, plan, geometry, BOUND)[0]
+    difference = differences(reference, candidate, candidate, plan, geometry, BOUND)[0]
     assert (difference.cause, difference.decision) == ("near_tie", "importance")
     assert 0 < difference.gap <= 2e-6
-    assert differences(reference, candidate.kept, candidate, plan, geometry, 1e-8)[0].cause == "weights"
+    assert differences(reference, candidate, candidate, plan, geometry, 1e-8)[0].cause == "weights"
 
 
 def test_the_first_decision_that_flips_is_named(setting):
@@ -99,7 +100,7 @@ def test_the_first_decision_that_flips_is_named(setting):
     candidate = copy_of(observation)
     candidate.scores["pre_spread_1"][0, :, 0] *= 10
     swap_at_the_cut(candidate, 25, gap=0.01)
-    difference = differences(observation, candidate.kept, candidate, plan, geometry, BOUND)[0]
+    difference = differences(observation, candidate, candidate, plan, geometry, BOUND)[0]
     assert difference.decision == "pre_heads_below"
     assert difference.cause == "weights"
 
@@ -115,7 +116,7 @@ def test_flattened_scores_are_no_near_ties(setting):
     gone = before <= 0  # what similarity took out
     candidate.scores["score_1"][0][gone] = before[gone]
     candidate.kept[0][0] = np.argsort(-candidate.scores["score_1"][0], kind="stable")[:25]
-    [first, *_] = differences(observation, candidate.kept, candidate, plan, geometry, 1e-3)
+    [first, *_] = differences(observation, candidate, candidate, plan, geometry, 1e-3)
     assert (first.stage, first.cause, first.decision) == (1, "weights", "importance")
     assert first.gap > 1e-3
 
@@ -128,4 +129,4 @@ def test_slot_order_does_not_matter(setting):
     for name in ("pre_score_2", "score_2"):
         candidate.scores[name][0] = candidate.scores[name][0][::-1]
     # The similarity scores follow the ranking, which is unchanged.
-    assert differences(observation, candidate.kept, candidate, plan, geometry, BOUND) == []
+    assert differences(observation, candidate, candidate, plan, geometry, BOUND) == []

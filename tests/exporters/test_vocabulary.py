@@ -58,7 +58,7 @@ def test_a_graph_in_the_vocabulary_passes():
         ("int64[1] k = {3}", "int64[1] k = {5}", "k = 5, a number the plan does not have"),
         ("int64[1] k = {3}", "int64[1] k = {4000}", "beyond 3840"),
         ("int64[1] k = {3}", "int64[1] k = {6}", "keeps 3 tokens at 1 stage"),
-        ("int32[batch,3] kept_1)", "int32[batch,4] kept_1)", "keeps 3 tokens"),
+        ("int32[batch,3] kept_1)", "int32[batch,4] kept_1)", "has 3 tokens there"),
         ("int32[batch,3] kept_1)", "int64[batch,3] kept_1)", "not int32"),
         ("int32[batch,3] kept_1)", "int32[2,3] kept_1)", "fixed batch"),
         (", int32[batch,3] kept_1)", ")", "outputs are"),

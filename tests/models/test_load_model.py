@@ -15,6 +15,7 @@ from ztp_deploy import models
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.timm_vit import NAMES
+from ztp_deploy.pruning.tokens import initial_state
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -33,7 +34,7 @@ def test_random_weights_are_the_same_everywhere_and_spread_attention():
     images = torch.from_numpy(tiny.images(2))
     with torch.inference_mode():
         tokens = models.host_of(one).embed(images)
-        _, attention = models.host_of(one).attend(one.blocks[0], tokens)
+        attention = models.host_of(one).attention(one.blocks[0], tokens, initial_state(images, 36))
     entropy = -(attention.probabilities * attention.probabilities.log()).sum(-1).mean()
     assert 0.3 < entropy / torch.log(torch.tensor(37.0)) < 0.95
 

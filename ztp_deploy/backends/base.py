@@ -144,16 +144,28 @@ class Session:
         else:
             self._check(images)
             outputs = self._runner.run(images)
-        self._last.kept = [outputs[name] for name in self.manifest.outputs[1:]]
+        self._last.outputs = outputs
         return outputs["logits"]
 
     def kept(self) -> list[NDArray[np.int32]]:
-        """Per stage, the original patch positions [B, k] kept in this thread's last run, ascending."""
-        if not hasattr(self._last, "kept"):
+        """Per stage, the original patch positions [B, k] kept in this thread's last run, ascending.
+
+        -1 stands for a masked slot, patch_tokens + i for a token that stage i made anew from several.
+        """
+        return [np.sort(kept, axis=1) for kept in self._last_outputs("kept")]
+
+    def assignment(self) -> list[NDArray[np.int32]]:
+        """Per stage, for every patch [B, n0] the index in `kept()` of the token that carries it, -1 where it is dropped."""
+        from ztp_deploy.pruning.trace import assign
+
+        return assign(self._last_outputs("kept"), self._last_outputs("merged"), self.manifest.plan.patch_tokens)
+
+    def _last_outputs(self, kind: str) -> list[NDArray[np.int32]]:
+        if not hasattr(self._last, "outputs"):
             raise BadRequest("Nothing was run yet in this thread.", "Call run(images) first.")
+        outputs = [self._last.outputs[name] for name in self.manifest.outputs if name.startswith(f"{kind}_")]
         # Tensors come to the host here and not in `run`, which need not wait for them.
-        arrays = (kept if isinstance(kept, np.ndarray) else kept.cpu().numpy() for kept in self._last.kept)
-        return [np.sort(kept, axis=1) for kept in arrays]
+        return [value if isinstance(value, np.ndarray) else value.cpu().numpy() for value in outputs]
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """Outputs and stage scores of the very same graph, by name; slower than `run`."""

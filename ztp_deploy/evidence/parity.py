@@ -8,6 +8,7 @@ edge and the kind of fault.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -18,13 +19,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from ztp_deploy import environment
+from ztp_deploy import environment, methods
 from ztp_deploy.backends import Engine, find_engine, load_engine
 from ztp_deploy.backends.base import Runner
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.images import ImageSet
 from ztp_deploy.evidence.schema import EvidenceFile
-from ztp_deploy.evidence.selection import Difference, Observation, differences, same_sets
+from ztp_deploy.evidence.selection import Difference, Observation, differences, same_fates
 from ztp_deploy.exporters import load_artifact
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import ArtifactManifest, manifest_sha256, write_text
@@ -222,7 +223,7 @@ def check_parity(
             if one in observations and other in observations
         ]
     agreement = None
-    if manifest.plan.stages and not manifest.random_weights:
+    if manifest.plan.stages and not manifest.random_weights and not methods.untrained(manifest.plan):
         agreement = _dense_agreement(pruned, eager, manifest.input.dtype, pictures.pixels)
     report = ParityReport(
         engine=found.directory.name,
@@ -293,20 +294,26 @@ def _open_exported(directory: Path, manifest: ArtifactManifest) -> Runner:
 
 
 def _observe_eager(
-    graph: InferenceGraph, pixels: NDArray[Any], advance: Progress, kept: list[NDArray[Any]] | None = None
+    graph: InferenceGraph, pixels: NDArray[Any], advance: Progress, forced: list[NDArray[Any]] | None = None
 ) -> Observation:
-    """Eager PyTorch, with `kept` tokens put in place of its own choice where they are given."""
+    """Eager PyTorch, made to choose as `Observation.forced` says where it is given."""
     parts: list[tuple[NDArray[Any], ...]] = []
     for start in range(0, len(pixels), 8):
         chunk = slice(start, start + 8)
-        instead = None if kept is None else [torch.from_numpy(one[chunk].copy()) for one in kept]
+        instead = None if forced is None else [torch.from_numpy(one[chunk].copy()) for one in forced]
         with torch.inference_mode():
             values = graph.audited(torch.from_numpy(np.ascontiguousarray(pixels[chunk])), instead)
         parts.append(tuple(value.numpy() for value in values))
         advance(len(pixels[chunk]))
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    stages = len(graph.output_names)
-    return Observation(columns[0], columns[1:stages], dict(zip(graph.audit_names, columns[stages:], strict=True)))
+    return _observation(dict(zip((*graph.output_names, *graph.audit_names), columns, strict=True)))
+
+
+def _observation(values: dict[str, NDArray[Any]]) -> Observation:
+    """Named outputs of a run as an observation."""
+    kept = [value for name, value in values.items() if re.fullmatch(r"kept_\d+", name)]
+    merged = [value for name, value in values.items() if re.fullmatch(r"merged_\d+", name)]
+    return Observation(values["logits"], kept, merged, values)
 
 
 def _observe(
@@ -323,8 +330,7 @@ def _observe(
         for name in outputs:
             columns[name].append(result[name][: len(chunk)])
         advance(len(chunk))
-    joined = {name: np.concatenate(values) for name, values in columns.items()}
-    return Observation(joined["logits"], [joined[name] for name in outputs[1:]], {})
+    return _observation({name: np.concatenate(values) for name, values in columns.items()})
 
 
 def _compare(
@@ -344,15 +350,15 @@ def _compare(
     agree = np.ones(count, dtype=bool)
     stages = []
     for index, stage in enumerate(plan.stages):
-        same = same_sets(reference.kept[index], candidate.kept[index])
-        agree &= same
+        same = same_fates(reference, candidate, index, plan.patch_tokens)
+        agree &= same.all(axis=1)
         stages.append(
             StageAgreement(
                 stage=index + 1,
                 block=stage.block,
                 tokens=stage.tokens_out,
-                images_agreeing=int(same.sum()),
-                token_agreement=_overlap(reference.kept[index], candidate.kept[index]),
+                images_agreeing=int(same.all(axis=1).sum()),
+                token_agreement=_overlap(reference, candidate, index, plan.patch_tokens),
             )
         )
     differing = np.flatnonzero(~agree)
@@ -360,8 +366,8 @@ def _compare(
     faults: list[Fault] = []
     near_ties: list[NearTie] = []
     if len(differing):
-        kept = [one[differing] for one in candidate.kept]
-        forced = _observe_eager(graph, pictures.pixels[differing], lambda count: None, kept)
+        instead = [one[differing] for one in candidate.forced(plan.patch_tokens)]
+        forced = _observe_eager(graph, pictures.pixels[differing], lambda count: None, instead)
         expected[differing] = forced.logits
         faults, near_ties = _explain_differences(
             differing, forced, candidate, runner, smallest, plan, geometry, tolerance, pictures
@@ -396,11 +402,10 @@ def _compare(
     )
 
 
-def _audited(runner: Runner, image: NDArray[Any], plan: Plan, smallest: int) -> Observation:
+def _audited(runner: Runner, image: NDArray[Any], smallest: int) -> Observation:
     """The candidate's own run on one image with its scores; repeated to the smallest batch it takes."""
     values = {name: value[:1] for name, value in runner.audit(np.repeat(image, smallest, axis=0)).items()}
-    kept = [values[f"kept_{index}"] for index in range(1, len(plan.stages) + 1)]
-    return Observation(values["logits"], kept, values)
+    return _observation(values)
 
 
 def _explain_differences(
@@ -421,10 +426,9 @@ def _explain_differences(
     faults: list[Fault] = []
     near_ties: list[NearTie] = []
     for row, image in enumerate(images):
-        audited = _audited(runner, pictures.pixels[image : image + 1], plan, smallest)
+        audited = _audited(runner, pictures.pixels[image : image + 1], smallest)
         name = pictures.names[image]
-        kept = candidate.at(image).kept
-        for difference in differences(forced.at(row), kept, audited, plan, geometry, tolerance.gap):
+        for difference in differences(forced.at(row), candidate.at(image), audited, plan, geometry, tolerance.gap):
             if difference.cause != "near_tie":
                 faults.append(
                     Fault(kind=difference.cause, image=name, stage=difference.stage, detail=_sentence(difference, name))
@@ -465,9 +469,11 @@ def _sentence(difference: Difference, image: str) -> str:
     )
 
 
-def _overlap(reference: NDArray[Any], candidate: NDArray[Any]) -> float:
-    shared = [len(np.intersect1d(one, other)) for one, other in zip(reference, candidate, strict=True)]
-    return float(np.mean(shared) / reference.shape[1])
+def _overlap(reference: Observation, candidate: Observation, index: int, patch_tokens: int) -> float:
+    """Share of the tokens that the reference keeps, merged ones included, which the candidate treats alike."""
+    ours, theirs = (one.fates(index, patch_tokens) for one in (reference, candidate))
+    carried = ours >= 0
+    return float(((ours == theirs) & carried).sum() / max(carried.sum(), 1))
 
 
 def _dense_agreement(

@@ -5,7 +5,7 @@ No other check sees this: logits can agree while an engine drops the wrong patch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,25 +15,58 @@ from numpy.typing import NDArray
 
 from ztp_deploy import methods
 from ztp_deploy.methods.base import Decision, Replay
-from ztp_deploy.plan import Geometry, Plan, Stage
+from ztp_deploy.plan import Geometry, Plan
 
 Cause = Literal["near_tie", "selection", "weights"]
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One run over M images: logits [M, classes], per stage kept positions [M, k] in slot order, audit scores."""
+    """One run over M images: logits [M, classes], per stage kept positions [M, k] in slot order, audit scores.
+
+    `merged` [M, n] per stage, of methods that merge, else empty: the slot that each entering slot went into.
+    """
 
     logits: NDArray[Any]
     kept: list[NDArray[Any]]
+    merged: list[NDArray[Any]]
     scores: Mapping[str, NDArray[Any]]
 
     def at(self, image: int) -> Observation:
         """One image of it."""
         one = slice(image, image + 1)
         return Observation(
-            self.logits[one], [k[one] for k in self.kept], {name: v[one] for name, v in self.scores.items()}
+            self.logits[one],
+            [k[one] for k in self.kept],
+            [m[one] for m in self.merged],
+            {name: v[one] for name, v in self.scores.items()},
         )
+
+    def fates(self, index: int, patch_tokens: int) -> NDArray[Any]:
+        """Per position [M, patches + stages] the position its token goes by after a stage, -1 where it is out.
+
+        Positions that do not enter the stage count as out. A token that is only kept goes by its own.
+        """
+        kept = self.kept[index]
+        fates = np.full((len(kept), patch_tokens + len(self.kept) + 1), -1, dtype=np.int64)
+        if self.merged:
+            entering = self.entering(index, patch_tokens)
+            slots = self.merged[index]
+            now = np.where(slots < 0, -1, np.take_along_axis(kept, slots.clip(0), axis=1))
+            np.put_along_axis(fates, entering.astype(np.int64), now, axis=1)
+        else:
+            np.put_along_axis(fates, kept.astype(np.int64), kept, axis=1)
+        return fates[:, :-1]  # masked slots, at -1, fell into the last column
+
+    def entering(self, index: int, patch_tokens: int) -> NDArray[Any]:
+        """Positions [M, n] of the slots that enter a stage."""
+        return self.kept[index - 1] if index else np.tile(np.arange(patch_tokens), (len(self.kept[0]), 1))
+
+    def forced(self, patch_tokens: int) -> list[NDArray[Any]]:
+        """Per stage what makes another run decide as this one did (`StageModule.forward`)."""
+        if not self.merged:
+            return self.kept
+        return [self.fates(index, patch_tokens) for index in range(len(self.kept))]
 
 
 @dataclass(frozen=True)
@@ -53,15 +86,15 @@ class Difference:
     tokens: list[int]
 
 
-def same_sets(reference: NDArray[Any], candidate: NDArray[Any]) -> NDArray[np.bool_]:
-    """Per image [M], whether kept positions [M, k] agree as sets."""
-    agreeing: NDArray[np.bool_] = (np.sort(reference, 1) == np.sort(candidate, 1)).all(1)
-    return agreeing
+def same_fates(reference: Observation, candidate: Observation, index: int, patch_tokens: int) -> NDArray[np.bool_]:
+    """Per image and position [M, P], whether a stage does the same with the token there."""
+    same: NDArray[np.bool_] = reference.fates(index, patch_tokens) == candidate.fates(index, patch_tokens)
+    return same
 
 
 def differences(
     reference: Observation,
-    kept: Sequence[NDArray[Any]],
+    candidate: Observation,
     audited: Observation,
     plan: Plan,
     geometry: Geometry,
@@ -69,27 +102,30 @@ def differences(
 ) -> list[Difference]:
     """Explains every stage at which a candidate departs from the reference, for one image.
 
-    `kept` [1, k] per stage is what the candidate kept when it ran; the reference was run with these tokens in
-    place of its own, so that both decide on the same ones at every stage. `audited` is the candidate's
-    own run with scores, which may part from its other run at near-ties. `bound` is the largest relative gap
-    that counts as a near-tie.
+    `candidate` is what was kept when it ran; the reference was run with these tokens in place of its own, so that
+    both decide on the same ones at every stage. `audited` is the candidate's own run with scores,
+    which may part from its other run at near-ties. `bound` is the largest relative gap that counts as a near-tie.
     """
     found: list[Difference] = []
-    for index, stage in enumerate(plan.stages):
-        expected, expected_entering = _replay(reference, plan, index, geometry), _entering(reference, index, stage)
-        tokens = _apart(expected, expected_entering, kept[index])
+    patches = plan.patch_tokens
+    for index in range(len(plan.stages)):
+        did = candidate.fates(index, patches)[0]
+        entering = candidate.entering(index, patches)[0]
+        expected_entering = reference.entering(index, patches)[0]
+        expected = _replay(reference, plan, index, geometry)
+        tokens = _apart(expected, expected_entering, did, patches + index)
         if not tokens:
             continue
-        entering = _entering(audited, index, stage)
+        audited_entering = audited.entering(index, patches)[0]
         decision, gap = "unexplained", float("inf")
-        if set(entering.tolist()) == set(expected_entering.tolist()):
+        if set(audited_entering.tolist()) == set(entering.tolist()):
             replay = _replay(audited, plan, index, geometry)
-            wrong = _apart(replay, entering, kept[index])
-            name, wrong_gap = _nearest_flip(replay, entering, wrong)
+            wrong = _apart(replay, audited_entering, did, patches + index)
+            name, wrong_gap = _nearest_flip(replay, audited_entering, wrong)
             if wrong and wrong_gap > bound:
                 found.append(Difference(index + 1, "selection", name, wrong_gap, sorted(wrong)))
                 continue
-            decision, gap = _flipped(expected, expected_entering, replay, entering)
+            decision, gap = _flipped(expected, expected_entering, replay, audited_entering)
         if decision == "unexplained":
             decision, gap = _nearest_flip(expected, expected_entering, tokens)
         found.append(Difference(index + 1, "near_tie" if gap <= bound else "weights", decision, gap, sorted(tokens)))
@@ -106,14 +142,17 @@ def _replay(observation: Observation, plan: Plan, index: int, geometry: Geometry
     return method.replay(stage, scores, geometry, methods.parse_options(plan.method, plan.options))
 
 
-def _entering(observation: Observation, index: int, stage: Stage) -> NDArray[Any]:
-    """Original positions [n] of the slots that enter a stage."""
-    return np.arange(stage.tokens_in) if index == 0 else np.asarray(observation.kept[index - 1][0])
-
-
-def _apart(replay: Replay, entering: NDArray[Any], kept: NDArray[Any]) -> set[int]:
-    """Positions that only one side keeps: what the replayed scores call for, or `kept` [1, k]."""
-    return set(entering[replay.kept[0].numpy()].tolist()) ^ set(kept[0].tolist())
+def _apart(replay: Replay, entering: NDArray[Any], did: NDArray[Any], made_anew: int) -> set[int]:
+    """Positions of entering tokens that go elsewhere by the replayed scores than they went; `did` [P] as `fates`."""
+    kept = replay.kept[0].numpy()
+    if replay.goes is None:
+        chosen = set(entering[kept[kept >= 0]].tolist())
+        wanted = np.array([position if position in chosen else -1 for position in entering])
+    else:
+        goes = replay.goes[0].numpy()
+        wanted = np.where(goes < 0, -1, np.append(entering, made_anew)[goes])
+    present = entering >= 0
+    return set(entering[present & (wanted != did[entering])].tolist())
 
 
 def _flipped(

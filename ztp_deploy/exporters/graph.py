@@ -14,12 +14,20 @@ from ztp_deploy.pruning.prune import PrunedModel
 
 
 def output_names(plan: Plan) -> tuple[str, ...]:
-    """`logits`, then `kept_1`, `kept_2` … one per stage."""
-    return ("logits", *(f"kept_{index}" for index in range(1, len(plan.stages) + 1)))
+    """`logits`, then `kept_1`, `kept_2` … one per stage, then `merged_1` … of methods that merge tokens."""
+    kinds = ("kept", "merged") if merges(plan) else ("kept",)
+    return ("logits", *(f"{kind}_{index}" for kind in kinds for index in range(1, len(plan.stages) + 1)))
+
+
+def merges(plan: Plan) -> bool:
+    """Whether the plan's stages join tokens and say which."""
+    if not plan.stages:
+        return False
+    return methods.get(plan.method).merges(methods.parse_options(plan.method, plan.options))
 
 
 class InferenceGraph(nn.Module):
-    """Images → (logits, kept_1 …): what a graph file computes; `audited` adds the scores.
+    """Images → (logits, kept_1 …, merged_1 …): what a graph file computes; `audited` adds the scores.
 
     With `input="uint8"` pixels [B, 3, H, W] are normalised here, as timm's transform does it.
     """
@@ -47,17 +55,17 @@ class InferenceGraph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """What ships: the outputs in the order of `output_names`."""
         outputs = self.pruned.run(self.normalise(images))
-        return (outputs.logits, *outputs.kept)
+        return (outputs.logits, *outputs.kept, *outputs.merged)
 
-    def audited(self, images: Tensor, kept_instead: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """What ships, then the stage scores in the order of `audit_names`; see `PrunedModel.run` for `kept_instead`."""
-        outputs = self.pruned.run(self.normalise(images), kept_instead)
+    def audited(self, images: Tensor, forced: Sequence[Tensor] | None = None) -> tuple[Tensor, ...]:
+        """What ships, then the stage scores in the order of `audit_names`; see `PrunedModel.run` for `forced`."""
+        outputs = self.pruned.run(self.normalise(images), forced)
         scores = {
             f"{name}_{index}": value
             for index, stage in enumerate(outputs.scores, start=1)
             for name, value in stage.items()
         }
-        return (outputs.logits, *outputs.kept, *(scores[name] for name in self.audit_names))
+        return (outputs.logits, *outputs.kept, *outputs.merged, *(scores[name] for name in self.audit_names))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Float input as it is; uint8 pixels scaled to [0, 1], then (x − mean) / std."""

@@ -14,6 +14,7 @@ import onnx
 from onnx import numpy_helper
 
 from ztp_deploy.errors import GateFailed
+from ztp_deploy.exporters.graph import output_names
 from ztp_deploy.plan import Plan
 
 MAX_K = 3840
@@ -127,7 +128,7 @@ def lint(model: onnx.ModelProto, plan: Plan) -> list[str]:
 
     Checks operators and domains, each TopK (sorted, largest, k constant and at most 3840, k's as the plan's
     counts ask), each Gather by a computed index (axis 0; a constant index is a mere slice), and the outputs:
-    `logits`, then `kept_i` int32 [batch, tokens_out].
+    `logits`, then `kept_i` int32 [batch, tokens_out] and, of methods that merge, `merged_i` int32 [batch, tokens_in].
     """
     constants = _constants(model)
     faults: list[str] = []
@@ -198,15 +199,18 @@ def _lint_top_k(
 
 
 def _lint_counts(counts: Counter[int], plan: Plan) -> list[str]:
-    """A method that selects by score has, per stage, a TopK for the tokens it keeps; no k may be foreign to the plan."""
+    """A method that selects by score has, per stage, a TopK for the tokens it keeps; no k may be foreign to the plan.
+
+    A stage whose TopK has another k than the tokens it hands on says so in `static["top_k"]`, 0 for none.
+    """
     known = {n for stage in plan.stages for n in (stage.tokens_in, stage.tokens_out, *stage.static.values())}
     faults = [f"a TopK has k = {k}, a number the plan does not have" for k in sorted(counts) if k not in known]
     if counts:
-        wanted = Counter(stage.tokens_out for stage in plan.stages)
+        wanted = Counter(stage.static.get("top_k", stage.tokens_out) for stage in plan.stages)
         faults += [
             f"the plan keeps {k} tokens at {n} stage(s), the graph has {counts[k]} TopK of that k"
             for k, n in wanted.items()
-            if counts[k] < n
+            if k and counts[k] < n
         ]
     return faults
 
@@ -215,16 +219,18 @@ def _lint_outputs(model: onnx.ModelProto, plan: Plan) -> list[str]:
     faults: list[str] = []
     outputs = {output.name: output.type.tensor_type for output in model.graph.output}
     names = list(outputs)
-    expected = ["logits", *(f"kept_{i}" for i in range(1, len(plan.stages) + 1))]
+    expected = list(output_names(plan))
     if names != expected:
         return [f"the outputs are {names}, not {expected}"]
-    for index, stage in enumerate(plan.stages, start=1):
-        kind = outputs[f"kept_{index}"]
+    for name in expected[1:]:
+        stage = plan.stages[int(name.split("_")[1]) - 1]
+        tokens = stage.tokens_out if name.startswith("kept") else stage.tokens_in
+        kind = outputs[name]
         dims = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
         if kind.elem_type != onnx.TensorProto.INT32:
-            faults.append(f"kept_{index} is not int32")
-        if len(dims) != 2 or dims[1] != stage.tokens_out:
-            faults.append(f"kept_{index} has shape {dims}, the plan keeps {stage.tokens_out} tokens")
+            faults.append(f"{name} is not int32")
+        if len(dims) != 2 or dims[1] != tokens:
+            faults.append(f"{name} has shape {dims}, the plan has {tokens} tokens there")
         if dims and isinstance(dims[0], int) and dims[0] > 0:
-            faults.append(f"kept_{index} has a fixed batch of {dims[0]}")
+            faults.append(f"{name} has a fixed batch of {dims[0]}")
     return faults

@@ -10,11 +10,19 @@ from pydantic import ValidationError
 
 from ztp_deploy.errors import BadRequest, nearest
 from ztp_deploy.methods.base import Method, MethodOptions
+from ztp_deploy.plan import Plan
 
 METHODS: dict[str, str] = {
     "zero_tprune": "ztp_deploy.methods.zero_tprune",
     "slice": "ztp_deploy.methods.slice",
 }
+
+
+WEIGHTS: dict[str, str] = {
+    "dynamicvit": r"score_predictor\..+",
+    "ats": r"blocks\.\d+\.attn\.out_zero_mask",
+}
+"""Keys in official checkpoints that belong to a method and not to the backbone, as patterns."""
 
 
 def get(name: str) -> Method:
@@ -25,6 +33,13 @@ def get(name: str) -> Method:
             f"There is no method {name!r}.", f"Did you mean: {nearest(name, known)}? `ztp list` shows all."
         )
     return cast(Method, import_module(METHODS[name]))
+
+
+def untrained(plan: Plan) -> str | None:
+    """Why predictions of a model pruned by this plan mean nothing, although its latency does; None where they do."""
+    if not plan.stages:
+        return None
+    return get(plan.method).untrained(parse_options(plan.method, plan.options))
 
 
 def parse_options(name: str, options: Mapping[str, Any]) -> MethodOptions:

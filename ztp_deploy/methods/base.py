@@ -27,12 +27,16 @@ class MethodOptions(BaseModel):
 class StageOutput:
     """What a stage hands on: tokens [B, S + k, C], their state, and the scores behind the choice.
 
-    `scores` belong to the audit graph: names to float32 tensors whose first axis is the batch.
+    `scores` belong to the audit graph: names to float32 tensors whose first axis is the batch. `merged` [B, n] int32,
+    of methods that merge: the output slot each entering patch slot went into, -1 where it was dropped. `rows`
+    [B, k] int64, of stages at attention rows: the entering patch slots whose attention rows are computed.
     """
 
     tokens: Tensor
     state: TokenState
     scores: dict[str, Tensor]
+    merged: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class StageModule(nn.Module):
@@ -45,7 +49,9 @@ class StageModule(nn.Module):
     ) -> StageOutput:
         """Selects tokens [B, S + n, C] → [B, S + k, C]; `attention` is set where `needs_attention`.
 
-        With `forced` slots [B, k] those are kept whatever the scores say, which are reported all the same.
+        With `forced` the choice is made for it, and the scores are reported all the same: positions [B, k] that are
+        kept (`tokens.slots_of`), or, for methods that merge, by position the position [B, P] that its token goes by
+        afterwards, -1 where it is dropped (`tokens.fates_of`).
         """
         raise TypeError(f"{type(self).__name__} does not implement forward")
 
@@ -55,7 +61,7 @@ class Decision:
     """One discrete choice of a stage over M candidates, for every image.
 
     Candidates are the tokens that enter the stage, in slot order, where `per_token`, else anything fixed
-    (heads). `margin` [B, M] is each candidate's relative distance from the cut, positive on the chosen side;
+    (heads, pairs of slots). `margin` [B, M] is each candidate's relative distance from the cut, positive on the chosen side;
     its sign is the choice, its size says how near the choice was to flipping.
     """
 
@@ -71,18 +77,30 @@ class Decision:
 
 @dataclass(frozen=True)
 class Replay:
-    """A selection recomputed from audit scores: kept slots [B, k] and the decisions on the way, in order."""
+    """A selection recomputed from audit scores: kept slots [B, k] and the decisions on the way, in order.
+
+    A slot of -1 is masked. `goes` [B, n], of methods that merge: the entering slot whose position each entering slot
+    goes by afterwards, n for a token made anew, -1 where it is dropped.
+    """
 
     kept: Tensor
     decisions: tuple[Decision, ...]
+    goes: Tensor | None = None
 
 
 class Method(Protocol):
     """The face of a module in `methods/`."""
 
-    PLACE: Place
+    PLACES: tuple[Place, ...]
+    """Where its stages may act, the usual place first."""
     SUMMARY: str
     Options: type[MethodOptions]
+
+    def refuses(self, geometry: Geometry, options: MethodOptions) -> str | None:
+        """Why the method cannot run on such a backbone, as a sentence; None where it can."""
+
+    def default_sites(self, depth: int, stages: int | None) -> list[int]:
+        """Blocks that carry the stages where the caller names none; `stages` is how many were asked for, if any."""
 
     def counts(self, geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
         """Tokens kept by the stage at each of `blocks` for one ratio."""
@@ -90,13 +108,21 @@ class Method(Protocol):
     def schedule(
         self, geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions
     ) -> list[Stage]:
-        """The stages for these counts, with the method's fixed numbers."""
+        """The stages for these counts, with the method's fixed numbers; none for a block that changes nothing."""
+
+    def merges(self, options: MethodOptions) -> bool:
+        """Whether tokens are joined, so that the stages report `merged`."""
+
+    def untrained(self, options: MethodOptions) -> str | None:
+        """Why predictions of a model pruned like this mean nothing, although its latency does; None where they do."""
 
     def score_names(self, stage: Stage) -> tuple[str, ...]:
         """Names of the scores the stage reports in the audit graph."""
 
-    def build_stage(self, stage: Stage, geometry: Geometry, options: MethodOptions) -> StageModule:
-        """The module that runs one stage."""
+    def build_stage(
+        self, stage: Stage, geometry: Geometry, options: MethodOptions, weights: Mapping[str, Tensor]
+    ) -> StageModule:
+        """The module that runs one stage; `weights` are the method's own of the checkpoint (`methods.WEIGHTS`)."""
 
     def replay(self, stage: Stage, scores: Mapping[str, Tensor], geometry: Geometry, options: MethodOptions) -> Replay:
         """Recomputes the selection from the scores an engine reported (audit graph)."""

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ztp_deploy.methods.base import MethodOptions, Replay, StageModule, StageOutput
 from ztp_deploy.models.base import Attention
-from ztp_deploy.plan import Geometry, Place, Plan, Stage, floor_counts
-from ztp_deploy.pruning.tokens import TokenState, keep_tokens
+from ztp_deploy.plan import Geometry, Place, Plan, Stage, floor_counts, kept_chain
+from ztp_deploy.plan import default_sites as default_sites
+from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of
 
-PLACE: Place = "after_block"
+PLACES: tuple[Place, ...] = ("after_block", "before_block", "attention_rows", "after_attention", "read_out")
 SUMMARY = "cuts the last tokens off unseen; the yardstick for what selection costs"
 
 
@@ -31,11 +32,25 @@ def counts(geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]
 
 def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions) -> list[Stage]:
     """One stage after each of `blocks`."""
-    entering = [geometry.patch_tokens, *counts]
     return [
-        Stage(block=block, place=PLACE, tokens_in=before, tokens_out=after)
-        for block, before, after in zip(blocks, entering, counts, strict=False)
+        Stage(block=block, place=PLACES[0], tokens_in=before, tokens_out=after)
+        for block, before, after in kept_chain(geometry.patch_tokens, blocks, counts)
     ]
+
+
+def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
+    """Tokens can be cut off anywhere."""
+    return None
+
+
+def merges(options: MethodOptions) -> bool:
+    """No."""
+    return False
+
+
+def untrained(options: MethodOptions) -> str | None:
+    """Cut off unseen, tokens leave a model that works, if badly."""
+    return None
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:
@@ -61,15 +76,16 @@ class SliceStage(StageModule):
         self, tokens: Tensor, state: TokenState, attention: Attention | None, forced: Tensor | None = None
     ) -> StageOutput:
         if forced is not None:
-            return StageOutput(*keep_tokens(tokens, state, forced, self.special_tokens), {})
+            kept = slots_of(forced, state)
+            return StageOutput(*keep_tokens(tokens, state, kept, self.special_tokens), {}, rows=kept)
+        rows = torch.arange(self.keep, device=tokens.device).expand(tokens.shape[0], -1)
+        positions = state.positions[:, : self.keep]
         return StageOutput(
-            tokens[:, : self.special_tokens + self.keep],
-            replace(state, positions=state.positions[:, : self.keep]),
-            {},
+            tokens[:, : self.special_tokens + self.keep], replace(state, positions=positions), {}, rows=rows
         )
 
 
-def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions) -> StageModule:
+def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weights: Mapping[str, Tensor]) -> StageModule:
     """The stage for `stage`."""
     return SliceStage(stage, geometry.special_tokens)
 

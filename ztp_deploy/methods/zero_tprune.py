@@ -21,10 +21,11 @@ from torch import Tensor
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
 from ztp_deploy.models.base import Attention
-from ztp_deploy.plan import Geometry, Place, Stage, floor_counts
-from ztp_deploy.pruning.tokens import TokenState, keep_tokens, membership, take, top_k
+from ztp_deploy.plan import Geometry, Place, Stage, floor_counts, kept_chain
+from ztp_deploy.plan import default_sites as default_sites
+from ztp_deploy.pruning.tokens import TokenState, keep_tokens, membership, slots_of, take, top_k
 
-PLACE: Place = "after_block"
+PLACES: tuple[Place, ...] = ("after_block",)
 SUMMARY = "training-free: weighted PageRank on attention, then similarity, then importance (CVPR 2024)"
 
 MAX_ROUNDS = 1000
@@ -97,17 +98,15 @@ def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], o
             "Give one number, or one per stage.",
         )
     stages = []
-    before = geometry.patch_tokens
-    for index, (block, after) in enumerate(zip(blocks, counts, strict=True)):
+    for block, before, after in kept_chain(geometry.patch_tokens, blocks, counts):
         if isinstance(options.rounds, list):
-            rounds = options.rounds[index]
+            rounds = options.rounds[list(blocks).index(block)]
         else:
             rounds = options.rounds or default_rounds(block, geometry.depth)
         # S can drop no more than the less important half.
         similar = min(int((before - after) * options.similar), before // 2)
         static = {"similar": similar, "rounds": rounds}
-        stages.append(Stage(block=block, place=PLACE, tokens_in=before, tokens_out=after, static=static))
-        before = after
+        stages.append(Stage(block=block, place=PLACES[0], tokens_in=before, tokens_out=after, static=static))
     return stages
 
 
@@ -116,6 +115,21 @@ def default_rounds(block: int, depth: int) -> int:
     if block <= 3:
         return EARLY_ROUNDS
     return LATE_ROUNDS if block > depth - 3 else MIDDLE_ROUNDS
+
+
+def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
+    """It runs with and without a class token."""
+    return None
+
+
+def merges(options: MethodOptions) -> bool:
+    """No."""
+    return False
+
+
+def untrained(options: MethodOptions) -> str | None:
+    """It needs no training."""
+    return None
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:
@@ -291,11 +305,13 @@ class ZeroTPruneStage(StageModule):
             class_token=self.class_token,
             options=self.options,
         )
-        tokens, state = keep_tokens(tokens, state, chosen.kept if forced is None else forced, self.special_tokens)
+        tokens, state = keep_tokens(
+            tokens, state, chosen.kept if forced is None else slots_of(forced, state), self.special_tokens
+        )
         return StageOutput(tokens, state, chosen.scores)
 
 
-def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions) -> StageModule:
+def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weights: Mapping[str, Tensor]) -> StageModule:
     """The stage for `stage`. Raises BadRequest where its fixed numbers cannot be (a plan edited by hand)."""
     assert isinstance(options, Options)
     most = min(stage.tokens_in // 2, stage.tokens_in - stage.tokens_out)

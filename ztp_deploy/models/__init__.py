@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
 from ztp_deploy.models import weights as weights_module
@@ -37,6 +37,9 @@ class Family(Protocol):
 
     def build(self, architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
         """The untrained model."""
+
+    def translate(self, model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's state dict, where it has an official layout of this family, in the module's own keys."""
 
     def adapts(self, model: nn.Module) -> bool:
         """Whether the family's host is the one for this module."""
@@ -98,7 +101,7 @@ def load_model(
     size = overrides or ModelSize()
     model = family(key).build(architecture, size)
     host_of(model)
-    record = _give_weights(model, architecture, size, weights)
+    record = _give_weights(model, key, architecture, size, weights)
     preprocessing = _preprocessing(model)
     labels = _labels(model) if not (set(size.given()) & {"num_classes"}) else None
     model.source = Source(  # type: ignore[assignment]
@@ -150,10 +153,16 @@ def source_of(model: nn.Module) -> Source:
         name=type(model).__name__,
         family=_family_of(model),
         architecture=None,
-        weights=Weights(kind="given", origin="in memory", sha256=weights_module.digest(model.state_dict())),
+        weights=Weights(kind="given", origin="in memory", sha256=weights_module.digest(weights_module.state_of(model))),
         preprocessing=_preprocessing(model),
         labels=_labels(model),
     )
+
+
+def method_weights_of(model: nn.Module, method: str) -> Mapping[str, Tensor]:
+    """What the model's checkpoint carried for a method, by official names; empty where nothing."""
+    own: Mapping[str, Mapping[str, Tensor]] = getattr(model, "method_weights", {})
+    return own.get(method, {})
 
 
 def _own_module(module: nn.Module) -> nn.Module:
@@ -184,14 +193,14 @@ def _resolve(name: str) -> tuple[str, str]:
 
 
 def _give_weights(
-    model: nn.Module, architecture: str, size: ModelSize, weights: str | Path | Mapping[str, Any]
+    model: nn.Module, key: str, architecture: str, size: ModelSize, weights: str | Path | Mapping[str, Any]
 ) -> Weights:
     if isinstance(weights, Mapping):
-        weights_module.load_given(model, weights, "The state dict")
-        return Weights(kind="given", origin="state dict", sha256=weights_module.digest(model.state_dict()))
+        weights_module.load_given(model, weights, "The state dict", family(key).translate)
+        return Weights(kind="given", origin="state dict", sha256=weights_module.digest(weights_module.state_of(model)))
     if weights in ("auto", "pretrained"):
         try:
-            return _pretrained(model, architecture, size)
+            return _pretrained(model, key, architecture, size)
         except MissingSoftware as missing:
             if weights == "pretrained":
                 raise
@@ -206,7 +215,7 @@ def _give_weights(
         return Weights(
             kind="random",
             origin=f"seed {weights_module.RANDOM_SEED}",
-            sha256=weights_module.digest(model.state_dict()),
+            sha256=weights_module.digest(weights_module.state_of(model)),
         )
     path = weights_module.user_path(weights)
     if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
@@ -218,11 +227,13 @@ def _give_weights(
                 f"{path} is no AugReg checkpoint that fits {architecture}.", "Check the model name and the file."
             ) from error
     else:
-        weights_module.load_given(model, weights_module.read_file(path), str(path))
-    return Weights(kind="file", origin=str(path.resolve()), sha256=weights_module.digest(model.state_dict()))
+        weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
+    return Weights(
+        kind="file", origin=str(path.resolve()), sha256=weights_module.digest(weights_module.state_of(model))
+    )
 
 
-def _pretrained(model: nn.Module, architecture: str, size: ModelSize) -> Weights:
+def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) -> Weights:
     if size.given():
         raise MissingSoftware(
             f"There are no pre-trained weights for {architecture} with sizes {json.dumps(size.given())}.",
@@ -233,12 +244,12 @@ def _pretrained(model: nn.Module, architecture: str, size: ModelSize) -> Weights
     if not repository:
         raise MissingSoftware(f"timm knows no pre-trained weights for {architecture}.", "Give a checkpoint file.")
     path = weights_module.find_pretrained(str(repository))
-    weights_module.load_given(model, weights_module.read_file(path), str(repository))
+    weights_module.load_given(model, weights_module.read_file(path), str(repository), family(key).translate)
     return Weights(
         kind="pretrained",
         origin=str(repository),
         licence=config.get("license"),
-        sha256=weights_module.digest(model.state_dict()),
+        sha256=weights_module.digest(weights_module.state_of(model)),
     )
 
 
@@ -270,6 +281,7 @@ __all__ = [
     "family",
     "host_of",
     "load_model",
+    "method_weights_of",
     "model_names",
     "reload_model",
     "source_of",

@@ -73,9 +73,11 @@ class Source(BaseModel):
 class Attention:
     """One block's self-attention, heads first after the batch.
 
-    logits and probabilities [B, H, N, N] (rows sum to 1), queries, keys and values [B, H, N, d].
+    `inputs` [B, N, C] are the tokens that enter the block; logits and probabilities [B, H, N, N] (rows sum to 1),
+    queries, keys and values [B, H, N, d].
     """
 
+    inputs: Tensor
     logits: Tensor
     probabilities: Tensor
     queries: Tensor
@@ -99,11 +101,14 @@ class Host(Protocol):
     def classifiers(self) -> Sequence[nn.Module]:
         """The linear layers that yield the logits."""
 
-    def mix(self, block: nn.Module, tokens: Tensor) -> Tensor:
+    def mix(self, block: nn.Module, tokens: Tensor, state: TokenState) -> Tensor:
         """The attention half of a block with its residual, fused as the family does it."""
 
-    def attend(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Attention]:
-        """The same half computed openly, and the attention behind it."""
+    def attention(self, block: nn.Module, tokens: Tensor, state: TokenState) -> Attention:
+        """The block's attention computed openly."""
+
+    def finish(self, block: nn.Module, tokens: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of the attention half: tokens [B, n, C] and the heads' results [B, H, n, d] for them → [B, n, C]."""
 
     def transform(self, block: nn.Module, tokens: Tensor) -> Tensor:
         """The MLP half of a block with its residual; acts on every token by itself."""

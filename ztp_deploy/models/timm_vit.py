@@ -12,10 +12,10 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models.base import Attention, ModelSize
+from ztp_deploy.models.parts import open_attention, project, typed
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
 
@@ -65,6 +65,11 @@ def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
                 "Check the name and the sizes.",
             ) from error
     return model.eval()
+
+
+def translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official checkpoints of this family have the module's own keys."""
+    return state
 
 
 def adapts(model: nn.Module) -> bool:
@@ -122,31 +127,26 @@ class TimmVitHost:
         tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return tokens
 
-    def mix(self, block: Any, tokens: Tensor) -> Tensor:
-        mixed: Tensor = tokens + block.ls1(block.attn(block.norm1(tokens)))
+    def mix(self, block: Any, tokens: Tensor, state: TokenState) -> Tensor:
+        mixed: Tensor = tokens + block.ls1(block.attn(block.norm1(tokens), attn_mask=typed(state.bias, tokens)))
         return mixed
 
-    def attend(self, block: Any, tokens: Tensor) -> tuple[Tensor, Attention]:
+    def attention(self, block: Any, tokens: Tensor, state: TokenState) -> Attention:
         attn = block.attn
-        normed = block.norm1(tokens)
-        # Three projections instead of one that is cut apart again: engines then copy nothing.
-        biases = attn.qkv.bias.chunk(3) if attn.qkv.bias is not None else (None, None, None)
-        queries, keys, values = (
-            functional.linear(normed, weight, bias).unflatten(2, (attn.num_heads, attn.head_dim))  # [B, N, H, d]
-            for weight, bias in zip(attn.qkv.weight.chunk(3), biases, strict=True)
-        )
-        queries, keys = attn.q_norm(queries).transpose(1, 2), attn.k_norm(keys).transpose(1, 2)
-        values = values.transpose(1, 2)
-        logits = (queries * attn.scale) @ keys.transpose(-2, -1)
-        probabilities = logits.softmax(dim=-1)
-        mixed = (probabilities @ values).transpose(1, 2).flatten(2)
+        queries, keys, values = project(block.norm1(tokens), attn.qkv, attn.num_heads)
+        queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+        return open_attention(tokens, queries, keys, values, attn.scale, state)
+
+    def finish(self, block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
+        attn = block.attn
+        joined = mixed.transpose(1, 2).flatten(2)
         # Normalisation and gate of the attention output exist in newer timm releases only.
         if getattr(attn, "norm", None) is not None:
-            mixed = attn.norm(mixed)
+            joined = attn.norm(joined)
         if getattr(attn, "gate", None) is not None:
-            mixed = mixed * attn.gate(normed).sigmoid()
-        tokens = tokens + block.ls1(attn.proj(mixed))
-        return tokens, Attention(logits, probabilities, queries, keys, values)
+            joined = joined * attn.gate(block.norm1(tokens)).sigmoid()
+        finished: Tensor = tokens + block.ls1(attn.proj(joined))
+        return finished
 
     def transform(self, block: Any, tokens: Tensor) -> Tensor:
         transformed: Tensor = tokens + block.ls2(block.mlp(block.norm2(tokens)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +69,23 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dt
     return drawn
 
 
-def load_given(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
+Translate = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
+"""An official layout's state dict → the module's own keys and shapes."""
+
+
+def load_given(model: nn.Module, state: Mapping[str, Any], origin: str, translate: Translate) -> None:
     """Loads a state dict in an official layout: flat, or under `model`, `state_dict` or `state_dict_ema`.
 
-    `module.` prefixes are stripped. Raises BadRequest that lists missing, unexpected and misshapen keys.
+    `module.` prefixes are stripped; weights that belong to a pruning method go to `model.method_weights`.
+    Raises BadRequest that lists missing, unexpected and misshapen keys.
     """
     for container in _CONTAINERS:
         if isinstance(state.get(container), Mapping):
             state = state[container]
             break
     found = {str(name).removeprefix("module."): _tensor(name, value, origin) for name, value in state.items()}
+    found, model.method_weights = _split(found)  # type: ignore[assignment]
+    found = translate(model, found)
     expected = model.state_dict()
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
@@ -95,6 +103,25 @@ def load_given(model: nn.Module, state: Mapping[str, Any], origin: str) -> None:
             "Check the model name, or give the sizes as overrides.",
         )
     model.load_state_dict(found)
+
+
+def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """The backbone's weights, and those that a checkpoint carries for a method, by method."""
+    from ztp_deploy.methods import WEIGHTS
+
+    own: dict[str, dict[str, Tensor]] = {}
+    for method, pattern in WEIGHTS.items():
+        mine = {name: value for name, value in state.items() if re.fullmatch(pattern, name)}
+        if mine:
+            own[method] = mine
+    taken = {name for weights in own.values() for name in weights}
+    return {name: value for name, value in state.items() if name not in taken}, own
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights together with those it carries for methods."""
+    own: Mapping[str, Mapping[str, Tensor]] = getattr(model, "method_weights", {})
+    return {**model.state_dict(), **{name: value for weights in own.values() for name, value in weights.items()}}
 
 
 def user_path(text: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -13,20 +14,22 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import StageModule, StageOutput
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan, Stage, count_flops
-from ztp_deploy.pruning.tokens import TokenState, initial_state, slots_of
+from ztp_deploy.pruning.tokens import TokenState, initial_state, take_special
 
 
 @dataclass(frozen=True)
 class Outputs:
     """Everything one pass can say.
 
-    `logits` [B, classes]; per stage, `kept` [B, k] int32 original patch positions in slot order, and
-    `scores`, the named tensors behind the selection.
+    `logits` [B, classes]; per stage, `kept` [B, k] int32 original patch positions in slot order, `scores`, the named
+    tensors behind the selection, and, of methods that merge, `merged` [B, n] int32, the slot that each entering
+    slot went into (-1: dropped).
     """
 
     logits: Tensor
     kept: list[Tensor]
     scores: list[dict[str, Tensor]]
+    merged: list[Tensor]
 
 
 class PrunedModel(nn.Module):
@@ -44,11 +47,12 @@ class PrunedModel(nn.Module):
         self.host = models.host_of(self.model)
         _check_fit(plan, self)
         options = methods.parse_options(plan.method, plan.options) if plan.stages else None
+        own = models.method_weights_of(model, plan.method)
         self._stage_at: dict[int, tuple[Stage, str]] = {}
         self.stages = nn.ModuleDict()
         for stage in plan.stages:
             assert options is not None
-            module = methods.get(plan.method).build_stage(stage, self.host.geometry, options)
+            module = methods.get(plan.method).build_stage(stage, self.host.geometry, options, own)
             self.stages[f"block{stage.block}"] = module
             self._stage_at[stage.block] = (stage, f"block{stage.block}")
         self.eval()
@@ -57,28 +61,29 @@ class PrunedModel(nn.Module):
         """Images [B, 3, H, W] → logits [B, classes]."""
         return self.run(images).logits
 
-    def run(self, images: Tensor, kept_instead: Sequence[Tensor] | None = None) -> Outputs:
+    def run(self, images: Tensor, forced: Sequence[Tensor] | None = None) -> Outputs:
         """The same pass with what each stage kept and why.
 
-        `kept_instead`, per stage original positions [B, k], takes the selection's place; the scores are still
+        `forced`, per stage what `StageModule.forward` takes, decides in the selection's place; the scores are still
         those the stages would have gone by.
         """
         host = self.host
         tokens = host.embed(images)
         state = initial_state(images, self.plan.patch_tokens)
-        kept: list[Tensor] = []
-        scores: list[dict[str, Tensor]] = []
+        outputs = Outputs(tokens, [], [], [])
         for number, block in enumerate(host.blocks, start=1):
             if number not in self._stage_at:
-                tokens = block(tokens)
+                tokens = host.transform(block, host.mix(block, tokens, state))
                 continue
             stage, key = self._stage_at[number]
-            forced = None if kept_instead is None else slots_of(kept_instead[len(kept)], state)
-            out = self._run_stage(block, stage, self.stages[key], tokens, state, forced)
+            instead = None if forced is None else forced[len(outputs.kept)]
+            out = self._run_stage(block, stage, self.stages[key], tokens, state, instead)
             tokens, state = out.tokens, out.state
-            kept.append(state.positions)
-            scores.append(out.scores)
-        return Outputs(host.read_out(tokens, state), kept, scores)
+            outputs.kept.append(state.positions)
+            outputs.scores.append(out.scores)
+            if out.merged is not None:
+                outputs.merged.append(out.merged)
+        return replace(outputs, logits=host.read_out(tokens, state))
 
     def _run_stage(
         self,
@@ -89,19 +94,34 @@ class PrunedModel(nn.Module):
         state: TokenState,
         forced: Tensor | None,
     ) -> StageOutput:
-        """A block with a stage after it. Only blocks whose stage asks for attention compute it openly.
+        """A block with its stage. Only blocks whose stage asks for attention compute it openly.
 
-        What the stage decides rests on attention alone and the MLP half acts token by token, so the tokens
-        are dropped before it: the same result, without an MLP over tokens that are about to go.
+        What a stage after the block decides rests on attention alone and the MLP half acts token by token, so the
+        tokens are dropped before it: the same result, without an MLP over tokens that are about to go.
         """
         assert isinstance(module, StageModule)
-        attention = None
+        host = self.host
+        if stage.place == "before_block":
+            out: StageOutput = module(tokens, state, None, forced)
+            return replace(out, tokens=host.transform(block, host.mix(block, out.tokens, out.state)))
+        if stage.place == "read_out":
+            tokens = host.transform(block, host.mix(block, tokens, state))
+            return cast(StageOutput, module(tokens, state, None, forced))
+        if stage.place == "attention_rows":
+            attention = host.attention(block, tokens, state)
+            out = module(tokens, state, attention, forced)
+            assert out.rows is not None
+            special = self.host.geometry.special_tokens
+            rows = take_special(attention.probabilities.transpose(1, 2), out.rows, special).transpose(1, 2)
+            mixed = host.finish(block, out.tokens, rows @ attention.values)
+            return replace(out, tokens=host.transform(block, mixed))
         if module.needs_attention:
-            tokens, attention = self.host.attend(block, tokens)
+            attention = host.attention(block, tokens, state)
+            tokens = host.finish(block, tokens, attention.probabilities @ attention.values)
+            out = module(tokens, state, attention, forced)
         else:
-            tokens = self.host.mix(block, tokens)
-        out: StageOutput = module(tokens, state, attention, forced)
-        return replace(out, tokens=self.host.transform(block, out.tokens))
+            out = module(host.mix(block, tokens, state), state, None, forced)
+        return replace(out, tokens=host.transform(block, out.tokens))
 
 
 def prune(model: nn.Module, plan: Plan) -> PrunedModel:
@@ -140,7 +160,7 @@ def _check_fit(plan: Plan, pruned: PrunedModel) -> None:
         )
     if plan.stages:
         places = {stage.place for stage in plan.stages}
-        carried = {methods.get(plan.method).PLACE}
+        carried = set(methods.get(plan.method).PLACES)
         if not places <= carried:
             raise BadRequest(
                 f"Method {plan.method} acts at {', '.join(sorted(carried))}, the plan says {', '.join(sorted(places))}.",

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+MASKED = -1e4
+"""What attention adds to its logits for a key that is out: exp gives 0, and half precision can hold it."""
+
 
 @dataclass(frozen=True)
 class TokenState:
-    """What travels with the tokens from block to block.
+    """What travels with the tokens from block to block: S special tokens, then n patch slots.
 
-    `positions` [B, n] int32: the original patch position of every patch token present.
+    `positions` [B, n] int32: the original patch position of every slot. A token merged from several goes by that of
+    the one the others joined, a token made anew at stage i (counted from 0) by patch_tokens + i, a masked slot by -1.
+    `bias` [B, 1, 1, S + n]: what every attention adds to its logits, key by key. `sizes` [B, n]: how many patches a slot
+    stands for; a mean over patches weighs by them with `weigh_mean`. `alive` [B, S + n]: 1.0, or 0.0 for a masked slot. None where the method has no use for it.
+    `carried`: what the method hands from stage to stage, by names of its own.
     """
 
     positions: Tensor
+    bias: Tensor | None = None
+    sizes: Tensor | None = None
+    weigh_mean: bool = False
+    alive: Tensor | None = None
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def initial_state(images: Tensor, patch_tokens: int) -> TokenState:
@@ -27,6 +40,11 @@ def initial_state(images: Tensor, patch_tokens: int) -> TokenState:
 def slots_of(positions: Tensor, state: TokenState) -> Tensor:
     """Slots [B, k] that hold the original positions [B, k] now; slot 0 for a position that is gone."""
     return (positions.unsqueeze(2) == state.positions.unsqueeze(1)).int().argmax(2)
+
+
+def fates_of(fates: Tensor, state: TokenState) -> Tensor:
+    """Per slot [B, n] the position its token is to go by, from a table by position [B, P]; never exported."""
+    return fates.gather(1, state.positions.long())
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:
@@ -48,12 +66,51 @@ def membership(index: Tensor, count: int, skip: int = 0) -> Tensor:
     return (index.unsqueeze(-1) == slots).to(torch.float32).sum(dim=1)
 
 
+def one_hot(index: Tensor, count: int) -> Tensor:
+    """1.0 at [b, index[b, n], n], else 0.0: index [B, n] → [B, count, n]; a negative index marks nothing."""
+    rows = torch.arange(count, device=index.device).unsqueeze(-1)
+    return (index.unsqueeze(1) == rows).to(torch.float32)
+
+
+def take_special(tokens: Tensor, rows: Tensor, special_tokens: int) -> Tensor:
+    """The special tokens and the patch slots `rows` [B, k] of tokens [B, S + n, …] → [B, S + k, …]."""
+    return _rows(tokens, _with_special(tokens, rows, special_tokens), special_tokens + rows.shape[1])
+
+
 def keep_tokens(tokens: Tensor, state: TokenState, kept: Tensor, special_tokens: int) -> tuple[Tensor, TokenState]:
     """Keeps the special tokens and the patch slots `kept` [B, k] of tokens [B, S + n, C] → [B, S + k, C]."""
+    return take_special(tokens, kept, special_tokens), keep_state(state, kept, special_tokens)
+
+
+def keep_state(state: TokenState, kept: Tensor, special_tokens: int) -> TokenState:
+    """The state of the patch slots `kept` [B, k]."""
+    return replace(
+        state,
+        positions=take(state.positions, kept),
+        sizes=None if state.sizes is None else take(state.sizes, kept),
+        alive=None if state.alive is None else take_special(state.alive, kept, special_tokens),
+        bias=None
+        if state.bias is None
+        else take_special(state.bias.flatten(1), kept, special_tokens).unsqueeze(1).unsqueeze(1),
+    )
+
+
+def special_ahead(values: Tensor, special_tokens: int, fill: float) -> Tensor:
+    """Values [B, n] of the patch slots with `fill` for the special tokens before them → [B, S + n]."""
+    if not special_tokens:
+        return values
+    return torch.cat([torch.full_like(values[:, :1], fill)] * special_tokens + [values], dim=1)
+
+
+def key_bias(values: Tensor) -> Tensor:
+    """Values [B, N] as the bias [B, 1, 1, N] that attention adds for its keys."""
+    return values.unsqueeze(1).unsqueeze(1)
+
+
+def _with_special(tokens: Tensor, rows: Tensor, special_tokens: int) -> Tensor:
     first = _first_row(tokens)
     special = [first + slot for slot in range(special_tokens)]
-    rows = torch.cat([*special, kept + (first + special_tokens)], dim=1)
-    return _rows(tokens, rows, special_tokens + kept.shape[1]), replace(state, positions=take(state.positions, kept))
+    return torch.cat([*special, rows + (first + special_tokens)], dim=1)
 
 
 def _first_row(values: Tensor) -> Tensor:

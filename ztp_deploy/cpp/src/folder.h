@@ -22,7 +22,7 @@ struct EngineFolder {
   std::filesystem::path directory;
   Manifest manifest;
   std::string input;                 ///< name of the image input
-  std::vector<std::string> outputs;  ///< logits, then kept_1, kept_2 …
+  std::vector<std::string> outputs;  ///< logits, then kept_1, kept_2 …, then merged_1 … of methods that merge
   std::map<std::string, FileRecord> files;
   // Settings of back ends, as they were asked for; those of another back end keep their defaults.
   int threads = 0;  ///< 0: the library's own choice

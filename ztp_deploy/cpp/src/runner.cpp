@@ -38,7 +38,9 @@ Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector
   outputs.batch = batch;
   outputs.classes = static_cast<std::size_t>(views[0].shape[1]);
   outputs.logits = copy<float>(views[0], batch);
-  for (std::size_t i = 1; i < views.size(); ++i) outputs.kept.push_back(copy<std::int32_t>(views[i], batch));
+  for (std::size_t i = 1; i <= folder.manifest.stages; ++i) {  // what merged into what comes after, for Python's gate
+    outputs.kept.push_back(copy<std::int32_t>(views[i], batch));
+  }
   return outputs;
 }
 

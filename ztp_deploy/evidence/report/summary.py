@@ -102,7 +102,7 @@ def summarise(
     machine: dict[str, Any],
 ) -> Summary:
     """Draws the numbers together; `steps` hold {step, seconds}. `parity` is None for an engine that was not run."""
-    from ztp_deploy import environment
+    from ztp_deploy import environment, methods
 
     plan = manifest.plan
     end_to_end = parity.edges[-1] if parity else None
@@ -110,6 +110,8 @@ def summarise(
     notes = [*manifest.built.get("notes", ()), *(parity.notes if parity else ()), *(latency.notes if latency else ())]
     if manifest.random_weights:
         notes.insert(0, "Random weights: latency is real, predictions mean nothing; accuracy is left out.")
+    if (reason := methods.untrained(plan)) and not manifest.random_weights:
+        notes.insert(0, f"Latency only: {reason} Accuracy is left out.")
     unproved = None if parity else manifest.unproved
     if unproved:
         notes.insert(0, unproved_line(unproved))

@@ -105,7 +105,7 @@ struct Outputs {
   std::size_t batch = 0;
   std::size_t classes = 0;
   std::vector<float> logits;                    ///< [batch, classes]
-  std::vector<std::vector<std::int32_t>> kept;  ///< by stage: patch positions [batch, k], ascending for each image
+  std::vector<std::vector<std::int32_t>> kept;  ///< by stage: patch positions [batch, k], ascending for each image; -1: masked, from the patch count on: made anew
 };
 
 /// What Session::self_test found: how many images, and the largest logit difference in units of an image's logit σ.
