@@ -15,6 +15,7 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods import parse_options
 from ztp_deploy.methods import zero_tprune as zt
 from ztp_deploy.methods.base import top_k_margin
+from ztp_deploy.methods.similarity import staying
 from ztp_deploy.models import load_model
 from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Stage, make_plan
@@ -63,7 +64,7 @@ def test_oracle(name, dtype):
     np.testing.assert_allclose(scores["spread"][:, 0] ** 2 / taking_part, truth["final_var"], **tolerance)
     np.testing.assert_allclose(scores["score"][truth["s_kept"]], truth["final_score"][1:], **tolerance)
     order = top_k(chosen.scores["pre_score"], stage.tokens_in)[0].tolist()
-    half = zt.more_important(stage.tokens_in)
+    half = staying(stage.tokens_in, "importance")
     assert order[:half] == truth["group_b"].tolist()
     assert order[half:] == truth["group_a"].tolist()
     assert sorted(np.flatnonzero(scores["score"] < 0)) == sorted(truth["s_dropped"])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.methods.similarity import PARTITIONS, Metric, Partition, best_match, raster_order, staying
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, floor_counts, kept_chain
 from ztp_deploy.plan import default_sites as default_sites
@@ -39,7 +40,9 @@ class Options(MethodOptions):
     1 in the last three, else 8 (paper: 30–50, 1, 5–10). `similar`: share of the removed tokens that
     the S-stage removes, rounded down (0: no S-stage). `start`: "class" gives the class token √N times
     the others, "uniform" does not. `variance_bounds`: heads outside are left out (VHF), null for all heads.
-    `heads`: "rms" (EIR) or "mean". `temperature`: of the softmax whose rows vote.
+    `heads`: "rms" (EIR) or "mean". `temperature`: of the softmax whose rows vote. The S-stage's `partition`, `metric`
+    (see `similarity`) and `features`: keys, queries or values of all heads, or the tokens that enter the block.
+    The paper's ladder: WPR alone is heads "mean", no bounds, similar 0; then rms (EIR), bounds (VHF), similar 0.5.
     """
 
     rounds: int | list[int] | None = None
@@ -48,6 +51,9 @@ class Options(MethodOptions):
     variance_bounds: tuple[float, float] | None = (0.01, 0.7)
     heads: Literal["rms", "mean"] = "rms"
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    partition: Partition = "importance"
+    metric: Metric = "cosine"
+    features: Literal["keys", "queries", "values", "inputs"] = "keys"
 
     @field_validator("rounds")
     @classmethod
@@ -103,9 +109,11 @@ def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], o
             rounds = options.rounds[list(blocks).index(block)]
         else:
             rounds = options.rounds or default_rounds(block, geometry.depth)
-        # S can drop no more than the less important half.
-        similar = min(int((before - after) * options.similar), before // 2)
+        # S can drop no more than those that may go.
+        similar = min(int((before - after) * options.similar), before - staying(before, options.partition))
         static = {"similar": similar, "rounds": rounds}
+        if similar and options.partition != "importance":
+            static["partition"] = PARTITIONS.index(options.partition)
         stages.append(Stage(block=block, place=PLACES[0], tokens_in=before, tokens_out=after, static=static))
     return stages
 
@@ -133,9 +141,14 @@ def untrained(options: MethodOptions) -> str | None:
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:
-    """I′ scores [B, n] and head spreads [B, H, 1], S similarities [B, n//2] in I′ order, then the same of I."""
-    preliminary = ("pre_score", "pre_spread", "similarity") if stage.static["similar"] else ()
-    return (*preliminary, "score", "spread")
+    """I′ scores [B, n] and head spreads [B, H, 1], S similarities [B, n//2] in I′ order, then the same of I.
+
+    A partition that does not look at importance has no I′ but the positions it goes by.
+    """
+    if not stage.static["similar"]:
+        return ("score", "spread")
+    preliminary = ("position",) if stage.static.get("partition") else ("pre_score", "pre_spread")
+    return (*preliminary, "similarity", "score", "spread")
 
 
 # --- pure scores -------------------------------------------------------------------------------
@@ -221,46 +234,43 @@ def importance(
     return Importance(combine_heads(per_head, counted, options.heads), spread)
 
 
-def best_match(less: Tensor, more: Tensor) -> Tensor:
-    """Largest cosine [B, a] of each less important feature [B, a, D] with any more important one [B, b, D]."""
-    # The less important ones' own lengths can wait until one product each is left.
-    directions = more * _inverse_length(more)
-    return (less @ directions.transpose(1, 2)).amax(-1) * _inverse_length(less).squeeze(-1)
-
-
-def _inverse_length(features: Tensor) -> Tensor:
-    """1 / length [B, n, 1] of features [B, n, D], finite for zeros."""
-    # A product, not a square: exporters write the latter as Pow, which engines run slowly.
-    return (features * features).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()
-
-
-def more_important(tokens: int) -> int:
-    """Size of the more important half of so many tokens; the odd one is important."""
-    return tokens - tokens // 2
-
-
 def select(
-    attention: Tensor, keys: Tensor, stage: Stage, *, special_tokens: int, class_token: int | None, options: Options
+    attention: Tensor,
+    features: Tensor,
+    stage: Stage,
+    *,
+    special_tokens: int,
+    class_token: int | None,
+    options: Options,
+    positions: Tensor | None = None,
 ) -> Selection:
-    """One stage, I′ → S → I: attention [B, H, N, N] and keys [B, H, N, d] → kept patch slots [B, k].
+    """One stage, I′ → S → I: attention [B, H, N, N] and features [B, H, N, d] → kept patch slots [B, k].
 
-    Special tokens come first, are always kept, vote, and take no part in S.
+    Special tokens come first, are always kept, vote, and take no part in S. `positions` [B, n] of the patch slots are
+    needed by partitions that go by them.
     """
     similar, rounds = stage.static["similar"], stage.static["rounds"]
     everyone = attention.shape[-1]
     scores: dict[str, Tensor] = {}
     dropped = None
     if similar:
-        ranking = importance(attention, 1, participants=everyone, class_token=class_token, options=options)
-        pre_score = ranking.score[:, special_tokens:]
-        order = top_k(pre_score, stage.tokens_in)
-        half = more_important(stage.tokens_in)
-        keys_of_all_heads = keys.float().transpose(1, 2).flatten(2)  # [B, N, H·d]
-        features = take(keys_of_all_heads, order, skip=special_tokens)
-        match = best_match(features[:, half:], features[:, :half])
+        if options.partition == "importance":
+            ranking = importance(attention, 1, participants=everyone, class_token=class_token, options=options)
+            pre_score = ranking.score[:, special_tokens:]
+            order = top_k(pre_score, stage.tokens_in)
+            scores |= {"pre_score": pre_score, "pre_spread": ranking.spread}
+        else:
+            assert positions is not None
+            scores["position"] = positions.float()
+            order = raster_order(positions, options.partition)
+        half = staying(stage.tokens_in, options.partition)
+        all_heads = features.float().transpose(1, 2).flatten(2)  # [B, N, H·d]
+        ordered = take(all_heads, order, skip=special_tokens)
+        others = ordered[:, :half] if half else ordered
+        match = best_match(ordered[:, half:], others, options.metric, apart=half > 0)
         least = take(order, top_k(match, similar), skip=half)
         dropped = membership(least, everyone, skip=special_tokens)
-        scores |= {"pre_score": pre_score, "pre_spread": ranking.spread, "similarity": match}
+        scores["similarity"] = match
     final = importance(
         attention,
         rounds,
@@ -299,11 +309,12 @@ class ZeroTPruneStage(StageModule):
             probabilities = (attention.logits.float() / self.options.temperature).softmax(-1)
         chosen = select(
             probabilities,
-            attention.keys,
+            _features(attention, self.options),
             self.stage,
             special_tokens=self.special_tokens,
             class_token=self.class_token,
             options=self.options,
+            positions=state.positions,
         )
         tokens, state = keep_tokens(
             tokens, state, chosen.kept if forced is None else slots_of(forced, state), self.special_tokens
@@ -311,10 +322,17 @@ class ZeroTPruneStage(StageModule):
         return StageOutput(tokens, state, chosen.scores)
 
 
+def _features(attention: Attention, options: Options) -> Tensor:
+    """What the S-stage compares, [B, H, N, d]; the tokens that enter the block count as one head."""
+    if options.features == "inputs":
+        return attention.inputs.unsqueeze(1)
+    return {"keys": attention.keys, "queries": attention.queries, "values": attention.values}[options.features]
+
+
 def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weights: Mapping[str, Tensor]) -> StageModule:
     """The stage for `stage`. Raises BadRequest where its fixed numbers cannot be (a plan edited by hand)."""
     assert isinstance(options, Options)
-    most = min(stage.tokens_in // 2, stage.tokens_in - stage.tokens_out)
+    most = min(stage.tokens_in - staying(stage.tokens_in, options.partition), stage.tokens_in - stage.tokens_out)
     rounds, similar = stage.static.get("rounds", 0), stage.static.get("similar", -1)
     if not (1 <= rounds <= MAX_ROUNDS and 0 <= similar <= most):
         raise BadRequest(
@@ -335,13 +353,16 @@ def replay(stage: Stage, scores: Mapping[str, Tensor], geometry: Geometry, optio
     score = scores["score"]
     everyone = stage.tokens_in + geometry.special_tokens
     if similar := stage.static["similar"]:
-        pre_score, similarity = scores["pre_score"], scores["similarity"]
-        half = more_important(stage.tokens_in)
-        less = top_k(pre_score, stage.tokens_in)[:, half:]
+        half = staying(stage.tokens_in, options.partition)
+        if options.partition == "importance":
+            order = top_k(scores["pre_score"], stage.tokens_in)
+            decisions += _head_decisions("pre_heads", scores["pre_spread"].square() / everyone, options)
+            decisions.append(Decision("split", top_k_margin(scores["pre_score"], half)))
+        else:
+            order = raster_order(scores["position"], options.partition)
         # Positive for what stays, and in slot order, so that two replays compare token by token.
-        stays = torch.full_like(score, torch.inf).scatter(1, less, -top_k_margin(similarity, similar).to(score))
-        decisions += _head_decisions("pre_heads", scores["pre_spread"].square() / everyone, options)
-        decisions.append(Decision("split", top_k_margin(pre_score, half)))
+        goes = -top_k_margin(scores["similarity"], similar).to(score)
+        stays = torch.full_like(score, torch.inf).scatter(1, order[:, half:], goes)
         decisions.append(Decision("similarity", stays))
         score = torch.where(stays > 0, score, -torch.inf)
     decisions += _head_decisions("heads", scores["spread"].square() / (everyone - stage.static["similar"]), options)

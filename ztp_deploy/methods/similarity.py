@@ -1,0 +1,71 @@
+"""The S-stage's ways of telling which tokens resemble others: who is held against whom, and by what measure."""
+
+from __future__ import annotations
+
+import random
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ztp_deploy.pruning.tokens import top_k
+
+Partition = Literal["importance", "sequential", "alternate", "random", "none"]
+"""Who may go and who they are held against: the less against the more important half; in raster order the later half
+against the earlier one, every second token against the rest, a seeded random half against the other; or every token
+against all others."""
+Metric = Literal["cosine", "dot", "euclidean", "manhattan", "chebyshev"]
+PARTITIONS: tuple[Partition, ...] = get_args(Partition)
+_RANDOM_SEED = 0
+_ITSELF = 1e30
+"""Taken off a token's likeness to itself where every token is held against all."""
+
+
+def staying(tokens: int, partition: Partition) -> int:
+    """How many of so many tokens cannot go: the better half, the odd one among them, or none of them."""
+    return 0 if partition == "none" else tokens - tokens // 2
+
+
+def raster_order(positions: Tensor, partition: Partition) -> Tensor:
+    """Slots [B, n] with those that cannot go first, for partitions that go by position [B, n] alone."""
+    tokens = positions.shape[1]
+    raster = top_k(-positions.float(), tokens)
+    places = list(range(tokens))
+    if partition == "alternate":
+        places = [*places[::2], *places[1::2]]
+    elif partition == "random":
+        random.Random(_RANDOM_SEED).shuffle(places)
+    return raster.index_select(1, torch.tensor(places, device=positions.device))
+
+
+def best_match(less: Tensor, more: Tensor, metric: Metric = "cosine", apart: bool = True) -> Tensor:
+    """Likeness [B, a] of each feature [B, a, D] to the one of [B, b, D] most like it; larger is more alike.
+
+    Distances count negatively (the Euclidean one squared). With `apart` False both are the same tokens, and none is held
+    against itself.
+    """
+    if metric == "cosine":
+        # The candidates' own lengths can wait until one product each is left.
+        likeness = less @ (more * _inverse_length(more)).transpose(1, 2)
+    elif metric in ("dot", "euclidean"):
+        likeness = less @ more.transpose(1, 2)
+        if metric == "euclidean":
+            likeness = 2 * likeness - _squares(less) - _squares(more).transpose(1, 2)
+    else:
+        distances = (less.unsqueeze(2) - more.unsqueeze(1)).abs()  # [B, a, b, D]
+        likeness = -(distances.sum(-1) if metric == "manhattan" else distances.amax(-1))
+    if not apart:
+        likeness = likeness - _ITSELF * torch.eye(less.shape[1], device=less.device)
+    best = likeness.amax(-1)
+    return best * _inverse_length(less).squeeze(-1) if metric == "cosine" else best
+
+
+def _inverse_length(features: Tensor) -> Tensor:
+    """1 / length [B, n, 1] of features [B, n, D], finite for zeros."""
+    return _squares(features).clamp_min(1e-24).rsqrt()
+
+
+def _squares(features: Tensor) -> Tensor:
+    """Squared lengths [B, n, 1]."""
+    # A product, not a square: exporters write the latter as Pow, which engines run slowly.
+    return (features * features).sum(-1, keepdim=True)
