@@ -23,7 +23,7 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine export check bench gpu-report classify list doctor cpp test lint lock clean
+.PHONY: help setup engine export check bench gpu-report classify list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -62,6 +62,9 @@ cpp: $(READY)  ## Build the C++ runtime and ztp-run into build/cpp (needs cmake,
 
 test: lint  ## Lint, type-check and run all tests
 	@$(VENV)/bin/python -m pytest
+
+matrix: $(READY)  ## Test every method on every backbone (`make test` takes an eighth of the pairs in turn)
+	@ZTP_MATRIX=all $(VENV)/bin/python -m pytest -m matrix
 
 lint: $(READY)  ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

@@ -11,6 +11,7 @@ import torch
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.contracts import matrix
 from ztp_deploy.backends import Engine
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.pruning.prune import PrunedModel
@@ -31,6 +32,27 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         reporter.write_line(f"skip not allowed here: {report.nodeid}: {report.longrepr}", red=True)
     if unexcused and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the matrix of methods and backbones, the pairs that are due (`make matrix`: all)."""
+    pairs = {str(pair) for pair in matrix.chosen(matrix.part())}
+    left_out = []
+    for item in items:
+        wanted = getattr(item, "callspec", None) and (
+            item.callspec.params.get("made") or item.callspec.params.get("refused")
+        )
+        if isinstance(wanted, matrix.Pair) and str(wanted) not in pairs:
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def pytest_report_header() -> str:
+    """Says which part of the matrix this run takes, so that it can be repeated."""
+    due = matrix.part()
+    return "matrix: all pairs" if due is None else f"matrix: part {due} of {matrix.PARTS} (ZTP_MATRIX={due} repeats it)"
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,74 @@
+"""Every method on every kind of backbone, at small sizes; and which of these pairs a run of the tests takes."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ztp_deploy import methods, models
+from ztp_deploy.models.base import ModelSize
+from ztp_deploy.plan import make_plan
+
+PARTS = 8
+
+BACKBONES: dict[str, ModelSize] = {
+    "deit_t": ModelSize(img_size=96, depth=4, embed_dim=48, num_heads=3, num_classes=10),
+    "deit_t_distilled": ModelSize(img_size=96, depth=4, embed_dim=48, num_heads=3, num_classes=10),
+}
+"""Model names with sizes that make them small; every family is among them (tested)."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "zero_tprune": {"rounds": 2},
+}
+"""What a method needs to run without a checkpoint, or to export quickly."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One method on one backbone."""
+
+    method: str
+    backbone: str
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.backbone}"
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the method does not run there, None where it does."""
+        _, geometry = models.describe(self.backbone, BACKBONES[self.backbone])
+        options = methods.parse_options(self.method, OPTIONS.get(self.method, {}))
+        return methods.get(self.method).refuses(geometry, options)
+
+    def model(self) -> Any:
+        """The backbone with seeded random weights."""
+        return models.load_model(self.backbone, weights="random", overrides=BACKBONES[self.backbone])
+
+    def plan(self, model: Any) -> Any:
+        """At ratio 0.6."""
+        return make_plan(model, self.method, ratio=0.6, options=OPTIONS.get(self.method))
+
+
+ALL = [Pair(method, backbone) for backbone in BACKBONES for method in methods.METHODS]
+
+
+def part() -> int | None:
+    """Which eighth of the matrix is due: `ZTP_MATRIX` is a number, or `all` (None); by default it turns daily."""
+    wanted = os.environ.get("ZTP_MATRIX", "")
+    if wanted == "all":
+        return None
+    return int(wanted) % PARTS if wanted else int(time.time() // 86400) % PARTS
+
+
+def chosen(due: int | None) -> list[Pair]:
+    """Every method once and every backbone once, and one eighth of the rest; everything for None."""
+    if due is None:
+        return ALL
+    names, backbones = list(methods.METHODS), list(BACKBONES)
+    rounds = max(len(names), len(backbones))
+    # Method and backbone advance together, so that each comes up at least once.
+    fixed = {(names[i % len(names)], backbones[i % len(backbones)]) for i in range(rounds)}
+    rest = [pair for pair in ALL if (pair.method, pair.backbone) not in fixed]
+    return [pair for pair in ALL if (pair.method, pair.backbone) in fixed] + rest[due::PARTS]
