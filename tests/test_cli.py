@@ -193,7 +193,10 @@ def test_list_and_doctor(ztp):
     for word in ("deit_s", "augreg_vit_l_384", "zero_tprune", "slice", "onnx", "torchscript", "onnxruntime", "OK"):
         assert word in out
     code, out, _ = ztp("list", "--json")
-    assert {entry["name"] for entry in json.loads(out)["backends"]} == set(backends.BACKENDS)
+    known = json.loads(out)
+    assert {entry["name"] for entry in known["backends"]} == set(backends.BACKENDS)
+    assert {(entry["method"], entry["status"]) for entry in known["pairs"]} >= {("zero_tprune", "OK"), ("slice", "OK")}
+    assert all((entry["status"] == "refused") == bool(entry["because"]) for entry in known["pairs"])
     code, out, _ = ztp("doctor")
     assert code == 0
     assert "BACKEND=auto takes" in out

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from ztp_deploy.errors import BadRequest, nearest
 from ztp_deploy.methods.base import Method, MethodOptions
-from ztp_deploy.plan import Plan
+from ztp_deploy.plan import Geometry, Plan
 
 METHODS: dict[str, str] = {
     "zero_tprune": "ztp_deploy.methods.zero_tprune",
@@ -40,6 +40,14 @@ def untrained(plan: Plan) -> str | None:
     if not plan.stages:
         return None
     return get(plan.method).untrained(parse_options(plan.method, plan.options))
+
+
+def pairs(models: Mapping[str, Geometry]) -> dict[str, dict[str, str | None]]:
+    """Per method and model name, why the method cannot prune that model with its default options; None where it can."""
+    return {
+        name: {model: get(name).refuses(geometry, parse_options(name, {})) for model, geometry in models.items()}
+        for name in METHODS
+    }
 
 
 def parse_options(name: str, options: Mapping[str, Any]) -> MethodOptions:

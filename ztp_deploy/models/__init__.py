@@ -58,6 +58,11 @@ def model_names() -> dict[str, str]:
     return {name: architecture for key in FAMILIES for name, architecture in family(key).NAMES.items()}
 
 
+def examples() -> dict[str, str]:
+    """One model name of every family that has names, by family."""
+    return {key: next(iter(family(key).NAMES)) for key in FAMILIES if family(key).NAMES}
+
+
 def host_of(model: nn.Module) -> Host:
     """The host that takes this module apart. Raises BadRequest where no family carries it."""
     return family(_family_of(model)).host(model)
@@ -278,6 +283,7 @@ __all__ = [
     "Family",
     "RandomWeightsWarning",
     "describe",
+    "examples",
     "family",
     "host_of",
     "load_model",
