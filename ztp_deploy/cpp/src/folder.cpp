@@ -237,8 +237,9 @@ EngineFolder open_folder(const std::string& directory) {
   if (folder.outputs.empty() || folder.outputs.front() != "logits") {
     fields.invalid("outputs", "The first should be 'logits'");
   }
-  folder.manifest.stages = static_cast<std::size_t>(
-      std::count_if(folder.outputs.begin(), folder.outputs.end(), [](const std::string& name) { return name.rfind("kept_", 0) == 0; }));
+  folder.manifest.stages =
+      static_cast<std::size_t>(std::count_if(folder.outputs.begin(), folder.outputs.end(),
+                                             [](const std::string& name) { return name.rfind("kept_", 0) == 0; }));
   folder.files = read_files(fields);
   read_settings(root, fields, folder);
   check_seal(root, fields, path);
