@@ -23,7 +23,7 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine export check bench gpu-report classify list doctor cpp test matrix lint lock clean
+.PHONY: help setup engine export check bench compare gpu-report classify list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -43,6 +43,10 @@ check: $(READY)  ## Prove an engine again: make check ENGINE=engines/…
 
 bench: $(READY)  ## Build anew and measure long, recorded in engines/evidence
 	@$(ZTP) bench $(WANTED) $(BUILT) --fresh --record engines/evidence
+
+compare: $(READY)  ## Pruning methods against each other at one FLOP share: make compare MODEL=deit_s FLOPS=0.65
+	@$(ZTP) compare --model "$(MODEL)" --flops "$(or $(FLOPS),0.65)" $(call flag,METHODS,--methods) --weights "$(WEIGHTS)" \
+	    $(if $(METHODS),,--option dynamicvit.weights=random) $(BUILT) --record engines/evidence
 
 gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a call; the next call goes on
 	@$(ZTP) gpu-report

@@ -372,3 +372,22 @@ def test_the_command_line_starts_without_engine_libraries():
     script = "import sys, ztp_deploy, ztp_deploy.cli; print([m for m in ('torch', 'onnx', 'onnxruntime', 'timm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--methods", "slice,slice", "--flops", 0.65), ("each method once",)),
+        (
+            (
+                "--methods",
+                "slice",
+            ),
+            ("one of --ratio and --flops",),
+        ),
+        (("--methods", "slice", "--flops", 0.65, "-o", "tome.r=3"), ("names no method of this comparison",)),
+        (("--methods", "tone", "--flops", 0.65), ("no method 'tone'",)),
+    ],
+)
+def test_comparisons_that_make_no_sense(ztp, arguments, words):
+    one_sentence(*ztp("compare", "-m", "deit_t", *arguments), 2, *words)

@@ -1,4 +1,4 @@
-"""The command line: `ztp plan | export | build | check | bench | engine | gpu-report | classify | list | doctor`.
+"""The command line: `ztp plan | export | build | check | bench | compare | engine | gpu-report | classify | list | doctor`.
 
 Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device,
 130 interrupted.
@@ -26,6 +26,7 @@ from ztp_deploy.console import (
     out,
     print_json,
     record_comparison,
+    record_methods,
     record_result,
     show_parity,
     show_result,
@@ -314,6 +315,78 @@ def bench(
     for note in report.notes:
         warn(note)
     out.print(report.gpu)
+
+
+@app.command()
+def compare(
+    model: Model,
+    methods: Annotated[
+        str, typer.Option(help="Methods to compare, such as zero_tprune,tome.")
+    ] = "zero_tprune,tome,ats,evit,dynamicvit",
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="A method's option as method.name=value (JSON value); repeatable."),
+    ] = None,
+    weights: Weights = "auto",
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    batch: Batch = None,
+    batches: Batches = "1,8",
+    seconds: Seconds = 60.0,
+    images: Images = None,
+    record: Annotated[Path | None, typer.Option(help="Also write JSON and Markdown into this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure pruning methods against each other, each with its slice twin, at one ratio or FLOP share."""
+    from ztp_deploy import workflow
+    from ztp_deploy.evidence.report.methods import HEAD, methods_rows
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if len(set(names)) < len(names) or not names or (ratio is None) == (flops is None):
+        raise BadRequest(
+            f"compare takes each method once and one of --ratio and --flops; --methods {methods!r} came.",
+            "For example: ztp compare --model deit_s --flops 0.65 --methods zero_tprune,tome.",
+        )
+    options = _options_by_method(option, names)
+    wanted = [_plan_request(model, name, ratio, flops, None, None, options[name], weights, None) for name in names]
+    request = _build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
+    report = workflow.compare_methods(
+        model,
+        wanted,
+        request,
+        Bars(),
+        images=images,
+        batches=_integers("batches", batches),
+        seconds=seconds,
+        command=_command(),
+    )
+    if record is not None:
+        record_methods(report, record)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    table = Table(*HEAD)
+    for row in methods_rows(report):
+        table.add_row(*(cell.replace("**", "") for cell in row))
+    out.print(table)
+    for note in report.latency.notes:
+        warn(note)
+    out.print(report.latency.gpu)
+
+
+def _options_by_method(option: list[str] | None, names: list[str]) -> dict[str, list[str] | None]:
+    """`method.name=value` sorted by method."""
+    found: dict[str, list[str] | None] = dict.fromkeys(names)
+    for text in option or []:
+        method, dot, rest = text.partition(".")
+        if not dot or method not in found:
+            raise BadRequest(f"--option {text!r} names no method of this comparison.", "Write method.name=value.")
+        found[method] = [*(found[method] or []), rest]
+    return found
 
 
 @app.command()

@@ -104,6 +104,18 @@ def record_comparison(report: Any, model: str, folder: Path) -> None:
     err.print(f"Recorded {folder / name}.samples.json and .md", soft_wrap=True)
 
 
+def record_methods(report: Any, folder: Path) -> None:
+    """Writes methods measured against each other and their table, without local paths."""
+    from ztp_deploy.evidence.report.methods import render_methods
+    from ztp_deploy.manifest import write_text
+
+    backend = report.backend.split()[0]
+    name = f"{report.model}--methods--{backend}-{report.precision}--{_slug(report.latency.environment)}"
+    write_text(folder / f"{name}.samples.json", report.to_json())
+    write_text(folder / f"{name}.md", render_methods(report))
+    err.print(f"Recorded {folder / name}.samples.json and .md", soft_wrap=True)
+
+
 def _slug(machine: dict[str, Any]) -> str:
     """The processor's name for file names."""
     words = "".join(c if c.isalnum() else "-" for c in machine["cpu"].lower()).split("-")

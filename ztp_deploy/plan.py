@@ -97,7 +97,7 @@ class Plan(BaseModel):
     """A frozen, serialisable pruning plan; without stages it is the dense model.
 
     `asked` keeps the request (`{"ratio": 0.7}`, `{"flops": 0.653}` or `{"keep": [137, 95, 66]}`, with
-    `sites` and `options` where the caller chose them); `options` holds every option, defaults filled in.
+    `sites` and `options` where the caller chose them, `twin_of` where this is another plan's slice twin); `options` holds every option, defaults filled in.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -151,12 +151,13 @@ class Plan(BaseModel):
         """
         if not self.stages:
             return "dense"
+        method = f"{self.method}_of_{self.asked['twin_of']}" if "twin_of" in self.asked else self.method
         if "ratio" in self.asked:
-            name = f"{self.method}-{_shortest(self.asked['ratio'])}"
+            name = f"{method}-{_shortest(self.asked['ratio'])}"
         elif "flops" in self.asked:
-            name = f"{self.method}-flops{_shortest(self.asked['flops'])}"
+            name = f"{method}-flops{_shortest(self.asked['flops'])}"
         else:
-            name = f"{self.method}-{'-'.join(map(str, self.counts))}"
+            name = f"{method}-{'-'.join(map(str, self.counts))}"
         if "sites" in self.asked or "options" in self.asked:
             return f"{name}-{hashlib.sha256(self.to_json().encode()).hexdigest()[:6]}"
         return name

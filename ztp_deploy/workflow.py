@@ -22,6 +22,7 @@ from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evidence.images import DEFAULT_COUNT, image_files, load_images
 from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, check_seconds, measure_latency
+from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, twin_role
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise, unproved_line
@@ -313,3 +314,45 @@ def make_engine(
     write_text(engines["pruned"].evidence / REPORT_FILE, render_markdown(summary))
     engine = engines.pop("pruned")
     return Result(engine, engines, parity, latency, summary)
+
+
+def compare_methods(
+    model_name: str,
+    wanted: Sequence[PlanRequest],
+    build: BuildRequest,
+    monitor: Monitor,
+    *,
+    images: Path | str | None = None,
+    batches: Sequence[int] = (1, 8),
+    seconds: float = DEFAULT_SECONDS,
+    command: str | None = None,
+) -> MethodsReport:
+    """Several methods on one model at one ratio or FLOP share, and their slice twins, in one interleaved run.
+
+    Every method's engine passes the parity gate first. Raises GateFailed where one does not, and what `make_engine` raises.
+    """
+    clock = Clock(monitor)
+    check_seconds(seconds)
+    check_runnable(build)
+    for request in wanted:
+        request.plan(model_name)
+    module = backends.usable(backends.choose(build.backend))
+    format, graph_precision = module.FORMAT, module.graph_precision(build.precision)
+    model = load(model_name, wanted[0].weights, clock)
+    plans: dict[str, Plan] = {DENSE: make_plan(model, "dense")}
+    for request in wanted:
+        plan = request.plan(model)
+        if not plan.stages:
+            raise BadRequest(f"{request.method} keeps every token there.", "Compare at a smaller ratio or FLOP share.")
+        plans |= {request.method: plan, twin_role(request.method): twin_of(plan)}
+    engines: dict[str, Engine] = {}
+    for role, plan in plans.items():
+        artifact = export_model(model, plan, build, format, graph_precision, clock)
+        engines[role] = build_engine(artifact, build, clock, images)
+        if role in {request.method for request in wanted}:
+            check(engines[role], model, images, clock, count=8).require()
+    del model
+    latency = bench(engines, batches, seconds, clock, command or shlex.join(sys.argv))
+    first = wanted[0]
+    asked = {"ratio": first.ratio} if first.ratio is not None else {"flops": first.flops}
+    return methods_report(model_name, {name: value for name, value in asked.items() if value}, engines, latency)

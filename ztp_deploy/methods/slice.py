@@ -60,8 +60,12 @@ def score_names(stage: Stage) -> tuple[str, ...]:
 
 def twin_of(plan: Plan) -> Plan:
     """The plan that cuts where `plan` selects: same blocks, places and counts, no selection."""
+    if not plan.stages:
+        return plan
     stages = tuple(stage.model_copy(update={"static": {}}) for stage in plan.stages)
-    return plan.model_copy(update={"method": "slice" if stages else "dense", "options": {}, "stages": stages})
+    # Twins of different methods cut at different blocks: the folder's name must tell them apart.
+    asked = {**plan.asked, "twin_of": plan.method}
+    return plan.model_copy(update={"method": "slice", "options": {}, "asked": asked, "stages": stages})
 
 
 class SliceStage(StageModule):

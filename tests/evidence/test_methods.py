@@ -1,0 +1,100 @@
+"""Methods against each other: who is fastest, by how much, and what selection costs; and the table of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from ztp_deploy import workflow
+from ztp_deploy.evidence.latency import LatencyReport, Samples, paired_ratio
+from ztp_deploy.evidence.methods import MethodRow, MethodsReport, twin_role
+from ztp_deploy.evidence.report.methods import render_methods
+from ztp_deploy.methods.slice import twin_of
+from ztp_deploy.plan import make_plan
+from ztp_deploy.workflow import BuildRequest, PlanRequest, compare_methods
+
+MILLISECONDS = {"dense": 20.0, "tome": 12.5, "tome slice twin": 12.0, "evit": 12.25, "evit slice twin": 12.25}
+
+
+@pytest.fixture
+def report() -> MethodsReport:
+    """Made-up times without noise."""
+    times = {role: [[value / 1e3] * 4] * 2 for role, value in MILLISECONDS.items()}
+    roles = list(times)
+    samples = [
+        Samples(
+            engine=role, role=role, manifest_sha256="0", batch=1, milliseconds=[[value]], runs=1, median=value, p90=value,
+            p95=value, p99=None, drift=0, images_per_second=1e3 / value,
+        )
+        for role, value in MILLISECONDS.items()
+    ]  # fmt: skip
+    ratios = [paired_ratio(b, a, 1, times) for i, a in enumerate(roles) for b in roles[i + 1 :]]
+    latency = LatencyReport(
+        command="", started="", samples=samples, ratios=ratios, gpu="GPU: none", notes=["Busy."],
+        environment={"cpu": "Some CPU", "cores": 2, "system": "Linux"},
+    )  # fmt: skip
+    rows = [
+        MethodRow(
+            method=name, options={}, blocks=[3], tokens=[196, 98], planned_share=0.65, executed_share=share, latency_only=None
+        )
+        for name, share in (("tome", 0.65), ("evit", 0.62))
+    ]  # fmt: skip
+    return MethodsReport(
+        model="deit_s", backend="onnxruntime 1", precision="fp32", asked={"flops": 0.65}, methods=rows, latency=latency
+    )
+
+
+def test_the_fastest_method_and_the_distance_to_it(report):
+    assert report.fastest(1) == "evit"  # a slice twin, faster still, is no method
+    assert report.behind("tome", "evit", 1)[0] == pytest.approx(0.25 / 12.5)
+    assert report.behind("evit", "tome", 1)[0] == pytest.approx(1 - 12.5 / 12.25)
+    assert report.behind("tome", twin_role("tome"), 1)[0] == pytest.approx(0.04)
+    assert report.over_dense("tome", 1).speedup == pytest.approx(1.6)
+
+
+def test_the_table_says_it_line_by_line(report):
+    lines = render_methods(report).splitlines()
+    assert lines[2] == "| 1 | dense | 100.0 % | 100.0 % | 20.00 |  |  |  |"
+    assert lines[3] == (
+        "| 1 | tome | 65.0 % | 65.0 % | 12.50 | **1.60 ×** (1.60–1.60) | 2.0 % (2.0 to 2.0) | 4.0 % (4.0 to 4.0) |"
+    )
+    assert "fastest | 0.0 % (0.0 to 0.0)" in lines[4]
+    assert lines[-1] == "- Busy."
+    assert MethodsReport.model_validate_json(report.to_json()) == report
+
+
+def test_twins_of_different_methods_have_names_of_their_own():
+    plan = make_plan("deit_s", flops=0.65)
+    twin = twin_of(plan)
+    assert twin.label == "slice_of_zero_tprune-flops0.65"
+    assert twin.counts == plan.counts
+    assert twin_of(make_plan("deit_s", "dense")).label == "dense"
+
+
+def test_every_engine_is_proved_and_measured(tmp_path, monkeypatch):
+    """One method at a small size, from its name to the table."""
+    from tests import tiny
+    from ztp_deploy import models
+
+    monkeypatch.setattr(workflow, "load", lambda name, weights, clock: tiny.model())
+    monkeypatch.setattr(PlanRequest, "plan", lambda self, model: make_plan(tiny.model(), "zero_tprune", ratio=0.6))
+    assert models.source_of(tiny.model()).name == "deit_t"
+
+    class Silent:
+        def step(self, title, total):
+            import contextlib
+
+            return contextlib.nullcontext(lambda share: None)
+
+        def warn(self, text):
+            pass
+
+    request = BuildRequest(
+        backend="onnxruntime", device="cpu", batch="1:2:4", export_root=tmp_path / "x", engines_root=tmp_path / "e"
+    )
+    wanted = [PlanRequest("deit_t", "zero_tprune", ratio=0.6)]
+    found = compare_methods("deit_t", wanted, request, Silent(), batches=(1,), seconds=0.2, command="test")
+    assert [sample.role for sample in found.latency.samples] == ["dense", "zero_tprune", "zero_tprune slice twin"]
+    assert found.asked == {"ratio": 0.6}
+    assert found.methods[0].tokens == [36, 21, 12, 7]
+    assert found.methods[0].executed_share < found.methods[0].planned_share < 1
+    assert len(list((tmp_path / "e").glob("*/*/evidence/parity.json"))) == 1

@@ -1,0 +1,72 @@
+"""The table of pruning methods at one FLOP share, as Markdown."""
+
+from __future__ import annotations
+
+from ztp_deploy.evidence.methods import DENSE, MethodsReport, twin_role
+
+HEAD = (
+    "batch",
+    "method",
+    "MACs planned",
+    "executed",
+    "ms an image",
+    "over dense",
+    "behind the fastest",
+    "selection costs",
+)
+
+
+def render_methods(report: MethodsReport) -> str:
+    """A line a method and batch: shares of multiply-accumulates, speed over dense, and what selection costs."""
+    lines = [f"| {' | '.join(HEAD)} |", "|---:|---|---:|---:|---:|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in methods_rows(report)]
+    machine = report.latency.environment
+    lines += [
+        "",
+        f"- {report.model} in {report.backend}, {report.precision}. Brackets hold 95 % intervals. Selection costs the "
+        "share of a method's time by which its slice twin, the same counts with tokens cut off unseen, is faster.",
+        f"- {machine['cpu']}, {machine['cores']} cores, {machine['system']}. {report.latency.gpu}.",
+    ]
+    unsure = sorted(
+        {
+            f"{r.engine} over {r.reference}"
+            for r in report.latency.ratios
+            if r.verdict == "inconclusive" and r.reference == DENSE
+        }
+    )
+    if unsure:
+        lines.append(f"- Inconclusive, the interval is wide or the machine drifted: {', '.join(unsure)}.")
+    return "\n".join([*lines, *(f"- {note}" for note in report.latency.notes)]) + "\n"
+
+
+def methods_rows(report: MethodsReport) -> list[list[str]]:
+    """One row a method and batch, as text."""
+    rows = []
+    for batch in dict.fromkeys(sample.batch for sample in report.latency.samples):
+        dense = report.latency.sample(DENSE, batch)
+        rows.append([str(batch), DENSE, "100.0 %", "100.0 %", f"{dense.median / batch:.2f}", "", "", ""])
+        best = report.fastest(batch)
+        for row in report.methods:
+            ratio = report.over_dense(row.method, batch)
+            rows.append(
+                [
+                    str(batch),
+                    row.method,
+                    _percent(row.planned_share),
+                    _percent(row.executed_share),
+                    f"{report.latency.sample(row.method, batch).median / batch:.2f}",
+                    f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})",
+                    "fastest" if row.method == best else _interval(report.behind(row.method, best, batch)),
+                    _interval(report.behind(row.method, twin_role(row.method), batch)),
+                ]
+            )
+    return rows
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.1f} %"
+
+
+def _interval(behind: tuple[float, float, float]) -> str:
+    middle, low, high = (f"{value * 100:.1f}" for value in behind)
+    return f"{middle} % ({low} to {high})"
