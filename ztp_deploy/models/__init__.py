@@ -19,6 +19,8 @@ from ztp_deploy.plan import Geometry
 
 FAMILIES: dict[str, str] = {
     "timm_vit": "ztp_deploy.models.timm_vit",
+    "mae": "ztp_deploy.models.mae",
+    "swag": "ztp_deploy.models.swag",
 }
 
 
@@ -202,7 +204,12 @@ def _give_weights(
 ) -> Weights:
     if isinstance(weights, Mapping):
         weights_module.load_given(model, weights, "The state dict", family(key).translate)
-        return Weights(kind="given", origin="state dict", sha256=weights_module.digest(weights_module.state_of(model)))
+        return Weights(
+            kind="given",
+            origin="state dict",
+            licence=_licence_of_others(model),
+            sha256=weights_module.digest(weights_module.state_of(model)),
+        )
     if weights in ("auto", "pretrained"):
         try:
             return _pretrained(model, key, architecture, size)
@@ -234,8 +241,17 @@ def _give_weights(
     else:
         weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
     return Weights(
-        kind="file", origin=str(path.resolve()), sha256=weights_module.digest(weights_module.state_of(model))
+        kind="file",
+        origin=str(path.resolve()),
+        licence=_licence_of_others(model),
+        sha256=weights_module.digest(weights_module.state_of(model)),
     )
+
+
+def _licence_of_others(model: nn.Module) -> str | None:
+    """The licence of a checkpoint that was handed over; known where only the authors of the model give any out."""
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    return None if config.get("hf_hub_id") else config.get("license")
 
 
 def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) -> Weights:
@@ -246,6 +262,12 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
         )
     config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     repository = config.get("hf_hub_id")
+    if not repository and "origin_url" in config:
+        raise MissingSoftware(
+            f"The fine-tuned weights of {key} ({architecture}) are on no hub: "
+            f"they come from {config['origin_url']} and are licensed {config['license']}.",
+            "Download the checkpoint there and give its path: WEIGHTS=path.",
+        )
     if not repository:
         raise MissingSoftware(f"timm knows no pre-trained weights for {architecture}.", "Give a checkpoint file.")
     path = weights_module.find_pretrained(str(repository))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -14,8 +14,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.models import layouts
 from ztp_deploy.models.base import Attention, ModelSize
-from ztp_deploy.models.parts import open_attention, project, typed
+from ztp_deploy.models.parts import mean_of_patches, open_attention, project, typed
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
 
@@ -50,6 +51,11 @@ def architecture_of(name: str) -> str | None:
 
 def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
     """The untrained model in evaluation mode. Raises BadRequest for sizes that do not fit together."""
+    return create(architecture, size, device, {})
+
+
+def create(architecture: str, size: ModelSize, device: str, settings: Mapping[str, Any]) -> nn.Module:
+    """`build` with further arguments of `timm.create_model`, for families of the same modules."""
     sizes = size.given()
     heads = sizes.get("num_heads")
     if heads and "embed_dim" in sizes and sizes["embed_dim"] % heads:
@@ -58,7 +64,7 @@ def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
         )
     with torch.device(device):
         try:
-            model: nn.Module = timm.create_model(architecture, pretrained=False, **sizes)
+            model: nn.Module = timm.create_model(architecture, pretrained=False, **settings, **sizes)
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise BadRequest(
                 f"timm could not build {architecture} with {sizes or 'its own sizes'}: {error}.",
@@ -68,8 +74,8 @@ def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
 
 
 def translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official checkpoints of this family have the module's own keys."""
-    return state
+    """A checkpoint of Hugging Face's transformers in the module's own keys, which all others of this family have."""
+    return layouts.translate(model, state, layouts.HUGGING_FACE)
 
 
 def adapts(model: nn.Module) -> bool:
@@ -153,7 +159,19 @@ class TimmVitHost:
         return transformed
 
     def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
-        logits: Tensor = self.model.forward_head(self.model.norm(tokens))
+        model = self.model
+        pool, tokens = model.global_pool, model.norm(tokens)
+        logits: Tensor
+        if pool == "token" or not (state.alive is not None or (state.weigh_mean and "avg" in pool)):
+            logits = model.forward_head(tokens)
+        elif pool == "avg" and not model.pool_include_prefix:
+            patches = tokens[:, self.geometry.special_tokens :]
+            logits = model.head(model.fc_norm(mean_of_patches(patches, state, self.geometry.patch_tokens)))
+        else:
+            raise BadRequest(
+                f"This model pools its tokens by {pool!r}, which knows neither masked tokens nor their sizes.",
+                "Choose a method that drops tokens, or a model that reads out its class token or the mean.",
+            )
         return logits
 
 

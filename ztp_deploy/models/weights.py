@@ -86,7 +86,12 @@ def load_given(model: nn.Module, state: Mapping[str, Any], origin: str, translat
     found = {str(name).removeprefix("module."): _tensor(name, value, origin) for name, value in state.items()}
     found, model.method_weights = _split(found)  # type: ignore[assignment]
     found = translate(model, found)
-    expected = model.state_dict()
+    check_keys(model.state_dict(), found, origin)
+    model.load_state_dict(found)
+
+
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
+    """Raises BadRequest that lists missing, unexpected and misshapen keys."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -102,7 +107,6 @@ def load_given(model: nn.Module, state: Mapping[str, Any], origin: str, translat
             f"{origin} does not fit the model. {'; '.join(listed)}.",
             "Check the model name, or give the sizes as overrides.",
         )
-    model.load_state_dict(found)
 
 
 def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
