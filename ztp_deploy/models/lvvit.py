@@ -244,7 +244,7 @@ class LVViTHost:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         reason = unready(model)
-        if any(type(block) is not Block for block in self.model.blocks):
+        if any(type(block) is not Block for block in self.blocks):
             reason = "its blocks are of another kind, and what they change would be lost"
         if reason:
             raise BadRequest(f"This LV-ViT cannot be pruned: {reason}.", "`ztp list` shows what can.")
