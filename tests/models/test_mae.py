@@ -168,7 +168,7 @@ def test_pretrained_weights_are_refused_with_the_place_to_get_them():
     with pytest.raises(MissingSoftware) as refusal:
         ztp.load_model("mae_vit_b", weights="pretrained")
     text = str(refusal.value)
-    assert "fine-tuned weights of mae" in text
+    assert "vit_base_patch16_224.mae are on no hub" in text
     assert "github.com/facebookresearch/mae" in text
     assert "CC-BY-NC-4.0" in text
     assert "WEIGHTS=path" in text

@@ -21,6 +21,7 @@ FAMILIES: dict[str, str] = {
     "timm_vit": "ztp_deploy.models.timm_vit",
     "mae": "ztp_deploy.models.mae",
     "swag": "ztp_deploy.models.swag",
+    "lvvit": "ztp_deploy.models.lvvit",
 }
 
 
@@ -264,8 +265,8 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
     repository = config.get("hf_hub_id")
     if not repository and "origin_url" in config:
         raise MissingSoftware(
-            f"The fine-tuned weights of {key} ({architecture}) are on no hub: "
-            f"they come from {config['origin_url']} and are licensed {config['license']}.",
+            f"The weights of {architecture} are on no hub: they come from {config['origin_url']} "
+            f"and are licensed {config['license']}.",
             "Download the checkpoint there and give its path: WEIGHTS=path.",
         )
     if not repository:
