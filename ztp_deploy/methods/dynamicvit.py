@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,13 +17,13 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
 from ztp_deploy.models.base import Attention
 from ztp_deploy.models.weights import fill_random
-from ztp_deploy.plan import Geometry, Place, Stage, kept_chain, share_of
-from ztp_deploy.plan import following_sites as default_sites
+from ztp_deploy.plan import Geometry, Place, Stage, following_sites, kept_chain, share_of
 from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of, top_k
 
 PLACES: tuple[Place, ...] = ("before_block",)
 SUMMARY = "keeps what predictors trained with the backbone call for; needs a DynamicViT checkpoint (NeurIPS 2021)"
 PREFIX = "score_predictor"
+default_sites = following_sites
 
 
 class Options(MethodOptions):

@@ -17,12 +17,12 @@ from torch import Tensor
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
 from ztp_deploy.models.base import Attention
-from ztp_deploy.plan import Geometry, Place, Stage, share_of
-from ztp_deploy.plan import following_sites as default_sites
+from ztp_deploy.plan import Geometry, Place, Stage, following_sites, share_of
 from ztp_deploy.pruning.tokens import TokenState, fates_of, keep_tokens, membership, slots_of, top_k
 
 PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "keeps what the class token attends to and fuses the rest into one token (ICLR 2022)"
+default_sites = following_sites
 
 
 class Options(MethodOptions):
