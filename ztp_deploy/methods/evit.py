@@ -111,10 +111,11 @@ def fuse(patches: Tensor, rows: Tensor, dropped: Tensor) -> Tensor:
 def slots_after(kept: Tensor, count: int) -> Tensor:
     """The slot [B, n] int32 that each of `count` entering ones goes into: its place among kept [B, k], else k."""
     k = kept.shape[1]
-    # In whole numbers, since engines round products and float sums as their precision has it.
-    before_last = torch.arange(-k, 0, dtype=torch.int32, device=kept.device).unsqueeze(-1)
+    # Multiplied and summed in float32: as a product of matrices engines may round it, and OpenVINO's processor plugin
+    # gets a sum of int32 wrong.
+    before_last = torch.arange(-k, 0, dtype=torch.float32, device=kept.device).unsqueeze(-1)
     found = kept.unsqueeze(-1) == torch.arange(count, device=kept.device)  # [B, k, n]
-    return (found.to(torch.int32) * before_last).sum(dim=1, dtype=torch.int32) + k
+    return ((found.to(torch.float32) * before_last).sum(dim=1) + k).to(torch.int32)
 
 
 # --- the stage ---------------------------------------------------------------------------------
