@@ -248,6 +248,7 @@ def test_every_command_explains_itself(ztp, command):
         (("engine", "-m", "deit_t", "-r", 0.7, "--sites", "x"), 2, ("whole numbers",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--method", "tome2"), 2, ("no method",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "-o", "tau=1"), 2, ("tau", "temperature")),
+        (("engine", "-m", "deit_s", "-r", 0.7, "--method", "dynamicvit"), 2, ("weights have none", "weights=random")),
         (("engine", "-m", "deit_t", "-r", 0.7, "-o", "tau"), 2, ("name=value",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "8:4:1"), 2, ("min:opt:max",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:2:4"), 2, ("batch 8", "1:2:4")),

@@ -15,6 +15,9 @@ from ztp_deploy.models.base import ModelSize
 
 SIZE = ModelSize(img_size=96, depth=4, embed_dim=48, num_heads=3, num_classes=10)
 
+OPTIONS: dict[str, dict[str, object]] = {"dynamicvit": {"weights": "random"}}
+"""Methods that need options where there is no checkpoint for them."""
+
 
 def model(name: str = "deit_t", size: ModelSize = SIZE) -> torch.nn.Module:
     """A small model with seeded random weights."""

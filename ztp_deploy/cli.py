@@ -153,7 +153,7 @@ def export(
     request = _build_request(None, None, None, precision, None, input, directory, Path("engines"))
     exporters.check_precision(format, request.precision)
     models.check_request(wanted.model, wanted.weights)
-    wanted.plan(wanted.model)
+    wanted.check()
     clock = workflow.Clock(Bars())
     module = workflow.load(wanted.model, wanted.weights, clock)
     artifact = workflow.export_model(module, wanted.plan(module), request, format, request.precision, clock)

@@ -209,9 +209,9 @@ def kept_chain(tokens: int, blocks: Sequence[int], counts: Sequence[int]) -> Ite
         tokens = after
 
 
-def share_of(ratio: float, count: int, rounding: Callable[[Fraction], int] = math.floor) -> int:
-    """`rounding(ratio · count)` on the decimal the user wrote, free of binary noise (0.29 · 100 is 29), at least 1."""
-    return max(1, rounding(Fraction(repr(float(ratio))) * count))
+def share_of(ratio: float, count: int, rounding: Callable[[Fraction], int] = math.floor, power: int = 1) -> int:
+    """`rounding(ratioᵖ · count)` on the decimal the user wrote, free of binary noise (0.29 · 100 is 29), at least 1."""
+    return max(1, rounding(Fraction(repr(float(ratio))) ** power * count))
 
 
 def floor_counts(tokens: int, stages: int, ratio: float) -> list[int]:
@@ -295,7 +295,7 @@ def make_plan(
         return rule.schedule(geometry, blocks, counts, chosen)
 
     def stages_at(share: float) -> list[Stage]:
-        return stages_for(rule.counts(geometry, blocks, share))
+        return stages_for(rule.counts(geometry, blocks, share, chosen))
 
     if keep is not None:
         stages = stages_for(_kept_counts(keep, geometry.patch_tokens, len(blocks)))

@@ -32,7 +32,7 @@ from ztp_deploy.manifest import BatchRange, folder_tags, write_text
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.plan import Plan, make_plan
-from ztp_deploy.pruning.prune import prune
+from ztp_deploy.pruning.prune import build_stages, prune
 
 EXPORT_ROOT = Path("export")
 ENGINES_ROOT = Path("engines")
@@ -64,6 +64,12 @@ class PlanRequest:
             sites=self.sites,
             options=self.options,
         )
+
+    def check(self) -> None:
+        """Refuses what cannot be done, as far as that can be said before weights are loaded."""
+        plan = self.plan(self.model)
+        if self.weights in models.NAMED_WEIGHTS:
+            build_stages(plan, models.describe(self.model)[1], weights={})
 
 
 @dataclass(frozen=True)
@@ -278,7 +284,7 @@ def make_engine(
     backends.check_precision(backend, build.precision)
     exporters.check_precision(format, graph_precision)
     models.check_request(wanted.model, wanted.weights)
-    wanted.plan(wanted.model)
+    wanted.check()
     if images is not None:
         image_files(Path(images))
     model = load(wanted.model, wanted.weights, clock)

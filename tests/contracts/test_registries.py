@@ -32,7 +32,7 @@ def test_modules_have_the_names_of_their_face(module, face):
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_traces_with_its_counts_and_replays_its_selection(name, model):
-    plan = ztp.make_plan(model, method=name, ratio=0.6)
+    plan = ztp.make_plan(model, method=name, ratio=0.6, options=tiny.OPTIONS.get(name))
     assert plan.counts == sorted(plan.counts, reverse=True)
     pruned = ztp.prune(model, plan)
     images = torch.from_numpy(tiny.images(2))
@@ -42,15 +42,20 @@ def test_every_method_traces_with_its_counts_and_replays_its_selection(name, mod
     options = methods.parse_options(name, plan.options)
     assert isinstance(options, MethodOptions)
     entering = torch.arange(plan.patch_tokens, dtype=torch.int32).expand(2, -1)
-    for stage, kept, scores in zip(plan.stages, outputs.kept, outputs.scores, strict=True):
+    for index, (stage, kept, scores) in enumerate(zip(plan.stages, outputs.kept, outputs.scores, strict=True)):
         assert tuple(scores) == rule.score_names(stage)
         assert kept.shape == (2, stage.tokens_out)
         replay = rule.replay(stage, scores, pruned.host.geometry, options)
-        slots = replay.kept.expand(2, -1).long()
-        assert entering.gather(1, slots).sort(1).values.tolist() == kept.sort(1).values.tolist()
+        made_anew = torch.full_like(entering[:, :1], plan.patch_tokens + index)
+        slots = (replay.kept.expand(2, -1) if replay.goes is None else replay.goes).long()
+        for image, candidates in enumerate(torch.cat([entering, made_anew], dim=1)):
+            assert set(candidates[slots[image][slots[image] >= 0]].tolist()) == set(kept[image].tolist())
         entering = kept
+    merges = rule.merges(options)
     for trace, stage in zip(ztp.trace_tokens(pruned, images), plan.stages, strict=True):
-        assert (trace.assignment >= 0).sum(1).tolist() == [stage.tokens_out] * 2
+        for carried in trace.assignment:
+            assert set(carried[carried >= 0].tolist()) == set(range(stage.tokens_out))
+            assert merges or (carried >= 0).sum() == stage.tokens_out
 
 
 @pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if "cpu" in backends.get(name).DEVICES])
@@ -60,7 +65,7 @@ def test_every_method_passes_the_gate_on_every_back_end(name, backend, model, tm
         engine = request.getfixturevalue("aotinductor_engine")
         assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
         return
-    pruned = ztp.prune(model, ztp.make_plan(model, method=name, ratio=0.6))
+    pruned = ztp.prune(model, ztp.make_plan(model, method=name, ratio=0.6, options=tiny.OPTIONS.get(name)))
     artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
     engine = ztp.build(artifact, backend, device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
     assert ztp.check_parity(engine, model, tiny.images(5)).require().passed

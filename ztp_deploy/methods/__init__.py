@@ -14,6 +14,9 @@ from ztp_deploy.plan import Geometry, Plan
 
 METHODS: dict[str, str] = {
     "zero_tprune": "ztp_deploy.methods.zero_tprune",
+    "evit": "ztp_deploy.methods.evit",
+    "dynamicvit": "ztp_deploy.methods.dynamicvit",
+    "random": "ztp_deploy.methods.random",
     "slice": "ztp_deploy.methods.slice",
 }
 

@@ -25,6 +25,10 @@ FAMILIES: dict[str, str] = {
 }
 
 
+NAMED_WEIGHTS = ("auto", "pretrained", "random")
+"""Weights that are no file of the user's; they hold a backbone and nothing for a method."""
+
+
 class RandomWeightsWarning(UserWarning):
     """The model has random weights: its latency is real, its predictions mean nothing."""
 
@@ -127,7 +131,7 @@ def load_model(
 def check_request(name: str, weights: str) -> None:
     """Refuses, before anything is loaded, a name that nobody carries and a checkpoint that is not there."""
     describe(name)
-    if weights not in ("auto", "pretrained", "random"):
+    if weights not in NAMED_WEIGHTS:
         weights_module.check_file(weights_module.user_path(weights))
 
 

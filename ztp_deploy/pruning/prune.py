@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -13,7 +13,7 @@ from ztp_deploy import methods, models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import StageModule, StageOutput
 from ztp_deploy.models.base import Source
-from ztp_deploy.plan import Plan, Stage, count_flops
+from ztp_deploy.plan import Geometry, Plan, Stage, count_flops
 from ztp_deploy.pruning.tokens import TokenState, initial_state, take_special
 
 
@@ -46,15 +46,9 @@ class PrunedModel(nn.Module):
         self.model.requires_grad_(False)
         self.host = models.host_of(self.model)
         _check_fit(plan, self)
-        options = methods.parse_options(plan.method, plan.options) if plan.stages else None
         own = models.method_weights_of(model, plan.method)
-        self._stage_at: dict[int, tuple[Stage, str]] = {}
-        self.stages = nn.ModuleDict()
-        for stage in plan.stages:
-            assert options is not None
-            module = methods.get(plan.method).build_stage(stage, self.host.geometry, options, own)
-            self.stages[f"block{stage.block}"] = module
-            self._stage_at[stage.block] = (stage, f"block{stage.block}")
+        self.stages = nn.ModuleDict(build_stages(plan, self.host.geometry, own))
+        self._stage_at = {stage.block: (stage, _key(stage)) for stage in plan.stages}
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -135,6 +129,18 @@ def prune(model: nn.Module, plan: Plan) -> PrunedModel:
             "Call ztp.load_model and ztp.make_plan first.",
         )
     return PrunedModel(model, plan)
+
+
+def build_stages(plan: Plan, geometry: Geometry, weights: Mapping[str, Tensor]) -> dict[str, StageModule]:
+    """The plan's stages by block; `weights` are the method's own. Raises BadRequest where a stage cannot be built."""
+    if not plan.stages:
+        return {}
+    method, options = methods.get(plan.method), methods.parse_options(plan.method, plan.options)
+    return {_key(stage): method.build_stage(stage, geometry, options, weights) for stage in plan.stages}
+
+
+def _key(stage: Stage) -> str:
+    return f"block{stage.block}"
 
 
 def _check_fit(plan: Plan, pruned: PrunedModel) -> None:

@@ -1,0 +1,70 @@
+"""What the tests of methods share: runs as observations, constructed flips, and the way to a checked engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import ztp_deploy as ztp
+from tests import tiny
+from ztp_deploy.evidence import parity
+from ztp_deploy.evidence.parity import ParityReport
+from ztp_deploy.evidence.selection import Observation
+from ztp_deploy.exporters import torchscript
+from ztp_deploy.exporters.graph import InferenceGraph
+from ztp_deploy.pruning.prune import PrunedModel
+
+
+def observe(pruned: PrunedModel, images: np.ndarray, forced: list[np.ndarray] | None = None) -> Observation:
+    """An eager run with its scores."""
+    return parity._observe_eager(InferenceGraph(pruned, "float32"), images, lambda count: None, forced)
+
+
+def copy_of(observation: Observation) -> Observation:
+    """The same run, free to be changed."""
+    return Observation(
+        observation.logits.copy(),
+        [kept.copy() for kept in observation.kept],
+        [merged.copy() for merged in observation.merged],
+        {name: value.copy() for name, value in observation.scores.items()},
+    )
+
+
+def exchange(observation: Observation, inside: int, outside: int) -> None:
+    """Makes the first stage of a one-image run keep position `outside` in place of `inside`."""
+    kept = observation.kept[0][0]
+    kept[kept == inside] = outside
+    if observation.merged:
+        slots = observation.merged[0][0]
+        slots[[inside, outside]] = slots[[outside, inside]]
+
+
+def assert_forced_runs_reproduce(pruned: PrunedModel) -> None:
+    """A run made to choose as another did treats every token alike; made to choose as it did itself, it is the same."""
+    patches = pruned.plan.patch_tokens
+    own, other = (observe(pruned, tiny.images(3, seed=seed)) for seed in (0, 1))
+    again = observe(pruned, tiny.images(3), own.forced(patches))
+    np.testing.assert_allclose(again.logits, own.logits, rtol=1e-4, atol=1e-5)
+    moved = observe(pruned, tiny.images(3), other.forced(patches))
+    for index in range(len(pruned.plan.stages)):
+        assert (again.fates(index, patches) == own.fates(index, patches)).all()
+        assert (moved.fates(index, patches) == other.fates(index, patches)).all()
+
+
+def engine_report(pruned: PrunedModel, model: torch.nn.Module, folder: Path) -> ParityReport:
+    """The gate's finding for an ONNX Runtime engine; the linter has passed the graph where there is one."""
+    artifact = ztp.export(pruned, "onnx", folder / "onnx")
+    engine = ztp.build(artifact, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=folder / "engine")
+    return ztp.check_parity(engine, model, tiny.images(5))
+
+
+def assert_traces(pruned: PrunedModel, folder: Path) -> None:
+    """The TorchScript trace, made at batch 2, does the same at batch 3."""
+    artifact = ztp.export(pruned, "torchscript", folder / "torchscript")
+    traced = torch.jit.load(str(artifact.directory / torchscript.GRAPH_FILE))
+    images = torch.from_numpy(tiny.images(3))
+    with torch.inference_mode():
+        for found, expected in zip(traced(images), InferenceGraph(pruned, "float32")(images), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
