@@ -14,6 +14,8 @@ from ztp_deploy.plan import Plan
 
 METHODS: dict[str, str] = {
     "zero_tprune": "ztp_deploy.methods.zero_tprune",
+    "tome": "ztp_deploy.methods.tome",
+    "diffrate": "ztp_deploy.methods.diffrate",
     "slice": "ztp_deploy.methods.slice",
 }
 
