@@ -129,10 +129,11 @@ class Method(Protocol):
         """Recomputes the selection from the scores an engine reported (audit graph)."""
 
 
-def top_k_margin(scores: Tensor, k: int) -> Tensor:
+def top_k_margin(scores: Tensor, k: int, scale: Tensor | None = None) -> Tensor:
     """Relative distance [B, M] of each score from the middle between the k-th and the (k + 1)-th largest.
 
-    Positive for the k best, ties resolved towards the lower index as the selection does.
+    Positive for the k best, ties resolved towards the lower index as the selection does. Relative to that middle, or,
+    for scores whose zero is nowhere in particular, to `scale` [B, 1].
     """
     from ztp_deploy.pruning.tokens import membership, top_k
 
@@ -142,7 +143,7 @@ def top_k_margin(scores: Tensor, k: int) -> Tensor:
         return torch.where(chosen, torch.inf, -torch.inf)
     ranked = scores.sort(dim=-1, descending=True).values
     cut = (ranked[:, k - 1 : k] + ranked[:, k : k + 1]) / 2
-    distance = (scores - cut).abs() / cut.abs().clamp_min(torch.finfo(scores.dtype).tiny)
+    distance = (scores - cut).abs() / (cut.abs() if scale is None else scale).clamp_min(torch.finfo(scores.dtype).tiny)
     # A cut at −∞ (everything that takes part is kept) is infinitely far away.
     distance = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).clamp_min(torch.finfo(scores.dtype).tiny)
     return torch.where(chosen, distance, -distance)

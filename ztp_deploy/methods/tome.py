@@ -215,7 +215,8 @@ def replay(stage: Stage, scores: Mapping[str, Tensor], geometry: Geometry, optio
     a = torch.tensor(set_a(entering, geometry.special_tokens))
     b = torch.tensor(set_b(entering, geometry.special_tokens))
     merged = similarity.new_full((batch, entering), -torch.inf)
-    merged[:, a] = top_k_margin(similarity.amax(2), entering - stage.tokens_out)
+    # A cosine of 0 is nothing in particular: differences count as they are.
+    merged[:, a] = top_k_margin(similarity.amax(2), entering - stage.tokens_out, similarity.new_ones(batch, 1))
     leave = joining.leave
     rows = similarity.gather(1, (leave // 2).unsqueeze(2).expand(-1, -1, len(b)))
     goes = torch.arange(entering).expand(batch, -1).scatter(1, leave, joining.stay.gather(1, joining.target))

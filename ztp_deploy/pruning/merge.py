@@ -84,13 +84,11 @@ def forced_joining(fates: Tensor, state: TokenState, kept: int, leaving: int, or
 def partner_margin(similarity: Tensor, leave: Tensor, partners: Tensor, count: int) -> Tensor:
     """Margins [B, n, n] of which of `partners` [B, m] each leaving slot [B, r] joins, n = `count` entering slots.
 
-    By similarity [B, r, m]: the most similar one's lead over the second, and how far the others are behind; both
-    relative to the best. Pairs that cannot be are infinitely far away.
+    By cosines [B, r, m]: the best one's lead over the second, and how far the others are behind it. Pairs that cannot
+    be are infinitely far away.
     """
     best = similarity.argmax(2, keepdim=True)
-    highest = similarity.gather(2, best)
-    tiny = torch.finfo(similarity.dtype).tiny
-    behind = ((highest - similarity) / highest.abs().clamp_min(tiny)).clamp_min(tiny)
+    behind = (similarity.gather(2, best) - similarity).clamp_min(torch.finfo(similarity.dtype).tiny)
     lead = behind.scatter(2, best, torch.inf).amin(2, keepdim=True)
     pairs = (-behind).scatter(2, best, lead)
     margin = similarity.new_full((len(similarity), count, count), -torch.inf)
