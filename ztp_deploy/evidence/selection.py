@@ -172,7 +172,10 @@ def _flipped(
 
 def _by_position(decision: Decision, entering: NDArray[Any]) -> NDArray[Any]:
     margin: NDArray[Any] = decision.margin[0].numpy()
-    return margin[np.argsort(entering)] if decision.per_token else margin
+    if not decision.per_token:
+        return margin
+    order = np.argsort(entering)
+    return margin[order] if margin.ndim == 1 else margin[np.ix_(order, order)]
 
 
 def _nearest_flip(replay: Replay, entering: NDArray[Any], positions: set[int]) -> tuple[str, float]:
@@ -185,6 +188,7 @@ def _nearest_flip(replay: Replay, entering: NDArray[Any], positions: set[int]) -
     at = np.isin(entering, list(positions))
     for decision in replay.decisions:
         margin = decision.margin[0].abs().numpy()
+        margin = margin.min(1) if margin.ndim == 2 else margin
         distance = margin[at] if decision.per_token else np.full(at.sum(), margin.min(initial=np.inf))
         if len(distance) != len(nearest):  # a position that is not there at all
             return "unexplained", float("inf")

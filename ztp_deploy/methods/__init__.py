@@ -14,6 +14,8 @@ from ztp_deploy.plan import Geometry, Plan
 
 METHODS: dict[str, str] = {
     "zero_tprune": "ztp_deploy.methods.zero_tprune",
+    "tome": "ztp_deploy.methods.tome",
+    "diffrate": "ztp_deploy.methods.diffrate",
     "evit": "ztp_deploy.methods.evit",
     "dynamicvit": "ztp_deploy.methods.dynamicvit",
     "random": "ztp_deploy.methods.random",

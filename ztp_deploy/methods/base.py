@@ -61,8 +61,9 @@ class Decision:
     """One discrete choice of a stage over M candidates, for every image.
 
     Candidates are the tokens that enter the stage, in slot order, where `per_token`, else anything fixed
-    (heads, pairs of slots). `margin` [B, M] is each candidate's relative distance from the cut, positive on the chosen side;
-    its sign is the choice, its size says how near the choice was to flipping.
+    (heads). `margin` [B, M] is each candidate's relative distance from the cut, positive on the chosen side;
+    its sign is the choice, its size says how near the choice was to flipping. `margin` [B, M, M] chooses among pairs
+    of tokens: for the one of a row, those it could go with.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Decision:
 
     @property
     def chosen(self) -> Tensor:
-        """[B, M] bool."""
+        """Booleans of the margin's shape."""
         return self.margin > 0
 
 

@@ -45,11 +45,11 @@ def typed(bias: Tensor | None, like: Tensor) -> Tensor | None:
     return None if bias is None else bias.to(like.dtype)
 
 
-def mean_of_patches(patches: Tensor, state: TokenState, patch_tokens: int) -> Tensor:
+def mean_of_patches(patches: Tensor, state: TokenState) -> Tensor:
     """The mean [B, C] over the patch tokens [B, n, C] that are there, weighed by size where the state says so."""
     weights = None
     if state.weigh_mean and state.sizes is not None:
-        weights = state.sizes / patch_tokens
+        weights = state.sizes / state.sizes.sum(1, keepdim=True)
     elif state.alive is not None:
         present = state.alive[:, -patches.shape[1] :]
         weights = present / present.sum(1, keepdim=True)
