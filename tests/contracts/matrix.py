@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from tests import tiny
 from ztp_deploy import methods, models
 from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import make_plan
@@ -14,14 +15,15 @@ from ztp_deploy.plan import make_plan
 PARTS = 8
 
 BACKBONES: dict[str, ModelSize] = {
-    "deit_t": ModelSize(img_size=96, depth=4, embed_dim=48, num_heads=3, num_classes=10),
-    "deit_t_distilled": ModelSize(img_size=96, depth=4, embed_dim=48, num_heads=3, num_classes=10),
+    "deit_t": tiny.SIZE,
+    "deit_t_distilled": tiny.SIZE,
+    "mae_vit_b": tiny.SIZE,
+    "swag_vit_b16": tiny.SIZE,
+    "lvvit_t": tiny.SIZE,
 }
 """Model names with sizes that make them small; every family is among them (tested)."""
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "zero_tprune": {"rounds": 2},
-}
+OPTIONS: dict[str, dict[str, Any]] = {"zero_tprune": {"rounds": 2}, **tiny.OPTIONS}
 """What a method needs to run without a checkpoint, or to export quickly."""
 
 

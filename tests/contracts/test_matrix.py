@@ -16,7 +16,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from tests.backends.tensorrt import needs_rtx
 from tests.contracts.matrix import ALL, BACKBONES, PARTS, Pair, chosen
-from ztp_deploy import environment, methods, models
+from ztp_deploy import backends, environment, methods, models
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters import Artifact, vocabulary
@@ -86,6 +86,15 @@ def test_traces_and_engines_tell_the_same_story_at_any_batch(made):
             own = np.isin(patches[image], there[image])
             assert (carried[image][own] == patches[image][own]).all()
             assert (trace.assignment[image].numpy()[own] >= 0).all()
+
+
+@pytest.mark.parametrize("backend", ["openvino", "torchscript"])
+def test_other_back_ends_pass_the_gate(made, backend, tmp_path):
+    artifact = made.artifact
+    if backends.get(backend).FORMAT != "onnx":
+        artifact = ztp.export(made.pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
+    engine = ztp.build(artifact, backend, device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
+    assert ztp.check_parity(engine, made.model, made.images).require().passed
 
 
 @needs_rtx

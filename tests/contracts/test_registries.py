@@ -59,15 +59,13 @@ def test_every_method_traces_with_its_counts_and_replays_its_selection(name, mod
 
 
 @pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if "cpu" in backends.get(name).DEVICES])
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_every_method_passes_the_gate_on_every_back_end(name, backend, model, tmp_path, request):
-    if (name, backend) == ("zero_tprune", "aotinductor"):  # compiled once, a minute's work
+def test_every_back_end_passes_the_gate(backend, model, tmp_path, request):
+    if backend == "aotinductor":  # compiled once, a minute's work
         engine = request.getfixturevalue("aotinductor_engine")
-        assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
-        return
-    pruned = ztp.prune(model, ztp.make_plan(model, method=name, ratio=0.6, options=tiny.OPTIONS.get(name)))
-    artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
-    engine = ztp.build(artifact, backend, device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
+    else:
+        pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.6))
+        artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
+        engine = ztp.build(artifact, backend, device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
     assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
 
 

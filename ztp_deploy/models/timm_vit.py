@@ -166,7 +166,7 @@ class TimmVitHost:
             logits = model.forward_head(tokens)
         elif pool == "avg" and not model.pool_include_prefix:
             patches = tokens[:, self.geometry.special_tokens :]
-            logits = model.head(model.fc_norm(mean_of_patches(patches, state, self.geometry.patch_tokens)))
+            logits = model.head(model.fc_norm(mean_of_patches(patches, state)))
         else:
             raise BadRequest(
                 f"This model pools its tokens by {pool!r}, which knows neither masked tokens nor their sizes.",
