@@ -103,7 +103,7 @@ def class_rows(probabilities: Tensor, class_token: int, special_tokens: int) -> 
 
 def fuse(patches: Tensor, rows: Tensor, dropped: Tensor) -> Tensor:
     """The dropped ones (1.0 in [B, n]) of patches [B, n, C], weighted by rows [B, H, n] meaned over H → [B, 1, C]."""
-    # Masked before the mean and not after: so the scores are no part of the tokens' way, and stay float32 where it is not.
+    # Masked before the mean: sharing the scores' own mean would draw them into the tokens' way, and into its precision.
     weights = (rows * dropped.to(rows.dtype).unsqueeze(1)).mean(dim=1, keepdim=True)
     return weights.to(patches.dtype) @ patches
 
