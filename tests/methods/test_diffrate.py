@@ -71,24 +71,26 @@ def test_golden_notices_mistakes(changes):
 
 
 def test_golden_notices_sizes_that_are_plain_counts(monkeypatch):
-    """The last block only prunes, so its sizes are those of the eleventh; the official ones shrink by cosines."""
-    honest = diffrate.DiffRateStage._sized
-    monkeypatch.setattr(
-        diffrate.DiffRateStage,
-        "_sized",
-        lambda self, state, joining, similarity: honest(self, state, joining, torch.ones_like(similarity)),
-    )
+    monkeypatch.setattr(diffrate, "likeness", lambda rows, target, kept, special: torch.ones(target.shape))
     with pytest.raises(AssertionError):
         golden.assert_matches(NAME, "logits", run()[0].logits)
 
 
+def test_likeness_is_the_cosine_of_those_that_join():
+    rows = torch.randn(2, 1 + 7, 5)
+    cosine = diffrate.cosines(rows, 4, 1)
+    target = torch.tensor([[3, 0, 3], [1, 2, 0]])
+    found = diffrate.likeness(rows, target, 4, 1)
+    torch.testing.assert_close(found, cosine.gather(2, target.unsqueeze(2)).squeeze(2))
+    assert torch.isfinite(diffrate.likeness(torch.zeros(1, 3, 5), torch.tensor([[0]]), 1, 1)).all()
+
+
 def test_negative_cosines_leave_a_size_to_take_the_logarithm_of(model):
     pruned = prune(model, make_plan(model, "diffrate", keep=[27], sites=[2], options={"pruned": 0.0}))
-    stage = pruned.stages["block2"]
     order = torch.arange(36).unsqueeze(0)
     joining = diffrate.Joining(order[:, :27], order[:, 27:], torch.zeros(1, 9, dtype=torch.int64))
-    state = stage._sized(TokenState(positions=order.int()), joining, torch.full((1, 9, 27), -0.5))
-    assert state.sizes[0, 0] == pytest.approx(diffrate.SMALLEST_SIZE)
+    state = pruned.stages["block2"]._sized(TokenState(positions=order.int()), joining, torch.full((1, 9), -0.5))
+    assert state.sizes[0].tolist() == [diffrate.FLOOR] + [1] * 26
     assert torch.isfinite(state.bias).all()
 
 

@@ -38,8 +38,8 @@ from ztp_deploy.pruning.tokens import (
 PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "prunes the least attended tokens, merges the next (ICCV 2023); takes the learned rates with keep and pruned"
 
-SMALLEST_SIZE = 1e-6
-"""A size's floor: negative cosines could take all of it away, and its logarithm goes into attention."""
+FLOOR = 2.0**-13
+"""Of sizes, whose logarithm is taken and which negative cosines could use up; exact in every precision."""
 
 default_sites = every_block
 
@@ -142,6 +142,18 @@ def cosines(rows: Tensor, kept: int, special_tokens: int) -> Tensor:
     return features[:, kept:] @ features[:, :kept].transpose(1, 2)
 
 
+def likeness(rows: Tensor, target: Tensor, kept: int, special_tokens: int) -> Tensor:
+    """Cosine [B, r] of the tokens after the first `kept` patch tokens of rows with those they join, by target [B, r].
+
+    Computed apart from `cosines`: sizes bear on the logits and follow the tokens' precision, the choice does not.
+    """
+    leaving = rows[:, special_tokens + kept :].float()
+    targets = take(rows, target, skip=special_tokens).float()
+    # Means, not sums: fp16 cannot hold the latter.
+    lengths = (leaving * leaving).mean(-1).sqrt() * (targets * targets).mean(-1).sqrt()
+    return (leaving * targets).mean(-1) / lengths.clamp_min(FLOOR)
+
+
 # --- the stage ---------------------------------------------------------------------------------
 
 
@@ -174,9 +186,8 @@ class DiffRateStage(StageModule):
             if forced is not None:
                 joining = self._forced(forced, state)
                 rows = take_special(tokens, joining.order, special)
-                similarity = cosines(rows, kept, special)
             tokens, _ = join(rows, joining.target, kept, special)
-            state = self._sized(state, joining, similarity)
+            state = self._sized(state, joining, likeness(rows, joining.target, kept, special))
             merged = joining.landing(entering)
         else:
             stay = order if forced is None else self._forced(forced, state).stay
@@ -188,16 +199,14 @@ class DiffRateStage(StageModule):
         slots = torch.arange(self.stage.tokens_in, device=fates.device)
         return forced_joining(fates, state, self.stage.tokens_out, self.joins, slots)
 
-    def _sized(self, state: TokenState, joining: Joining, similarity: Tensor) -> TokenState:
-        """Positions and sizes after joining; who joins adds its size times the cosine with its target."""
+    def _sized(self, state: TokenState, joining: Joining, added: Tensor) -> TokenState:
+        """Positions and sizes after joining; a token that joins adds its size times `added` [B, r]."""
         kept = self.stage.tokens_out
-        added = one_hot(joining.target, kept) * similarity.transpose(1, 2)  # [B, k, r]
-        if state.sizes is None:
-            sizes = added.sum(2) + 1
-        else:
+        own: Tensor | float = 1.0
+        if state.sizes is not None:
             before = take(state.sizes, joining.order)
-            sizes = (added * before[:, kept:].unsqueeze(1)).sum(2) + before[:, :kept]
-        sizes = sizes.clamp_min(SMALLEST_SIZE)
+            own, added = before[:, :kept], added * before[:, kept:]
+        sizes = ((one_hot(joining.target, kept) * added.unsqueeze(1)).sum(2) + own).clamp_min(FLOOR)
         bias = key_bias(special_ahead(sizes.log(), self.special_tokens, 0.0)) if self.options.proportional else None
         return replace(state, positions=take(state.positions, joining.stay), sizes=sizes, bias=bias)
 
