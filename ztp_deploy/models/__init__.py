@@ -19,6 +19,7 @@ from ztp_deploy.plan import Geometry
 
 FAMILIES: dict[str, str] = {
     "timm_vit": "ztp_deploy.models.timm_vit",
+    "t2t_vit": "ztp_deploy.models.t2t_vit",
 }
 
 
@@ -241,6 +242,12 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
         )
     config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     repository = config.get("hf_hub_id")
+    if not repository and "origin_url" in config:
+        raise MissingSoftware(
+            f"The weights of {architecture} are on no hub: they come from {config['origin_url']} "
+            f"and are licensed {config['license']}.",
+            "Download the checkpoint there and give its path: WEIGHTS=path.",
+        )
     if not repository:
         raise MissingSoftware(f"timm knows no pre-trained weights for {architecture}.", "Give a checkpoint file.")
     path = weights_module.find_pretrained(str(repository))

@@ -1,11 +1,11 @@
-"""What hosts share: attention computed openly, and reading out what tokens survive."""
+"""What hosts share: attention computed openly, reading out what tokens survive, and what no host can carry."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ztp_deploy.models.base import Attention
@@ -64,3 +64,12 @@ def max_of_patches(values: Tensor, state: TokenState) -> Tensor:
         present = state.alive[:, -values.shape[1] :].unsqueeze(-1)
         values = torch.where(present > 0, values, torch.finfo(values.dtype).min)
     return values.amax(dim=1)
+
+
+def unready(model: nn.Module) -> str | None:
+    """Why a host would compute something else than this module or no engine would run it, as a clause; else None."""
+    if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        return "its parameters are not float32 (precision is chosen at export)"
+    if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
+        return "it carries forward hooks, which no engine would run"
+    return None
