@@ -69,6 +69,15 @@ def test_every_rule_can_fail(old, new, finding):
     assert any(finding in fault for fault in lint(GOOD.replace(old, new))), lint(GOOD.replace(old, new))
 
 
+def test_a_constant_index_is_a_mere_slice_even_where_it_is_reshaped():
+    text = GOOD.replace(
+        "picked = Gather",
+        "fixed = Reshape (back, flat)\n  sliced = Gather <axis = 1> (images, fixed)\n  picked = Gather",
+    )
+    assert lint(text) == []
+    assert any("axis 1" in fault for fault in lint(text.replace("Reshape (back, flat)", "Reshape (rows, flat)")))
+
+
 def test_a_k_computed_at_run_time_is_refused():
     text = GOOD.replace("float[batch,6] images)", "float[batch,6] images, int64[1] k)").replace(
         "int64[1] k = {3}, ", ""

@@ -3,6 +3,7 @@
 A float tensor is on the way of the tokens where logits depend on it through float tensors alone. What bears on
 them only through indices, as the scores of a selection do, stays float32, whatever the method. So do
 the image before its first matrix product and the classifier's own product: they cost nothing and decide digits.
+So do exponentials until a quotient norms them, as in a performer: their terms and sums outgrow half precision.
 """
 
 from __future__ import annotations
@@ -69,7 +70,10 @@ class _Lowering:
         for node in graph.node:
             if node.op_type == "Constant" and node.attribute[0].HasField("t"):
                 self.constants[node.output[0]] = node.attribute[0].t
-        self.lowered = self._tokens_way() - self._before_matrices() - self._classifier()
+        self.lowered = self._tokens_way() - self._before_matrices() - self._classifier() - self._exponentials()
+        for node in graph.node:  # a node's outputs have one type (Split)
+            if self.lowered.intersection(node.output):
+                self.lowered.update(name for name in node.output if name in self.types)
         self.casts: dict[tuple[str, int], str] = {}
 
     def run(self) -> None:
@@ -128,6 +132,20 @@ class _Lowering:
             if node.op_type not in (*MATRIX, "Shape") and any(name in early for name in node.input):
                 early.update(node.output)
         return early
+
+    def _exponentials(self) -> set[str]:
+        """Tensors from the last matrix products before an exponential to the quotient that norms it, both included."""
+        found: set[str] = set()
+        unnormed: set[str] = set()
+        for node in self.graph.node:
+            if node.op_type == "Exp":
+                found |= self._back(node.input, lambda node: node.op_type not in MATRIX)
+            elif not unnormed.intersection(node.input):
+                continue
+            found.update(node.output)
+            if node.op_type != "Div":
+                unnormed.update(node.output)
+        return found
 
     def _cast(self, name: str, wanted: int, nodes: list[onnx.NodeProto]) -> str:
         key = (name, wanted)

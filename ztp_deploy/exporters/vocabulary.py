@@ -175,6 +175,8 @@ def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
             found[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Reshape" and all(name in found for name in node.input):
+            found[node.output[0]] = found[node.input[0]]  # torch's exporter folds only small constants
     return found
 
 

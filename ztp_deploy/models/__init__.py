@@ -22,6 +22,7 @@ FAMILIES: dict[str, str] = {
     "mae": "ztp_deploy.models.mae",
     "swag": "ztp_deploy.models.swag",
     "lvvit": "ztp_deploy.models.lvvit",
+    "t2t_vit": "ztp_deploy.models.t2t_vit",
 }
 
 

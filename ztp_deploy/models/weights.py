@@ -55,6 +55,8 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dt
         scale, shift = 0.02, 0.0
     elif last.endswith(("_token", "pos_embed")):
         scale, shift = 0.5, 0.0
+    elif last == "w":  # a performer's random features: rows of norm √rows
+        scale, shift = float(shape[0] / shape[1]) ** 0.5, 0.0
     elif len(shape) <= 1:
         scale, shift = 0.1, 1.0
     else:
@@ -64,6 +66,8 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dt
         third = shape[0] // 3
         contrast = np.linspace(0.9, 1.5, third, dtype=np.float32)[:, None]
         drawn[: 2 * third] *= np.concatenate([contrast, contrast])
+    if name.endswith("kqv.weight"):  # a performer's keys and queries: its exponentials must not vanish
+        drawn[: 2 * (shape[0] // 3)] *= np.float32(0.3)
     if name.split(".")[0].startswith("head"):
         drawn *= np.float32(2)
     return drawn
