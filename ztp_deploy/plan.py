@@ -294,7 +294,7 @@ def make_plan(
         return rule.schedule(geometry, blocks, counts, chosen)
 
     def stages_at(share: float) -> list[Stage]:
-        return stages_for(rule.counts(geometry, blocks, share))
+        return stages_for(rule.counts(geometry, blocks, share, chosen))
 
     if keep is not None:
         stages = stages_for(_kept_counts(keep, geometry.patch_tokens, len(blocks)))

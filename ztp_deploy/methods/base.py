@@ -102,7 +102,7 @@ class Method(Protocol):
     def default_sites(self, depth: int, stages: int | None) -> list[int]:
         """Blocks that carry the stages where the caller names none; `stages` is how many were asked for, if any."""
 
-    def counts(self, geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
+    def counts(self, geometry: Geometry, blocks: Sequence[int], ratio: float, options: MethodOptions) -> list[int]:
         """Tokens kept by the stage at each of `blocks` for one ratio."""
 
     def schedule(

@@ -25,7 +25,7 @@ class Options(MethodOptions):
     """The slice twin has nothing to choose."""
 
 
-def counts(geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
+def counts(geometry: Geometry, blocks: Sequence[int], ratio: float, options: MethodOptions) -> list[int]:
     """n ← ⌊ρn⌋ per stage."""
     return floor_counts(geometry.patch_tokens, len(blocks), ratio)
 

@@ -84,7 +84,7 @@ class Selection:
 # --- counts ------------------------------------------------------------------------------------
 
 
-def counts(geometry: Geometry, blocks: Sequence[int], ratio: float) -> list[int]:
+def counts(geometry: Geometry, blocks: Sequence[int], ratio: float, options: MethodOptions) -> list[int]:
     """n ← ⌊ρn⌋ per stage (196 at 0.7: 137, 95, 66)."""
     return floor_counts(geometry.patch_tokens, len(blocks), ratio)
 
