@@ -15,6 +15,7 @@ from ztp_deploy.plan import Plan
 METHODS: dict[str, str] = {
     "zero_tprune": "ztp_deploy.methods.zero_tprune",
     "ats": "ztp_deploy.methods.ats",
+    "avit": "ztp_deploy.methods.avit",
     "slice": "ztp_deploy.methods.slice",
 }
 
