@@ -7,9 +7,17 @@ from fractions import Fraction
 import pytest
 
 from tests import golden
-from ztp_deploy.methods.share import counts_after, counts_at_share, falling, spread, zero_tprune_share
+from ztp_deploy.methods.share import (
+    STEPS,
+    counts_after,
+    counts_at_share,
+    falling,
+    one_share_counts,
+    spread,
+    zero_tprune_share,
+)
 from ztp_deploy.models import describe
-from ztp_deploy.plan import Stage, count_flops, kept_chain, make_plan
+from ztp_deploy.plan import Stage, count_flops, floor_counts, kept_chain, make_plan
 
 DEIT_S = describe("deit_s")[1]
 
@@ -57,3 +65,18 @@ def test_no_block_removes_more_than_it_may():
     official = golden.arrays("tome_tiny_r40_capped_noprop")["token_count"]
     assert counts_after(196, [40] * 12, lambda tokens: tokens // 2) == (official - 1).tolist()
     assert counts_after(196, [40] * 4, lambda tokens: tokens) == [156, 116, 76, 36]
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.7])
+def test_one_share_for_every_stage_is_the_nearest(ratio):
+    def counts_of(number):
+        return floor_counts(196, 12, number / STEPS)
+
+    found = one_share_counts(DEIT_S, 12, ratio, stages_for)
+    wanted = zero_tprune_share(DEIT_S, ratio)
+    distances = {
+        tuple(counts): abs(count_flops(DEIT_S, stages_for(counts)).share - wanted)
+        for counts in map(counts_of, range(1, STEPS + 1, 7))
+    }
+    assert abs(count_flops(DEIT_S, stages_for(found)).share - wanted) <= min(distances.values())
+    assert one_share_counts(DEIT_S, 12, 1.0, stages_for) == [196] * 12

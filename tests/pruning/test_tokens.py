@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ztp_deploy.pruning.tokens import TokenState, initial_state, keep_tokens, membership, take, top_k
+from ztp_deploy.pruning.tokens import TokenState, initial_state, keep_tokens, mask_slots, membership, take, top_k
 
 
 def test_top_k_is_sorted_and_breaks_ties_to_the_lower_index():
@@ -43,3 +43,15 @@ def test_without_special_tokens():
     thin, after = keep_tokens(tokens, initial_state(tokens, 4), torch.tensor([[2, 1]]), special_tokens=0)
     assert thin[0, :, 0].tolist() == [2, 1]
     assert after.positions.tolist() == [[2, 1]]
+
+
+def test_masked_slots_lose_position_and_are_not_attended_to():
+    state = mask_slots(initial_state(torch.zeros(1, 3), 3), torch.tensor([[1.0, 0.0, 1.0, 0.0]]))
+    assert state.positions.tolist() == [[-1, 1, -1]]
+    assert state.positions.dtype == torch.int32
+    assert state.alive.tolist() == [[1, 0, 1, 0]]
+    weights = (torch.randn(2, 2, 4, 4) + state.bias).softmax(-1)
+    assert weights[..., [1, 3]].abs().max() == 0
+    again = keep_tokens(torch.zeros(1, 4, 2), state, torch.tensor([[1]]), special_tokens=1)[1]
+    assert again.bias.tolist() == [[[[0, 0]]]]
+    assert again.positions.tolist() == [[1]]

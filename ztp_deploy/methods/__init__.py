@@ -19,6 +19,8 @@ METHODS: dict[str, str] = {
     "evit": "ztp_deploy.methods.evit",
     "dynamicvit": "ztp_deploy.methods.dynamicvit",
     "random": "ztp_deploy.methods.random",
+    "ats": "ztp_deploy.methods.ats",
+    "avit": "ztp_deploy.methods.avit",
     "slice": "ztp_deploy.methods.slice",
 }
 

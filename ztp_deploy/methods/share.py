@@ -6,7 +6,10 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from ztp_deploy.methods import zero_tprune
-from ztp_deploy.plan import Geometry, Stage, count_flops
+from ztp_deploy.plan import Geometry, Stage, count_flops, floor_counts
+
+STEPS = 10_000
+"""How finely the share that each stage keeps is searched."""
 
 
 def zero_tprune_share(geometry: Geometry, ratio: float) -> float:
@@ -41,6 +44,17 @@ def counts_at_share(
         else:
             high = middle
     return counts_for(min((low, high), key=lambda number: abs(share_at(number) - share)))
+
+
+def one_share_counts(
+    geometry: Geometry, stages: int, ratio: float, stages_for: Callable[[list[int]], Sequence[Stage]]
+) -> list[int]:
+    """Every stage keeps the same share of what reaches it: the one whose FLOP share is Zero-TPrune's at `ratio`."""
+
+    def counts_for(number: int) -> list[int]:
+        return floor_counts(geometry.patch_tokens, stages, (STEPS - number) / STEPS)
+
+    return counts_at_share(geometry, zero_tprune_share(geometry, ratio), STEPS - 1, counts_for, stages_for)
 
 
 def spread(total: int, blocks: int) -> list[int]:

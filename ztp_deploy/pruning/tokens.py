@@ -95,6 +95,17 @@ def keep_state(state: TokenState, kept: Tensor, special_tokens: int) -> TokenSta
     )
 
 
+def mask_slots(state: TokenState, alive: Tensor) -> TokenState:
+    """The state with the slots at 0 of alive [B, S + n] masked: attention does not see them, their positions are -1."""
+    present = alive[:, -state.positions.shape[1] :]
+    return replace(
+        state,
+        positions=torch.where(present > 0, state.positions, -1),
+        alive=alive,
+        bias=key_bias((1 - alive) * MASKED),
+    )
+
+
 def special_ahead(values: Tensor, special_tokens: int, fill: float) -> Tensor:
     """Values [B, n] of the patch slots with `fill` for the special tokens before them → [B, S + n]."""
     if not special_tokens:
