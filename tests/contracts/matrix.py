@@ -20,6 +20,7 @@ BACKBONES: dict[str, ModelSize] = {
     "mae_vit_b": tiny.SIZE,
     "swag_vit_b16": tiny.SIZE,
     "lvvit_t": tiny.SIZE,
+    "t2t_vit_7": ModelSize(img_size=64, depth=4, embed_dim=48, num_heads=3, num_classes=10),
 }
 """Model names with sizes that make them small; every family is among them (tested)."""
 
