@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 import ztp_deploy as ztp
 from tests import golden, tiny
@@ -19,57 +14,26 @@ from ztp_deploy.methods import tome
 from ztp_deploy.methods.share import zero_tprune_share
 from ztp_deploy.models import describe, host_of
 from ztp_deploy.models.base import ModelSize
-from ztp_deploy.models.parts import mean_of_patches
 from ztp_deploy.plan import make_plan
 from ztp_deploy.pruning.prune import prune
 
 CASES = [name for name in golden.CASES if name.startswith("tome_")]
+NAMES = {"distilled": "deit_t_distilled", "mae": "mae_vit_b", "swag": "swag_vit_b16"}
 BOUND = 1e-5
 
 
 def model_of(name):
-    """The case's model; those of MAE and SWAG are plain timm ViTs of the same build."""
-    state = golden.state_dict(name)
-    if "mae" not in name and "swag" not in name:
-        size = ModelSize(embed_dim=96, num_heads=3, num_classes=100)
-        return ztp.load_model("deit_t_distilled" if "distilled" in name else "deit_t", weights=state, overrides=size)
+    """The case's model by its own name."""
     arguments = golden.CASES[name]["arguments"]
-    module = VisionTransformer(
-        img_size=arguments.get("img_size") or arguments["image_size"],
-        patch_size=16,
+    kind = next((ours for word, ours in NAMES.items() if word in name), "deit_t")
+    size = ModelSize(
+        img_size=arguments.get("img_size") or arguments.get("image_size"),
         embed_dim=96,
-        depth=arguments.get("depth") or arguments["num_layers"],
+        depth=arguments.get("depth") or arguments.get("num_layers"),
         num_heads=3,
         num_classes=100,
-        global_pool="avg" if "mae" in name else "token",
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
-    module.load_state_dict({timm_key(key): value for key, value in state.items()} | positions_of(state))
-    return ztp.load_model(module.eval())
-
-
-def timm_key(key):
-    """A key of SWAG's in timm's words; others stay."""
-    words = [
-        (r"^class_token$", "cls_token"),
-        (r"^conv_proj\.", "patch_embed.proj."),
-        (r"^encoder\.pos_embedding$", "pos_embed"),
-        (r"^encoder\.layers\.layer_(\d+)\.", r"blocks.\1."),
-        (r"\.ln_", ".norm"),
-        (r"\.self_attention\.in_proj_", ".attn.qkv."),
-        (r"\.self_attention\.out_proj\.", ".attn.proj."),
-        (r"\.mlp\.linear_", ".mlp.fc"),
-        (r"^encoder\.ln\.", "norm."),
-        (r"^head\.layers\.head\.", "head."),
-    ]
-    for pattern, replacement in words:
-        key = re.sub(pattern, replacement, key)
-    return key
-
-
-def positions_of(state):
-    """SWAG's position embedding has the batch second."""
-    return {"pos_embed": state["encoder.pos_embedding"].transpose(0, 1)} if "encoder.pos_embedding" in state else {}
+    return ztp.load_model(kind, weights=golden.state_dict(name), overrides=size)
 
 
 def run(name, **changes):
@@ -80,10 +44,6 @@ def run(name, **changes):
     options = {"proportional": arguments["prop_attn"]} | changes
     keep = [int(count) - geometry.special_tokens for count in truth["token_count"]]
     pruned = prune(model, make_plan(model, "tome", keep=keep, options=options))
-    if "mae" in name:
-        pruned.host.read_out = lambda tokens, state: pruned.model.head(
-            pruned.model.fc_norm(mean_of_patches(tokens[:, 1:], state))
-        )
     states = []
     for stage in pruned.stages.values():
         stage.register_forward_hook(lambda module, inputs, output: states.append(output.state))
