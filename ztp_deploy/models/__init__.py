@@ -19,6 +19,7 @@ from ztp_deploy.plan import Geometry
 
 FAMILIES: dict[str, str] = {
     "timm_vit": "ztp_deploy.models.timm_vit",
+    "timm_eva": "ztp_deploy.models.timm_eva",
 }
 
 
@@ -182,7 +183,7 @@ def _family_of(model: nn.Module) -> str:
 
 
 def _resolve(name: str) -> tuple[str, str]:
-    for key in FAMILIES:
+    for key in reversed(FAMILIES):  # timm_vit takes every timm name that no other family knows
         architecture = family(key).architecture_of(name)
         if architecture:
             return key, architecture
