@@ -34,8 +34,9 @@ class Geometry:
 
     `patch_tokens` excludes the `special_tokens` (class, distillation, registers), which come first.
     `class_token` is the position of the class token among them, None without one.
-    `embed_macs` and `head_macs` count the parts before the first and after the last block. `rotary`: whether blocks ask
-    for the positions of tokens, which one made anew does not have.
+    `embed_macs` and `head_macs` count the parts before the first and after the last block, `head_macs_per_token` what
+    the latter does for each patch token that reaches it. `rotary`: whether blocks ask for the positions of tokens,
+    which one made anew does not have.
     """
 
     image_size: int
@@ -51,6 +52,7 @@ class Geometry:
     embed_macs: int
     head_macs: int
     rotary: bool = False
+    head_macs_per_token: int = 0
 
 
 class Stage(BaseModel):
@@ -245,7 +247,7 @@ def count_flops(geometry: Geometry, stages: Sequence[Stage]) -> Flops:
             projections = 2 * (rows + keys) * geometry.embed_dim * geometry.attention_dim
             macs += projections + 2 * rows * keys * geometry.attention_dim + mlp * geometry.mlp_macs_per_token
             patches = after
-        return macs
+        return macs + patches * geometry.head_macs_per_token
 
     return Flops(dense=total({}), planned=total(by_block), executed=total(by_block, early=True))
 

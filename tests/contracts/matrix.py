@@ -17,6 +17,7 @@ PARTS = 8
 BACKBONES: dict[str, ModelSize] = {
     "deit_t": tiny.SIZE,
     "deit_t_distilled": tiny.SIZE,
+    "eva02_t_336": ModelSize(img_size=98, depth=4, embed_dim=48, num_heads=3, num_classes=10),
     "mae_vit_b": tiny.SIZE,
     "swag_vit_b16": tiny.SIZE,
     "lvvit_t": tiny.SIZE,

@@ -141,7 +141,7 @@ def test_pickled_code_does_not_run(tmp_path, capsys):
         ({"name_or_module": "resnet50", "weights": "random"}, "No family"),
         ({"name_or_module": "deit_t", "weights": "no/such/file.pth"}, "is no file"),
         ({"name_or_module": "deit_t", "weights": "random", "overrides": ModelSize(embed_dim=50, num_heads=3)}, "50"),
-        ({"name_or_module": "eva02_tiny_patch14_224", "weights": "random"}, "No family"),
+        ({"name_or_module": "eva02_tiny_patch14_224", "weights": "random"}, "no classifier"),
     ],
 )
 def test_refusals(arguments, message):

@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "swag": "ztp_deploy.models.swag",
     "lvvit": "ztp_deploy.models.lvvit",
     "t2t_vit": "ztp_deploy.models.t2t_vit",
+    "timm_eva": "ztp_deploy.models.timm_eva",
 }
 
 
@@ -195,7 +196,7 @@ def _family_of(model: nn.Module) -> str:
 
 
 def _resolve(name: str) -> tuple[str, str]:
-    for key in FAMILIES:
+    for key in reversed(FAMILIES):  # timm_vit takes every timm name that no other family knows
         architecture = family(key).architecture_of(name)
         if architecture:
             return key, architecture

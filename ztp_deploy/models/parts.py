@@ -17,10 +17,16 @@ def project(normed: Tensor, qkv: Any, heads: int) -> tuple[Tensor, Tensor, Tenso
     # Three projections instead of one that is cut apart again: engines then copy nothing.
     biases = qkv.bias.chunk(3) if qkv.bias is not None else (None, None, None)
     queries, keys, values = (
-        functional.linear(normed, weight, bias).unflatten(2, (heads, -1)).transpose(1, 2)
+        split_heads(functional.linear(normed, weight, bias), heads)
         for weight, bias in zip(qkv.weight.chunk(3), biases, strict=True)
     )
     return queries, keys, values
+
+
+def split_heads(values: Tensor, heads: int) -> Tensor:
+    """Values [B, N, H·d] of all heads → [B, H, N, d]."""
+    split: Tensor = values.unflatten(2, (heads, -1)).transpose(1, 2)
+    return split
 
 
 def open_attention(

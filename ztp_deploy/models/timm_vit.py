@@ -1,4 +1,4 @@
-"""Plain timm Vision Transformers: DeiT, distilled DeiT, AugReg, and any timm ViT of the same build."""
+"""Plain timm Vision Transformers: DeiT, distilled DeiT, AugReg, DINOv2, SigLIP, and any timm ViT of the same build."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models import layouts
+from ztp_deploy.models import layouts, timm_head
 from ztp_deploy.models.base import Attention, ModelSize
-from ztp_deploy.models.parts import mean_of_patches, open_attention, project, typed
+from ztp_deploy.models.parts import open_attention, project, typed
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
 
-SUMMARY = "DeiT, AugReg and any timm ViT made of plain blocks"
+SUMMARY = "DeiT, AugReg, DINOv2 (registers too), SigLIP and any timm ViT made of plain blocks"
 
 NAMES: dict[str, str] = {
     "deit_t": "deit_tiny_patch16_224.fb_in1k",
@@ -83,11 +83,12 @@ def adapts(model: nn.Module) -> bool:
     return isinstance(model, VisionTransformer)
 
 
-def _check_plain(model: Any) -> None:
-    """Raises BadRequest for everything that would make the host compute something else than the module."""
+def check(model: Any, *kinds: type[nn.Module]) -> None:
+    """Raises BadRequest for everything that would make a host of these kinds compute something else than the module."""
+    advice = "`ztp list` shows what can."
     reason = None
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        reason = f"{type(model).__name__} changes timm's VisionTransformer, and its changes would be lost"
+    if type(model) not in kinds:
+        reason = f"{type(model).__name__} changes timm's {kinds[0].__name__}, and its changes would be lost"
     elif type(model.patch_embed) is not PatchEmbed or not isinstance(model.patch_embed.proj, nn.Conv2d):
         reason = f"its stem is a {type(model.patch_embed).__name__}, not a plain patch embedding"
     elif model.patch_embed.proj.in_channels != 3:
@@ -96,12 +97,13 @@ def _check_plain(model: Any) -> None:
         reason = "its parameters are not float32 (precision is chosen at export)"
     elif any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
         reason = "it carries forward hooks, which no engine would run"
-    elif not model.global_pool or model.num_classes < 2:
-        reason = "it has no classifier"
     elif getattr(model, "dynamic_img_size", False):
         reason = "dynamic_img_size leaves its token count open"
+        advice = "Build it with timm.create_model(…, dynamic_img_size=False); its weights stay the same."
+    else:
+        reason, advice = timm_head.refusal(model) or (None, advice)
     if reason:
-        raise BadRequest(f"This {type(model).__name__} cannot be pruned: {reason}.", "`ztp list` shows what can.")
+        raise BadRequest(f"This {type(model).__name__} cannot be pruned: {reason}.", advice)
 
 
 class TimmVitHost:
@@ -109,7 +111,7 @@ class TimmVitHost:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
-        _check_plain(self.model)
+        check(self.model, VisionTransformer, VisionTransformerDistilled)
         for number, block in enumerate(self.blocks, start=1):
             if type(block) is not Block or type(block.attn) is not TimmAttention:
                 raise BadRequest(
@@ -117,7 +119,7 @@ class TimmVitHost:
                     "pruning knows timm's plain Block with Attention.",
                     "Choose a model whose blocks are plain (`ztp list`).",
                 )
-        self.geometry = _geometry(self.model)
+        self.geometry = geometry_of(self.model)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -159,34 +161,24 @@ class TimmVitHost:
         return transformed
 
     def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
-        model = self.model
-        pool, tokens = model.global_pool, model.norm(tokens)
-        logits: Tensor
-        if pool == "token" or not (state.alive is not None or (state.weigh_mean and "avg" in pool)):
-            logits = model.forward_head(tokens)
-        elif pool == "avg" and not model.pool_include_prefix:
-            patches = tokens[:, self.geometry.special_tokens :]
-            logits = model.head(model.fc_norm(mean_of_patches(patches, state)))
-        else:
-            raise BadRequest(
-                f"This model pools its tokens by {pool!r}, which knows neither masked tokens nor their sizes.",
-                "Choose a method that drops tokens, or a model that reads out its class token or the mean.",
-            )
-        return logits
+        normed = self.model.norm(tokens)
+        if isinstance(self.model, VisionTransformerDistilled):
+            logits: Tensor = self.model.forward_head(normed)  # of the class and the distillation token alone
+            return logits
+        return timm_head.read_out(self.model, normed, state)
 
 
 host = TimmVitHost
 
 
-def _geometry(model: Any) -> Geometry:
+def geometry_of(model: Any) -> Geometry:
+    """The geometry of a timm model made of a patch embedding, equal blocks and a head."""
     patches = model.patch_embed
     height, width = patches.img_size
     if height != width:
         raise BadRequest(f"The model takes {height} × {width} images.", "Only square inputs are carried so far.")
     attn = model.blocks[0].attn
-    mlp = sum(m.in_features * m.out_features for m in model.blocks[0].mlp.modules() if isinstance(m, nn.Linear))
-    heads = 2 if isinstance(model, VisionTransformerDistilled) else 1
-    projection = patches.proj
+    head_macs, head_macs_per_token = timm_head.macs(model)
     return Geometry(
         image_size=height,
         patch_tokens=patches.num_patches,
@@ -196,8 +188,10 @@ def _geometry(model: Any) -> Geometry:
         embed_dim=model.embed_dim,
         attention_dim=attn.num_heads * attn.head_dim,
         num_heads=attn.num_heads,
-        mlp_macs_per_token=mlp,
-        num_classes=model.num_classes,
-        embed_macs=patches.num_patches * projection.weight.numel(),
-        head_macs=heads * model.embed_dim * model.num_classes,
+        mlp_macs_per_token=timm_head.linear_macs(model.blocks[0].mlp),
+        num_classes=model.head.out_features,
+        embed_macs=patches.num_patches * patches.proj.weight.numel(),
+        head_macs=head_macs,
+        head_macs_per_token=head_macs_per_token,
+        rotary=getattr(model, "rope", None) is not None,
     )

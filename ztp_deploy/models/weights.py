@@ -20,7 +20,7 @@ from ztp_deploy.errors import BadRequest, MissingSoftware
 RANDOM_SEED = 0
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_CONTAINERS = ("model", "state_dict", "state_dict_ema")
+_CONTAINERS = ("model", "module", "state_dict", "state_dict_ema")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -51,7 +51,7 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dt
     if last == "running_var":
         scale, shift = 0.2, 1.0
         normal = np.abs(normal)
-    elif last == "bias" or last == "running_mean":
+    elif last.endswith("bias") or last == "running_mean":
         scale, shift = 0.02, 0.0
     elif last.endswith(("_token", "pos_embed")):
         scale, shift = 0.5, 0.0
@@ -66,6 +66,8 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, np.dt
         third = shape[0] // 3
         contrast = np.linspace(0.9, 1.5, third, dtype=np.float32)[:, None]
         drawn[: 2 * third] *= np.concatenate([contrast, contrast])
+    elif name.endswith(("q_proj.weight", "k_proj.weight")):
+        drawn *= np.linspace(0.9, 1.5, shape[0], dtype=np.float32)[:, None]
     if name.endswith("kqv.weight"):  # a performer's keys and queries: its exponentials must not vanish
         drawn[: 2 * (shape[0] // 3)] *= np.float32(0.3)
     if name.split(".")[0].startswith("head"):
@@ -78,7 +80,7 @@ Translate = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 
 
 def load_given(model: nn.Module, state: Mapping[str, Any], origin: str, translate: Translate) -> None:
-    """Loads a state dict in an official layout: flat, or under `model`, `state_dict` or `state_dict_ema`.
+    """Loads a state dict in an official layout: flat, or under `model`, `module`, `state_dict` or `state_dict_ema`.
 
     `module.` prefixes are stripped; weights that belong to a pruning method go to `model.method_weights`.
     Raises BadRequest that lists missing, unexpected and misshapen keys.

@@ -60,6 +60,12 @@ def take(values: Tensor, index: Tensor, skip: int = 0) -> Tensor:
     return _rows(values, index + (_first_row(values) + skip), index.shape[1])
 
 
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a table [P, D] at index [B, k] → [B, k, D], as one Gather on axis 0."""
+    rows: Tensor = table.index_select(0, index.reshape(-1)).unflatten(0, (-1, index.shape[1]))
+    return rows
+
+
 def membership(index: Tensor, count: int, skip: int = 0) -> Tensor:
     """1.0 where a slot of [B, count] is among index + skip, index [B, k] distinct in a row; else 0.0."""
     slots = torch.arange(-skip, count - skip, device=index.device)
