@@ -17,14 +17,17 @@ import pytest
 
 import ztp_deploy as ztp
 from ztp_deploy.evidence.latency import LatencyReport
+from ztp_deploy.evidence.methods import MethodsReport
 from ztp_deploy.evidence.report.comparison import render_comparison
 from ztp_deploy.evidence.report.markdown import render_tables
+from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.evidence.report.summary import Summary
 from ztp_deploy.recipes import Profile, Recipe, read_profile, read_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SUMMARIES = [path for path in (ROOT / "engines" / "evidence").glob("*.json") if ".samples" not in path.name]
+METHODS_MEASURED = list((ROOT / "engines" / "evidence").glob("*--methods--*.samples.json"))
 COMPARISONS = list((ROOT / "engines" / "evidence").glob("*--comparison--*.samples.json"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -105,6 +108,14 @@ def test_the_readmes_comparison_is_the_recorded_one():
     }
     assert shown in recorded
     for path in COMPARISONS:
+        assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text(encoding="utf-8"))
+
+
+def test_the_readmes_methods_are_the_recorded_ones():
+    shown = README.split("<!-- methods -->")[1].split("<!-- /methods -->")[0].strip()
+    reports = [MethodsReport.model_validate_json(path.read_text(encoding="utf-8")) for path in METHODS_MEASURED]
+    assert shown in {render_methods(report).strip() for report in reports}
+    for path in METHODS_MEASURED:
         assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text(encoding="utf-8"))
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -33,6 +33,33 @@ from ztp_deploy.console import (
     warn,
 )
 from ztp_deploy.errors import INTERRUPTED, BadRequest, MissingSoftware, ZtpError
+from ztp_deploy.options import (
+    AsJson,
+    BackendName,
+    Batch,
+    Batches,
+    DeviceName,
+    EngineDir,
+    EnginesRoot,
+    ExportRoot,
+    FlopShare,
+    Images,
+    InputType,
+    Keep,
+    Method,
+    Model,
+    Option,
+    Precision,
+    Profile,
+    Ratio,
+    Recipe,
+    Seconds,
+    Sites,
+    Weights,
+    build_request,
+    integers,
+    plan_request,
+)
 
 app = typer.Typer(
     name="ztp",
@@ -42,57 +69,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-# --- options shared by several commands --------------------------------------------------------
-
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")
-]
-Method = Annotated[
-    str | None, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.  \\[default: zero_tprune]")
-]
-Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
-FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
-Keep = Annotated[str | None, typer.Option(help="Per stage a count or a share, such as 137,95,66 or 0.9,0.8,0.7.")]
-Sites = Annotated[str | None, typer.Option(help="Blocks that carry the stages, counted from 1, such as 3,6,9.")]
-Option = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="A method's option as name=value (JSON value); repeatable.")
-]
-Weights = Annotated[
-    str, typer.Option(help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path.")
-]
-Recipe = Annotated[
-    str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
-]
-Profile = Annotated[
-    str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")
-]
-BackendName = Annotated[
-    str | None, typer.Option("--backend", "-b", help="auto, or one of those that `ztp list` shows.  \\[default: auto]")
-]
-DeviceName = Annotated[
-    str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
-]
-Precision = Annotated[
-    str | None, typer.Option(help="fp32, fp16, bf16 or int8, as far as the back end has it.  \\[default: fp32]")
-]
-Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  \\[default: 1:8:64]")]
-InputType = Annotated[
-    str | None,
-    typer.Option(
-        "--input", help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  \\[default: float32]"
-    ),
-]
-ExportRoot = Annotated[Path, typer.Option(help="Where artifacts go.")]
-EnginesRoot = Annotated[Path, typer.Option(help="Where engines go.")]
-EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="An engine folder.")]
-Images = Annotated[
-    str | None, typer.Option(help="Folder of photographs for the proof; by default crops that scikit-learn ships.")
-]
-Batches = Annotated[str, typer.Option(help="Batch sizes to measure.")]
-Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
 
 # --- commands ----------------------------------------------------------------------------------
 
@@ -111,16 +87,23 @@ def plan(
     """Fix the token count of every stage, and count multiply-accumulates. Nothing is built."""
     from ztp_deploy.evidence.report.markdown import giga, percent
 
-    made = _plan_request(model, method, ratio, flops, keep, sites, option, "auto", None).plan(model)
+    made = plan_request(model, method, ratio, flops, keep, sites, option, "auto", None).plan(model)
     if as_json:
         print_json(json.loads(made.to_json()))
         return
     table = Table(title=f"{made.model} · {made.label}", title_justify="left", title_style="bold")
-    for name in ("stage", "after block", "tokens in", "tokens out", "fixed numbers"):
-        table.add_column(name, justify="left" if name == "fixed numbers" else "right")
+    for name in ("stage", "block", "acts", "tokens in", "tokens out", "fixed numbers"):
+        table.add_column(name, justify="left" if name in ("acts", "fixed numbers") else "right")
     for index, stage in enumerate(made.stages, start=1):
         static = ", ".join(f"{key} {value}" for key, value in stage.static.items())
-        table.add_row(str(index), str(stage.block), str(stage.tokens_in), str(stage.tokens_out), static)
+        table.add_row(
+            str(index),
+            str(stage.block),
+            stage.place.replace("_", " "),
+            str(stage.tokens_in),
+            str(stage.tokens_out),
+            static,
+        )
     out.print(table if made.stages else f"{made.model}: the dense model, {made.patch_tokens} patch tokens throughout.")
     out.print(
         f"Multiply-accumulates an image: {giga(made.flops.dense)} G dense, {giga(made.flops.planned)} G planned "
@@ -149,8 +132,8 @@ def export(
     from ztp_deploy import exporters, models, workflow
 
     exporters.get(format)
-    wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
-    request = _build_request(None, None, None, precision, None, input, directory, Path("engines"))
+    wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
+    request = build_request(None, None, None, precision, None, input, directory, Path("engines"))
     exporters.check_precision(format, request.precision)
     models.check_request(wanted.model, wanted.weights)
     wanted.check()
@@ -183,7 +166,7 @@ def build(
     """Build an engine folder from an artifact; int8 is calibrated on images."""
     from ztp_deploy import exporters, workflow
 
-    request = _build_request(profile, backend, device, precision, batch, None, Path("export"), directory)
+    request = build_request(profile, backend, device, precision, batch, None, Path("export"), directory)
     engine = workflow.build_engine(exporters.load_artifact(artifact), request, workflow.Clock(Bars()), images)
     if as_json:
         print_json(
@@ -261,15 +244,15 @@ def bench(
     """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer."""
     from ztp_deploy import workflow
 
-    sizes = _integers("batches", batches)
+    sizes = integers("batches", batches)
     if bool(engine) == bool(model):
         raise BadRequest(
             "Give either engine folders (--engine) or a model (--model).",
             "For example: ztp bench --model deit_s --ratio 0.7.",
         )
     if model:
-        wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
-        request = _build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
+        wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
+        request = build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
         workflow.check_runnable(request)
         with tempfile.TemporaryDirectory() if fresh else contextlib.nullcontext() as scratch:
             if scratch:
@@ -352,15 +335,15 @@ def compare(
             "For example: ztp compare --model deit_s --flops 0.65 --methods zero_tprune,tome.",
         )
     options = _options_by_method(option, names)
-    wanted = [_plan_request(model, name, ratio, flops, None, None, options[name], weights, None) for name in names]
-    request = _build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
+    wanted = [plan_request(model, name, ratio, flops, None, None, options[name], weights, None) for name in names]
+    request = build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
     report = workflow.compare_methods(
         model,
         wanted,
         request,
         Bars(),
         images=images,
-        batches=_integers("batches", batches),
+        batches=integers("batches", batches),
         seconds=seconds,
         command=_command(),
     )
@@ -419,14 +402,14 @@ def engine(
     """From a model's name to a checked, measured engine: plan, export, build, check, bench."""
     from ztp_deploy import workflow
 
-    wanted = _plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
-    request = _build_request(profile, backend, device, precision, batch, input, export_directory, directory)
+    wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
+    request = build_request(profile, backend, device, precision, batch, input, export_directory, directory)
     result = workflow.make_engine(
         wanted,
         request,
         Bars(),
         images=images,
-        batches=_integers("batches", batches),
+        batches=integers("batches", batches),
         seconds=seconds,
         measure=measure,
         command=_command(),
@@ -464,7 +447,7 @@ def gpu_report(
         models=model or Grid.models,
         runtimes=runtime or RUNTIMES,
         precisions=precisions.replace(" ", "").split(","),
-        batches=_integers("batches", batches),
+        batches=integers("batches", batches),
         device=device,
         weights=weights,
         seconds=seconds,
@@ -651,101 +634,6 @@ def doctor(as_json: AsJson = False) -> None:
         warn(problem)
     if not problems:
         out.print("No problems found.", style="green")
-
-
-# --- requests ----------------------------------------------------------------------------------
-
-
-def _plan_request(
-    model: str,
-    method: str | None,
-    ratio: float | None,
-    flops: float | None,
-    keep: str | None,
-    sites: str | None,
-    option: list[str] | None,
-    weights: str,
-    recipe: str | None,
-) -> Any:
-    from ztp_deploy.recipes import read_recipe
-    from ztp_deploy.workflow import PlanRequest
-
-    base = read_recipe(recipe) if recipe else None
-    options = dict(base.options) if base else {}
-    options.update(_option(text) for text in option or ())
-    numbers: dict[str, Any] = {"ratio": ratio, "flops": flops, "keep": _numbers(keep)}
-    if base and all(value is None for value in numbers.values()):
-        numbers = {"ratio": base.ratio, "flops": base.flops, "keep": base.keep}
-    if base and base.model != model:
-        raise BadRequest(f"The recipe {recipe} is for {base.model}, --model says {model}.", "Leave one of them out.")
-    return PlanRequest(
-        model=model,
-        method=method or (base.method if base else "zero_tprune"),
-        sites=_integers("sites", sites) if sites is not None else (base.sites if base else None),
-        options=options,
-        weights=weights,
-        **numbers,
-    )
-
-
-def _build_request(
-    profile: str | None,
-    backend: str | None,
-    device: str | None,
-    precision: str | None,
-    batch: str | None,
-    input: str | None,
-    export_root: Path,
-    engines_root: Path,
-) -> Any:
-    from ztp_deploy import backends
-    from ztp_deploy.manifest import BatchRange
-    from ztp_deploy.recipes import Profile as BuildProfile
-    from ztp_deploy.recipes import read_profile
-    from ztp_deploy.workflow import BuildRequest
-
-    base = read_profile(profile) if profile else BuildProfile()
-    chosen: Literal["float32", "uint8"] = input or base.input  # type: ignore[assignment]
-    if chosen not in ("float32", "uint8"):
-        raise BadRequest(f"--input {chosen} is unknown.", "Use float32 or uint8.")
-    BatchRange.parse(base.batch if batch is None else batch)
-    backends.get(backends.choose(backend or base.backend))
-    return BuildRequest(
-        backend=backend or base.backend,
-        device=device or base.device,
-        precision=precision or base.precision,
-        batch=batch or base.batch,
-        input=chosen,
-        settings=dict(base.settings),
-        export_root=export_root,
-        engines_root=engines_root,
-    )
-
-
-def _numbers(text: str | None) -> list[int | float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) if "." in part else int(part) for part in text.replace(" ", "").split(",")]
-    except ValueError as error:
-        raise BadRequest(f"--keep {text!r} is no list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
-
-
-def _integers(name: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.replace(" ", "").split(",")]
-    except ValueError as error:
-        raise BadRequest(f"--{name} {text!r} is no list of whole numbers.", "Write them with commas: 1,8.") from error
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise BadRequest(f"--option {text!r} has no value.", "Write name=value, such as rounds=8.")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _command() -> str:

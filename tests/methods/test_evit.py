@@ -23,7 +23,8 @@ from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Stage, make_plan
 from ztp_deploy.pruning.prune import prune
 
-CASES = {"evit_tiny_fuse": {}, "evit_tiny_nofuse": {"fuse": False}}
+FUSED = {"fuse": True}
+CASES = {"evit_tiny_fuse": {"fuse": True}, "evit_tiny_nofuse": {}}
 BOUND = 1e-5
 
 
@@ -94,16 +95,16 @@ def test_counts_round_up_and_count_the_fused_token(ratio, fuse, kept):
 
 
 def test_keep_counts_are_those_of_the_top_k():
-    plan = make_plan("deit_s", "evit", keep=[138, 98, 70])
-    assert plan.counts == make_plan("deit_s", "evit", ratio=0.7).counts == [139, 99, 71]
+    plan = make_plan("deit_s", "evit", keep=[138, 98, 70], options=FUSED)
+    assert plan.counts == make_plan("deit_s", "evit", ratio=0.7, options=FUSED).counts == [139, 99, 71]
     # A stage that keeps all fuses nothing and is none; the next one's token is then the first.
-    plan = make_plan("deit_s", "evit", keep=[196, 100, 50])
+    plan = make_plan("deit_s", "evit", keep=[196, 100, 50], options=FUSED)
     assert [(stage.block, stage.tokens_in, stage.tokens_out, stage.static["stage"]) for stage in plan.stages] == [
         (7, 196, 101, 0),
         (10, 101, 51, 1),
     ]
     # One token left over is fused alone: as many leave as come.
-    assert make_plan("deit_s", "evit", keep=[195], sites=[4]).counts == [196]
+    assert make_plan("deit_s", "evit", keep=[195], sites=[4], options=FUSED).counts == [196]
     assert make_plan("deit_s", "evit", ratio=1.0).method == "dense"
     share = make_plan("deit_s", "evit", flops=0.65)
     assert share.flops.share == pytest.approx(0.65, rel=0.005)
@@ -111,7 +112,7 @@ def test_keep_counts_are_those_of_the_top_k():
 
 def test_backbones_that_cannot_carry_it_are_refused():
     _, geometry = describe("deit_t")
-    fused, dropped = evit.Options(), evit.Options(fuse=False)
+    fused, dropped = evit.Options(fuse=True), evit.Options()
     assert evit.refuses(geometry, fused) is None
     assert "no class token" in (evit.refuses(replace(geometry, class_token=None), dropped) or "")
     assert "fuse=false" in (evit.refuses(replace(geometry, rotary=True), fused) or "")
@@ -123,7 +124,7 @@ def test_backbones_that_cannot_carry_it_are_refused():
 
 def test_plans_edited_by_hand_are_refused():
     model = tiny.model()
-    for options, static in (({}, {}), ({}, {"top_k": 5, "stage": 0}), ({"fuse": False}, {"top_k": 17, "stage": 0})):
+    for options, static in ((FUSED, {}), (FUSED, {"top_k": 5, "stage": 0}), ({}, {"top_k": 17, "stage": 0})):
         plan = make_plan(model, "evit", keep=[18], sites=[2], options=options)
         stage = plan.stages[0].model_copy(update={"static": static})
         with pytest.raises(BadRequest, match="fixed numbers"):

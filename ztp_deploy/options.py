@@ -1,0 +1,154 @@
+"""What several commands have in common: their options, and the requests that these make."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ztp_deploy.errors import BadRequest
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")
+]
+Method = Annotated[
+    str | None, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.  \\[default: zero_tprune]")
+]
+Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
+FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
+Keep = Annotated[str | None, typer.Option(help="Per stage a count or a share, such as 137,95,66 or 0.9,0.8,0.7.")]
+Sites = Annotated[str | None, typer.Option(help="Blocks that carry the stages, counted from 1, such as 3,6,9.")]
+Option = Annotated[
+    list[str] | None, typer.Option("--option", "-o", help="A method's option as name=value (JSON value); repeatable.")
+]
+Weights = Annotated[
+    str, typer.Option(help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path.")
+]
+Recipe = Annotated[
+    str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
+]
+Profile = Annotated[
+    str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")
+]
+BackendName = Annotated[
+    str | None, typer.Option("--backend", "-b", help="auto, or one of those that `ztp list` shows.  \\[default: auto]")
+]
+DeviceName = Annotated[
+    str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
+]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16, bf16 or int8, as far as the back end has it.  \\[default: fp32]")
+]
+Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  \\[default: 1:8:64]")]
+InputType = Annotated[
+    str | None,
+    typer.Option(
+        "--input", help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  \\[default: float32]"
+    ),
+]
+ExportRoot = Annotated[Path, typer.Option(help="Where artifacts go.")]
+EnginesRoot = Annotated[Path, typer.Option(help="Where engines go.")]
+EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="An engine folder.")]
+Images = Annotated[
+    str | None, typer.Option(help="Folder of photographs for the proof; by default crops that scikit-learn ships.")
+]
+Batches = Annotated[str, typer.Option(help="Batch sizes to measure.")]
+Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def plan_request(
+    model: str,
+    method: str | None,
+    ratio: float | None,
+    flops: float | None,
+    keep: str | None,
+    sites: str | None,
+    option: list[str] | None,
+    weights: str,
+    recipe: str | None,
+) -> Any:
+    """The PlanRequest that these options ask for; a recipe fills in what they leave out."""
+    from ztp_deploy.recipes import read_recipe
+    from ztp_deploy.workflow import PlanRequest
+
+    base = read_recipe(recipe) if recipe else None
+    options = dict(base.options) if base else {}
+    options.update(_option(text) for text in option or ())
+    numbers: dict[str, Any] = {"ratio": ratio, "flops": flops, "keep": _numbers(keep)}
+    if base and all(value is None for value in numbers.values()):
+        numbers = {"ratio": base.ratio, "flops": base.flops, "keep": base.keep}
+    if base and base.model != model:
+        raise BadRequest(f"The recipe {recipe} is for {base.model}, --model says {model}.", "Leave one of them out.")
+    return PlanRequest(
+        model=model,
+        method=method or (base.method if base else "zero_tprune"),
+        sites=integers("sites", sites) if sites is not None else (base.sites if base else None),
+        options=options,
+        weights=weights,
+        **numbers,
+    )
+
+
+def build_request(
+    profile: str | None,
+    backend: str | None,
+    device: str | None,
+    precision: str | None,
+    batch: str | None,
+    input: str | None,
+    export_root: Path,
+    engines_root: Path,
+) -> Any:
+    """The BuildRequest that these options ask for; a profile fills in what they leave out."""
+    from ztp_deploy import backends
+    from ztp_deploy.manifest import BatchRange
+    from ztp_deploy.recipes import Profile as BuildProfile
+    from ztp_deploy.recipes import read_profile
+    from ztp_deploy.workflow import BuildRequest
+
+    base = read_profile(profile) if profile else BuildProfile()
+    chosen: Literal["float32", "uint8"] = input or base.input  # type: ignore[assignment]
+    if chosen not in ("float32", "uint8"):
+        raise BadRequest(f"--input {chosen} is unknown.", "Use float32 or uint8.")
+    BatchRange.parse(base.batch if batch is None else batch)
+    backends.get(backends.choose(backend or base.backend))
+    return BuildRequest(
+        backend=backend or base.backend,
+        device=device or base.device,
+        precision=precision or base.precision,
+        batch=batch or base.batch,
+        input=chosen,
+        settings=dict(base.settings),
+        export_root=export_root,
+        engines_root=engines_root,
+    )
+
+
+def _numbers(text: str | None) -> list[int | float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) if "." in part else int(part) for part in text.replace(" ", "").split(",")]
+    except ValueError as error:
+        raise BadRequest(f"--keep {text!r} is no list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
+
+
+def integers(name: str, text: str) -> list[int]:
+    """Whole numbers with commas between them, given for the option `name`."""
+    try:
+        return [int(part) for part in text.replace(" ", "").split(",")]
+    except ValueError as error:
+        raise BadRequest(f"--{name} {text!r} is no list of whole numbers.", "Write them with commas: 1,8.") from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadRequest(f"--option {text!r} has no value.", "Write name=value, such as rounds=8.")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
