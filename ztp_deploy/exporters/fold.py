@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ztp_deploy.exporters.precision import constants
+
+def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """The graph's constant tensors by name, initializers and Constant nodes alike."""
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+            found[node.output[0]] = node.attribute[0].t
+    return found
 
 
 def fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -15,6 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ztp_deploy.exporters.fold import constants
 from ztp_deploy.exporters.vocabulary import MATRIX
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -70,7 +71,7 @@ def weight_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     of attention, which are products of tokens with tokens, not the patch embedding, and not the classifier.
     """
     rule = _Lowering(model.graph, TensorProto.FLOAT16)
-    pixels = rule.before_matrices()
+    pixels = rule._before_matrices()
     return [
         node
         for node in model.graph.node
@@ -89,8 +90,11 @@ class _Lowering:
         self.low = low
         self.types = _float_types(graph)
         self.producer = {name: node for node in graph.node for name in node.output}
-        self.constants = constants(graph)
-        self.lowered = self._tokens_way() - self.before_matrices() - self._classifier()
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        for node in graph.node:
+            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+                self.constants[node.output[0]] = node.attribute[0].t
+        self.lowered = self._tokens_way() - self._before_matrices() - self._classifier()
         self.casts: dict[tuple[str, int], str] = {}
 
     def run(self) -> None:
@@ -142,7 +146,7 @@ class _Lowering:
                 waiting.extend(node.input)
         return found
 
-    def before_matrices(self) -> set[str]:
+    def _before_matrices(self) -> set[str]:
         """Tensors computed from the image without any matrix product yet."""
         early = {value.name for value in self.graph.input}
         for node in self.graph.node:
@@ -175,15 +179,6 @@ class _Lowering:
         nodes = [node for node in self.graph.node if node.op_type != "Constant" or node.output[0] in used]
         del self.graph.node[:]
         self.graph.node.extend(nodes)
-
-
-def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """The graph's constant tensors by name, initializers and Constant nodes alike."""
-    found = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-            found[node.output[0]] = node.attribute[0].t
-    return found
 
 
 def _rounded(values: NDArray[Any], low: int) -> NDArray[Any]:

@@ -26,8 +26,8 @@ from ztp_deploy.backends.tensorrt.graph import GRAPH_FILE, low_products
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.exporters import vocabulary
-from ztp_deploy.exporters.fold import drop_unread, fold_constants
-from ztp_deploy.exporters.precision import constants, lower, weight_products
+from ztp_deploy.exporters.fold import constants, drop_unread, fold_constants
+from ztp_deploy.exporters.precision import lower, weight_products
 from ztp_deploy.exporters.vocabulary import QUANTISATION
 from ztp_deploy.quiet import quiet
 
@@ -72,6 +72,8 @@ def derive(job: BuildJob, settings: Settings) -> Derived:
 
     Raises BadRequest without images, MissingSoftware without ModelOpt, and GateFailed where nothing was quantised.
     """
+    from ztp_deploy.exporters.onnx import with_audit
+
     if job.calibration is None or not len(job.calibration):
         raise BadRequest(
             f"{job.precision} is calibrated on images and none were given.", "Give calibration images [M, 3, H, W]."
@@ -79,13 +81,17 @@ def derive(job: BuildJob, settings: Settings) -> Derived:
     if job.precision == "fp8" and settings.calibration != "max":
         raise BadRequest("fp8 is calibrated by the largest values only.", "Leave calibration out, or use int8.")
     calibration = Calibration(job.calibration, job.precision, settings.calibration)
+    manifest = job.artifact.manifest
     model = fold_constants(onnx.load(str(job.artifact.directory / GRAPH_FILE)))
     wanted = [node.name for node in weight_products(model) if node.op_type in _OPERATORS[job.precision]]
+    # As outputs the scores survive a tool that takes away what nothing reads.
+    model = with_audit(model, manifest.audit)
     model = quantised(model, wanted, calibration, job.directory, lambda share: job.advance(share * SHARE))
+    del model.graph.output[len(manifest.outputs) :]
     done = low_products(model, job.precision)
     model = lower(model, settings.float_precision)
     path = job.directory / GRAPH_FILE
-    vocabulary.check(model, job.artifact.manifest.plan, path, quantised=True)
+    vocabulary.check(model, manifest.plan, path, quantised=True)
     onnx.save_model(model, path)
     notes = []
     if left := [name for name in wanted if name not in done]:
