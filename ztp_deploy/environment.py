@@ -27,6 +27,7 @@ REPORTED_PACKAGES = (
     "tensorrt",
     "tensorrt-rtx",
     "tensorrt-rtx-cu13-libs",
+    "nvidia-modelopt",
     "polygraphy",
     "numpy",
 )

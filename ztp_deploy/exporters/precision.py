@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ztp_deploy.exporters.fold import constants
 from ztp_deploy.exporters.vocabulary import MATRIX
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -49,12 +50,36 @@ def matrix_types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def matrix_nodes(model: onnx.ModelProto) -> list[tuple[str, int]]:
-    """Every matrix product's node name and the element type it is computed in."""
+    """Every matrix product's node name and the element type it is computed in.
+
+    A product of two dequantised operands is computed in the type that they were quantised to.
+    """
     types = _float_types(model.graph)
+    stored = _quantised_types(model.graph)
+    found = []
+    for node in model.graph.node:
+        if node.op_type in MATRIX:
+            kinds = {stored.get(name, TensorProto.UNDEFINED) for name in node.input[:2]}
+            kind = kinds.pop() if len(kinds) == 1 else TensorProto.UNDEFINED
+            found.append((node.name, kind or types.get(node.output[0], TensorProto.UNDEFINED)))
+    return found
+
+
+def weight_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The matrix products of tokens with weights, in graph order: what may be quantised.
+
+    They lie on the way of the tokens and one operand is a constant. So no product of scores is among them, none
+    of attention, which are products of tokens with tokens, not the patch embedding, and not the classifier.
+    """
+    rule = _Lowering(model.graph, TensorProto.FLOAT16)
+    pixels = rule._before_matrices()
     return [
-        (node.name, types.get(node.output[0], TensorProto.UNDEFINED))
+        node
         for node in model.graph.node
         if node.op_type in MATRIX
+        and node.output[0] in rule.lowered
+        and node.input[1] in rule.constants
+        and node.input[0] not in pixels
     ]
 
 
@@ -199,8 +224,21 @@ _INTEGER = frozenset({"Shape", "Size", "ArgMax", "ArgMin"})
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
+def _quantised_types(graph: onnx.GraphProto) -> dict[str, int]:
+    """The element types that dequantised tensors were quantised to, by the tensors' names."""
+    known = constants(graph)
+    return {
+        node.output[0]: known[node.input[2]].data_type
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and len(node.input) > 2
+    }
+
+
 def _float_types(graph: onnx.GraphProto) -> dict[str, int]:
-    """Element types of all float tensors, by the few rules that the vocabulary's operators need."""
+    """Element types of all float tensors, by the few rules that the vocabulary's operators need.
+
+    A quantised tensor counts as one of the type it was quantised from, so that the tokens' way leads through it.
+    """
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     types |= {value.name: value.type.tensor_type.elem_type for value in graph.input}
     for node in graph.node:
@@ -217,7 +255,9 @@ def _float_types(graph: onnx.GraphProto) -> dict[str, int]:
         elif node.op_type in _INTEGER:
             kind = TensorProto.INT64
         else:
-            kind = types.get(node.input[1 if node.op_type in ("Where", "CastLike") else 0], TensorProto.UNDEFINED)
+            kind = types.get(
+                node.input[1 if node.op_type in ("Where", "CastLike", "DequantizeLinear") else 0], TensorProto.UNDEFINED
+            )
         for index, name in enumerate(node.output):
             types[name] = TensorProto.INT64 if node.op_type == "TopK" and index == 1 else kind
     return {name: kind for name, kind in types.items() if kind in _FLOATS}

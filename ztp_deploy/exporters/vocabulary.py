@@ -106,6 +106,8 @@ SHAPE = frozenset(
     ]
 )
 SELECTION = frozenset({"TopK", "Gather"})
+QUANTISATION = frozenset({"QuantizeLinear", "DequantizeLinear"})
+"""In graphs that a back end derives for int8 and fp8; an exported graph has none."""
 ALLOWED = MATRIX | ELEMENTWISE | REDUCTION | SHAPE | SELECTION
 
 FORBIDDEN = {
@@ -123,14 +125,17 @@ FORBIDDEN = {
 }
 
 
-def lint(model: onnx.ModelProto, plan: Plan) -> list[str]:
+def lint(model: onnx.ModelProto, plan: Plan, *, quantised: bool = False) -> list[str]:
     """Every way in which the graph breaks the vocabulary or the plan, as readable lines; empty when it keeps both.
+
+    `quantised`: the graph was derived for int8 or fp8 and may hold `QUANTISATION`.
 
     Checks operators and domains, each TopK (sorted, largest, k constant and at most 3840, k's as the plan's
     counts ask), each Gather by a computed index (axis 0; a constant index is a mere slice), and the outputs:
     `logits`, then `kept_i` int32 [batch, tokens_out] and, of methods that merge, `merged_i` int32 [batch, tokens_in].
     """
     constants = _constants(model)
+    allowed = ALLOWED | QUANTISATION if quantised else ALLOWED
     faults: list[str] = []
     counts: Counter[int] = Counter()
     for node in _nodes(model.graph):
@@ -139,7 +144,7 @@ def lint(model: onnx.ModelProto, plan: Plan) -> list[str]:
             faults.append(f"{name}: domain {node.domain!r} is not standard ONNX")
         elif node.op_type in FORBIDDEN:
             faults.append(f"{name} is forbidden: {FORBIDDEN[node.op_type]}")
-        elif node.op_type not in ALLOWED:
+        elif node.op_type not in allowed:
             faults.append(f"{name} is not in the vocabulary")
         elif node.op_type == "TopK":
             k = _lint_top_k(node, name, constants, faults)
@@ -151,9 +156,9 @@ def lint(model: onnx.ModelProto, plan: Plan) -> list[str]:
     return faults
 
 
-def check(model: onnx.ModelProto, plan: Plan, path: Path) -> None:
+def check(model: onnx.ModelProto, plan: Plan, path: Path, *, quantised: bool = False) -> None:
     """Raises GateFailed with the linter's findings."""
-    faults = lint(model, plan)
+    faults = lint(model, plan, quantised=quantised)
     if faults:
         shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise GateFailed(

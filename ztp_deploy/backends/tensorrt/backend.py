@@ -11,9 +11,10 @@ import onnx
 from ztp_deploy import environment
 from ztp_deploy.backends.base import BuildJob, Device
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.backends.tensorrt import runtime, timing_cache
+from ztp_deploy.backends.tensorrt import quantise, runtime, timing_cache
 from ztp_deploy.backends.tensorrt.build import Order, Plan, build_plan
-from ztp_deploy.backends.tensorrt.graph import LOW, with_batch
+from ztp_deploy.backends.tensorrt.graph import GRAPH_FILE, LOW, QUANTISED, with_batch
+from ztp_deploy.backends.tensorrt.home import check_gpu, check_home
 from ztp_deploy.backends.tensorrt.layers import Fusion, read_layers
 from ztp_deploy.backends.tensorrt.library import Library
 from ztp_deploy.backends.tensorrt.progress import Progress
@@ -23,7 +24,6 @@ from ztp_deploy.manifest import EngineManifest
 
 PLAN_FILE = "model.plan"
 AUDIT_FILE = "audit.plan"
-GRAPH_FILE = "model.onnx"
 
 
 class TensorRT:
@@ -31,8 +31,8 @@ class TensorRT:
 
     FORMAT = "onnx"
     DEVICES = ("cuda",)
-    PRECISIONS = ("fp32", *LOW)
-    CALIBRATED: tuple[str, ...] = ()
+    PRECISIONS = ("fp32", *LOW, *QUANTISED)
+    CALIBRATED = tuple(QUANTISED)
 
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
@@ -69,14 +69,25 @@ class TensorRT:
         return parse(Settings, settings, self.library.module)
 
     def graph_precision(self, precision: str) -> str:
-        """Networks are strongly typed: the graph carries the precision."""
+        """Networks are strongly typed: the graph carries the precision; int8 and fp8 are calibrated here.
+
+        Raises MissingSoftware where they are asked for without ModelOpt.
+        """
+        if precision in QUANTISED:
+            quantise.require()
+            return "fp32"
         return precision
 
     def build(self, job: BuildJob) -> dict[str, Any]:
-        """Writes `model.plan` and, with `audit`, `audit.plan`; says what fused and what runs in the precision."""
+        """Writes `model.plan` and, with `audit`, `audit.plan`; says what fused and what runs in the precision.
+
+        int8 and fp8 engines come with `model.onnx`, the graph with Q/DQ that they are built from.
+        """
         settings = Settings.model_validate(job.settings)
         manifest = job.artifact.manifest
-        graph = job.artifact.directory / GRAPH_FILE
+        check_gpu(job.precision)
+        derived = quantise.derive(job, settings) if job.precision in QUANTISED else None
+        graph = (job.directory if derived else job.artifact.directory) / GRAPH_FILE
         shipped = with_batch(onnx.load(str(graph), load_external_data=False), job.batch)
         audited = settings.audit and bool(manifest.audit)
         timings = None
@@ -92,7 +103,7 @@ class TensorRT:
             settings=settings,
             timings=timings,
         )
-        share = 0.5 if audited else 1.0
+        share = (1 - quantise.SHARE if derived else 1.0) / (2 if audited else 1)
         main = order(model=shipped)
         plan = build_plan(main, Progress(job.advance, share))
         (job.directory / PLAN_FILE).write_bytes(plan.data)
@@ -102,6 +113,8 @@ class TensorRT:
 
             second = order(model=with_audit(shipped, manifest.audit))
             (job.directory / AUDIT_FILE).write_bytes(build_plan(second, Progress(job.advance, share)).data)
+        if derived:
+            return built | {"calibration": derived.calibration, "notes": [*derived.notes, *built["notes"]]}
         if settings.strip_plan:
             job.copy_graph()  # the weights that the plans lack
         return built
@@ -132,7 +145,7 @@ class TensorRT:
         import torch
 
         settings = Settings.model_validate(manifest.settings)
-        self._check_home(directory, manifest, settings)
+        check_home(directory, manifest, self.library, self.version(), settings)
         if not torch.cuda.is_available():
             raise MissingSoftware("torch sees no GPU, and it keeps the engine's memory.", "Install torch with CUDA.")
         weights = directory / GRAPH_FILE if settings.strip_plan else None
@@ -151,37 +164,6 @@ class TensorRT:
         return runtime.TensorRTRunner(
             execute(PLAN_FILE), partial(execute, audit_file), manifest.outputs, manifest.audit
         )
-
-    def _check_home(self, directory: Path, manifest: EngineManifest, settings: Settings) -> None:
-        """Raises MissingSoftware for a plan of another GPU or version: the library would say it worse, or crash."""
-        here = environment.gpus()
-        if not here:
-            raise MissingSoftware(
-                f"{directory} needs an NVIDIA GPU, and none was found.", "Open it where there is one."
-            )
-        if not _opens(manifest.backend_version, self.version(), settings.version_compatible):
-            raise MissingSoftware(
-                f"{directory} was built with {self.library.title} {manifest.backend_version}; this is {self.version()}.",
-                "Build it again, or build with version_compatible.",
-            )
-        home = manifest.built.get("gpu")
-        if home is None or settings.hardware_compatible == "ampere_plus":
-            return
-        same = here[0].compute_capability == home["compute_capability"]
-        if not same or (settings.hardware_compatible == "none" and here[0].name != home["name"]):
-            raise MissingSoftware(
-                f"{directory} was built for {home['name']} (compute capability {home['compute_capability']}); "
-                f"this is {here[0].name} ({here[0].compute_capability}).",
-                "Build it again on this GPU, or build with hardware_compatible.",
-            )
-
-
-def _opens(built: str, here: str, version_compatible: bool) -> bool:
-    """Whether a plan opens in this release: the very one, or a later one of the same major version where built for it."""
-    if not version_compatible:
-        return built == here
-    one, other = ([int(part) for part in version.split(".")[:2] if part.isdigit()] for version in (built, here))
-    return one[:1] == other[:1] and one <= other
 
 
 def _notes(fused: Fusion, order: Order) -> list[str]:

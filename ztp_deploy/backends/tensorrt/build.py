@@ -11,7 +11,7 @@ import onnx
 
 from ztp_deploy.backends.tensorrt import config as configuration
 from ztp_deploy.backends.tensorrt import network as networks
-from ztp_deploy.backends.tensorrt.graph import attentions, low_products
+from ztp_deploy.backends.tensorrt.graph import QUANTISED, attentions, low_products
 from ztp_deploy.backends.tensorrt.layers import Fusion, Layer, check_engine_precision, fusion, read_layers
 from ztp_deploy.backends.tensorrt.library import Library, listening
 from ztp_deploy.backends.tensorrt.progress import Progress, interruptible, monitor
@@ -39,6 +39,11 @@ class Order:
     settings: Settings
     timings: Path | None
 
+    @property
+    def computes_in(self) -> tuple[str, ...]:
+        """The precision asked for and, where that quantises, what the rest of the tokens' way is computed in."""
+        return (self.precision, self.settings.float_precision) if self.precision in QUANTISED else (self.precision,)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -50,11 +55,11 @@ class Plan:
 
     def proofs(self, order: Order) -> tuple[Fusion, dict[str, int] | None]:
         """What fused, and which matrix products run in the precision asked for. Raises GateFailed."""
-        low = low_products(order.model, order.precision)
-        return (
-            fusion(self.layers, attentions(order.model), order.stages),
-            check_engine_precision(self.layers, low, order.precision),
-        )
+        found = [
+            check_engine_precision(self.layers, low_products(order.model, precision), precision)
+            for precision in order.computes_in
+        ]
+        return fusion(self.layers, attentions(order.model), order.stages), found[0]
 
 
 @dataclass
@@ -81,7 +86,7 @@ def build_plan(order: Order, progress: Progress) -> Plan:
     with listening(trt, heard) as log:
         builder: tensorrt.Builder = _builder(trt, order.library, log, heard)
         network, parser = networks.parse(trt, builder, log, order.model, order.graph)
-        products = networks.check_precision(trt, network, order.model, order.precision)
+        counts = [networks.check_precision(trt, network, order.model, precision) for precision in order.computes_in]
         config: tensorrt.IBuilderConfig = builder.create_builder_config()
         configuration.configure(trt, order.library, config, order.settings)
         if heard.unsupported:
@@ -98,7 +103,7 @@ def build_plan(order: Order, progress: Progress) -> Plan:
         if order.timings is not None:
             configuration.keep_timings(config, order.timings)
     progress.complete()
-    return Plan(data, heard.layers, products)
+    return Plan(data, heard.layers, counts[0])
 
 
 def _builder(trt: Any, library: Library, log: tensorrt.ILogger, heard: _Heard) -> Any:

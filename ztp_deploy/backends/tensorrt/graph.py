@@ -12,7 +12,9 @@ from ztp_deploy.exporters.precision import matrix_nodes
 from ztp_deploy.exporters.vocabulary import ELEMENTWISE
 from ztp_deploy.manifest import BatchRange
 
+GRAPH_FILE = "model.onnx"
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+QUANTISED = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 _PASSING = ELEMENTWISE | {"Reshape", "Transpose", "Expand"}
 
 
@@ -53,7 +55,7 @@ def with_batch(model: onnx.ModelProto, batch: BatchRange) -> onnx.ModelProto:
 
 def low_products(model: onnx.ModelProto, precision: str) -> frozenset[str]:
     """Names of the matrix products (MatMul, Gemm, Conv) that the graph computes in `precision`; none for fp32."""
-    wanted = LOW.get(precision)
+    wanted = (LOW | QUANTISED).get(precision)
     return frozenset(name for name, kind in matrix_nodes(model) if kind == wanted)
 
 

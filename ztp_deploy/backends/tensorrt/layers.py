@@ -18,7 +18,10 @@ _LAYER = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>
 _CARRIED = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _READS = re.compile(r"Inputs: \[(?P<tensors>.*?)\](?=, (?:Constants|Outputs): )")
 _TYPE = re.compile(r"Datatype: (\w+)")
-TYPES = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16"}
+TYPES = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16", "int8": "Int8", "fp8": "FP8"}
+_FLOAT32 = frozenset({"Float"})
+_WIDER = {"fp16": _FLOAT32, "bf16": _FLOAT32} | dict.fromkeys(("int8", "fp8"), _FLOAT32 | {"Half", "BFloat16"})
+"""What a product must not run in where it was asked for in the precision."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def fusion(layers: Sequence[Layer], attentions: Sequence[AttentionNodes], stages
 def check_engine_precision(layers: Sequence[Layer], low: frozenset[str], precision: str) -> dict[str, int] | None:
     """How many of the matrix products that were asked for in `precision` run in it; None where the library did not say.
 
-    Raises GateFailed where one runs in another type: an fp16 request must not end in an fp32 engine.
+    Raises GateFailed where one runs in a wider type: an fp16 request must not end in an fp32 engine.
     """
     if not low or not any(layer.carries for layer in layers):
         return None
@@ -101,11 +104,12 @@ def check_engine_precision(layers: Sequence[Layer], low: frozenset[str], precisi
     carriers = {name: [layer for layer in layers if name in layer.carries] for name in low}
     # Beside the product itself, layers that prepare an operand carry its node: one that reads the type is enough.
     proved = {name for name, found in carriers.items() if any(wanted in layer.reads for layer in found)}
-    failed = sorted(name for name in low - proved if any("Float" in layer.reads for layer in carriers[name]))
+    wider = _WIDER[precision]
+    failed = sorted(name for name in low - proved if any(wider & layer.reads for layer in carriers[name]))
     if failed:
         raise GateFailed(
-            f"{precision} was asked for, but {len(failed)} of {len(low)} matrix products run in float32, "
-            f"the first being {failed[0]}.",
+            f"{precision} was asked for, but {len(failed)} of {len(low)} matrix products run in "
+            f"{'float32' if wider == _FLOAT32 else 'a wider type'}, the first being {failed[0]}.",
             "Do not ship this engine; build it again with another release of the library, or in fp32.",
         )
     return {"asked": len(low), "proved": len(proved)}

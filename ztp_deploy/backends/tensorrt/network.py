@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
-from ztp_deploy.backends.tensorrt.graph import low_products
+from ztp_deploy.backends.tensorrt.graph import QUANTISED, low_products
 from ztp_deploy.backends.tensorrt.library import member
 from ztp_deploy.errors import GateFailed
 
@@ -58,18 +58,26 @@ def check_precision(trt: Any, network: tensorrt.INetworkDefinition, model: onnx.
 
     Raises GateFailed where one that the graph has in that type turned into another, or where there is none.
     """
-    kinds = {"fp32": trt.DataType.FLOAT, "fp16": trt.DataType.HALF, "bf16": trt.DataType.BF16}
+    kinds = {
+        "fp32": trt.DataType.FLOAT,
+        "fp16": trt.DataType.HALF,
+        "bf16": trt.DataType.BF16,
+        "int8": trt.DataType.INT8,
+        "fp8": trt.DataType.FP8,
+    }
     products = (trt.LayerType.MATRIX_MULTIPLY, trt.LayerType.CONVOLUTION)
     asked = low_products(model, precision)
+    layers: list[tensorrt.ILayer] = [network.get_layer(index) for index in range(network.num_layers)]
+    producers = _producers(layers) if precision in QUANTISED else {}
     count, wrong = 0, []
-    for index in range(network.num_layers):
-        layer: tensorrt.ILayer = network.get_layer(index)
+    for layer in layers:
         if layer.type not in products:
             continue
-        matches = layer.get_output(0).dtype == kinds[precision]
+        kind = _computed_in(trt, layer, producers)
+        matches = kind == kinds[precision]
         count += matches
         if not matches and (precision == "fp32" or layer.name in asked):
-            wrong.append(f"{layer.name} ({layer.get_output(0).dtype.name.lower()})")
+            wrong.append(f"{layer.name} ({kind.name.lower()})")
     if wrong or not count or count < len(asked):
         found = f"only {count} of {len(asked)} matrix products are"
         if wrong:
@@ -81,3 +89,26 @@ def check_precision(trt: Any, network: tensorrt.INetworkDefinition, model: onnx.
             "Export the graph in that precision again.",
         )
     return count
+
+
+def _producers(layers: list[tensorrt.ILayer]) -> dict[str, tensorrt.ILayer]:
+    return {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+
+
+def _computed_in(trt: Any, product: tensorrt.ILayer, producers: dict[str, tensorrt.ILayer]) -> Any:
+    """What a product's operands were quantised to where both were to the same type, else the type of its result."""
+    if producers and product.num_inputs > 1:
+        stored = [_stored_in(trt, product.get_input(index), producers) for index in (0, 1)]
+        if stored[0] is not None and stored[0] == stored[1]:
+            return stored[0]
+    return product.get_output(0).dtype
+
+
+def _stored_in(trt: Any, operand: tensorrt.ITensor, producers: dict[str, tensorrt.ILayer]) -> Any:
+    """The type that a dequantised operand comes from; None for any other. The parser gives weights a new shape."""
+    layer = producers.get(operand.name)
+    while layer is not None and layer.type == trt.LayerType.SHUFFLE:
+        layer = producers.get(layer.get_input(0).name)
+    if layer is None or layer.type != trt.LayerType.DEQUANTIZE:
+        return None
+    return layer.get_input(0).dtype

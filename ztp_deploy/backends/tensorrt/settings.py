@@ -17,6 +17,8 @@ class Settings(BaseModel):
     `refit`: weights can be replaced; `strip_plan`: they are left out of the plan and put in from `model.onnx` at opening.
     `require_fusion`: an attention that did not fuse is an error, not a note.
     `cuda_graph`: record one CUDA graph per batch size and replay it.
+    `calibration`: scales of int8 and fp8 from the largest values seen, or (int8) by least entropy lost.
+    `float_precision`: what an int8 or fp8 engine computes in where it does not compute in those.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +33,8 @@ class Settings(BaseModel):
     strip_plan: bool = False
     require_fusion: bool = False
     cuda_graph: bool = False
+    calibration: Literal["max", "entropy"] = "max"
+    float_precision: Literal["fp16", "bf16"] = "fp16"
 
     @model_validator(mode="after")
     def _one_way_to_refit(self) -> Settings:
