@@ -23,10 +23,10 @@ FORMS = ("compact", "masked")
 BOUND = 1e-5
 
 
-def golden_pruned(name):
+def golden_pruned(name, **options):
     blocks = len(golden.CASES[name]["arguments"]["ats_blocks"])
     model = golden_model(name)
-    plan = ztp.make_plan(model, "ats", keep=[49] * blocks, sites=SITES[name], options={"form": "masked"})
+    plan = ztp.make_plan(model, "ats", keep=[49] * blocks, sites=SITES[name], options={"form": "masked"} | options)
     assert [stage.block - 1 for stage in plan.stages] == golden.CASES[name]["arguments"]["ats_blocks"]
     return ztp.prune(model, plan)
 
@@ -37,23 +37,20 @@ def as_sampled(kept):
     return np.array([[row + [-1] * (50 - len(row)) for row in stage] for stage in rows])
 
 
-def padded_start(score, alive=None):
-    """The distribution's start in official code, which pads a batch: 0 for images that are not its fullest."""
-    start = score.masked_fill(score == 0, 1).amin(1, keepdim=True)
-    if alive is None:
-        return start
-    count = alive.sum(1, keepdim=True)
-    return torch.where(count < count.max(), 0.0, start)
-
-
 @pytest.mark.parametrize("name", SITES)
-def test_official_batches(name, monkeypatch):
-    """With official padding put in, everything official code did to the batch, image by image."""
-    monkeypatch.setattr(ats, "start_of", padded_start)
-    outputs = run(golden_pruned(name), golden.images(name))
+def test_official_batches(name):
+    """Everything official code did to the batch, image by image."""
+    outputs = run(golden_pruned(name, batch_padding=True), golden.images(name))
     golden.assert_matches(name, "logits", outputs.logits)
     golden.assert_matches(name, "token_count", np.stack([(kept >= 0).sum(1).numpy() + 1 for kept in outputs.kept]))
     golden.assert_matches(name, "sampled", as_sampled(outputs.kept))
+
+
+def test_official_padding_is_no_engine(tmp_path):
+    with pytest.raises(BadRequest, match="depends on the others in its batch"):
+        ztp.export(golden_pruned("ats_tiny", batch_padding=True), "onnx", tmp_path / "a")
+    with pytest.raises(BadRequest, match="masked form"):
+        methods.parse_options("ats", {"batch_padding": True})
 
 
 @pytest.mark.parametrize("name, images", [("ats_tiny", [1]), ("ats_tiny_two_layers", [0, 1])])
@@ -82,7 +79,7 @@ def test_golden_notices_mistakes(mistake, monkeypatch):
     if mistake == "value_norm":
         monkeypatch.setattr(ats, "significance", _attention_alone)
     elif mistake == "start":
-        monkeypatch.setattr(ats, "start_of", lambda score, alive=None: torch.zeros_like(score[:, :1]))
+        monkeypatch.setattr(ats, "start_of", lambda score, *more: torch.zeros_like(score[:, :1]))
     else:
         monkeypatch.setattr(ats, "distribution", lambda score, start: score.cumsum(1))
     outputs = run(golden_pruned(name), golden.images(name))
@@ -162,7 +159,7 @@ def test_a_ratio_is_the_flop_share_of_zero_tprune(ratio):
     assert [stage.block for stage in plan.stages] == list(range(4, 13))
     assert plan.flops.share == pytest.approx(zero_tprune_share(describe("deit_s")[1], ratio), rel=0.003)
     assert {stage.place for stage in plan.stages} == {"attention_rows"}
-    assert plan.options == {"form": "compact"}
+    assert plan.options == {"form": "compact", "batch_padding": False}
     assert plan.asked == {"ratio": ratio}
 
 

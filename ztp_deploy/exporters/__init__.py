@@ -87,6 +87,11 @@ def export(
         raise BadRequest(
             f"Only pruned modules are exported; a {type(pruned).__name__} came.", "Call ztp.prune(model, plan) first."
         )
+    if any(getattr(stage, "batch_dependent", False) for stage in pruned.stages.values()):
+        raise BadRequest(
+            f"What {pruned.plan.label} keeps of an image depends on the others in its batch: no engine could be proved.",
+            "Leave that option out (batch_padding of ats).",
+        )
     final = Path(directory)
     check_replaceable(final, ArtifactManifest)
     sweep(final.parent)

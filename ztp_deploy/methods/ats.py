@@ -13,7 +13,8 @@ Two forms, written into every plan as the option `form`:
   needs, up to the budget; shapes are fixed and time is not saved.
 
 Official code, whose budget is the number of all patches at every stage, pads the images of a batch to the fullest of
-them, and padding moves the distribution's start. Here every image is sampled as official code samples it alone.
+them, and padding moves the distribution's start. Here every image is sampled as official code samples it alone, unless
+`batch_padding` asks for the official batch; no engine is made of that.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
@@ -47,9 +49,20 @@ TINY = torch.finfo(torch.float32).tiny
 
 
 class Options(MethodOptions):
-    """Choices of ATS. `form`: "compact" keeps exactly k tokens, "masked" up to k (see the module's text)."""
+    """Choices of ATS. `form`: "compact" keeps exactly k tokens, "masked" up to k (see the module's text).
+
+    `batch_padding`, of the masked form: images with fewer tokens than the fullest of their batch are sampled as if
+    padded, to compare with official code. What an image keeps then depends on its neighbours, so that it is not exported.
+    """
 
     form: Literal["compact", "masked"] = "compact"
+    batch_padding: bool = False
+
+    @model_validator(mode="after")
+    def _padded_where_masked(self) -> Options:
+        if self.batch_padding and self.form != "masked":
+            raise ValueError("batch_padding belongs to the masked form")
+        return self
 
 
 # --- counts ------------------------------------------------------------------------------------
@@ -121,11 +134,18 @@ def significance(attention: Attention, class_token: int, special_tokens: int, al
     return score / score.sum(1, keepdim=True)
 
 
-def start_of(score: Tensor, alive: Tensor | None = None) -> Tensor:
-    """Where the distribution of significance [B, n] starts, [B, 1]: its smallest value among the alive."""
-    if alive is not None:
-        score = torch.where(alive > 0, score, 1.0)
-    return score.amin(1, keepdim=True)
+def start_of(score: Tensor, alive: Tensor | None = None, batch_padding: bool = False) -> Tensor:
+    """Where the distribution of significance [B, n] starts, [B, 1]: its smallest value among the alive.
+
+    With `batch_padding` 0, which is the padding's, for images that hold fewer tokens than the fullest.
+    """
+    if alive is None:
+        return score.amin(1, keepdim=True)
+    start = torch.where(alive > 0, score, 1.0).amin(1, keepdim=True)
+    if batch_padding:
+        count = alive.sum(1, keepdim=True)
+        start = torch.where(count < count.max(), 0.0, start)
+    return start
 
 
 def distribution(score: Tensor, start: Tensor) -> Tensor:
@@ -154,9 +174,9 @@ def even_fractions(points: int) -> Tensor:
     return torch.linspace(0, 1, points) if points > 1 else torch.ones(1)
 
 
-def sample(score: Tensor, fractions: Tensor, alive: Tensor | None = None) -> Tensor:
+def sample(score: Tensor, fractions: Tensor, alive: Tensor | None = None, batch_padding: bool = False) -> Tensor:
     """1.0 for each slot [B, n] that a sampling point is nearest to; ties to the lower slot."""
-    table = distances(distribution(score, start_of(score, alive)), fractions)
+    table = distances(distribution(score, start_of(score, alive, batch_padding)), fractions)
     return one_hot((-table).argmax(2), score.shape[1]).amax(2)
 
 
@@ -182,6 +202,7 @@ class AtsStage(StageModule):
         self.special_tokens = geometry.special_tokens
         self.class_token = geometry.class_token
         self.form = options.form
+        self.batch_dependent = options.batch_padding
         self.register_buffer("fractions", even_fractions(stage.static["points"]), persistent=False)
 
     def forward(
@@ -190,7 +211,7 @@ class AtsStage(StageModule):
         assert attention is not None
         alive = None if state.alive is None else state.alive[:, self.special_tokens :]
         score = significance(attention, self.class_token, self.special_tokens, alive)
-        sampled = sample(score, self.fractions, alive)
+        sampled = sample(score, self.fractions, alive, self.batch_dependent)
         if forced is None:
             kept = keep_slots(sampled, score, self.keep, self.form)
             present = take(sampled, kept)

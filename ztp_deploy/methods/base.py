@@ -43,6 +43,8 @@ class StageModule(nn.Module):
     """A stage at work; subclasses implement `forward`."""
 
     needs_attention: bool = False
+    batch_dependent: bool = False
+    """Whether what an image keeps depends on the others in its batch; such a stage is not exported."""
 
     def forward(
         self, tokens: Tensor, state: TokenState, attention: Attention | None, forced: Tensor | None = None

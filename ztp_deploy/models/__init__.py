@@ -271,7 +271,7 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
     repository = config.get("hf_hub_id")
     if not repository and "origin_url" in config:
         raise MissingSoftware(
-            f"The weights of {architecture} are on no hub: they come from {config['origin_url']} "
+            f"The {key} weights of {architecture} are on no hub: they come from {config['origin_url']} "
             f"and are licensed {config['license']}.",
             "Download the checkpoint there and give its path: WEIGHTS=path.",
         )
