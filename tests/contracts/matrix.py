@@ -19,6 +19,7 @@ BACKBONES: dict[str, ModelSize] = {
     "deit_t_distilled": tiny.SIZE,
     "eva02_t_336": ModelSize(img_size=98, depth=4, embed_dim=48, num_heads=3, num_classes=10),
     "mae_vit_b": tiny.SIZE,
+    "vit_base_patch16_siglip_224": tiny.SIZE,
     "swag_vit_b16": tiny.SIZE,
     "lvvit_t": tiny.SIZE,
     "t2t_vit_7": ModelSize(img_size=64, depth=4, embed_dim=48, num_heads=3, num_classes=10),
