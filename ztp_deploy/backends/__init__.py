@@ -189,7 +189,7 @@ def build(
             backend=name,
             backend_version=module.version(),
             device=target.name,
-            provider=target.provider,
+            provider=built.pop("provider", target.provider),
             batch=span,
             settings=chosen,
             built=built,
