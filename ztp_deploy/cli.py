@@ -73,7 +73,7 @@ DeviceName = Annotated[
     str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="fp32, fp16, bf16 or int8, as far as the back end has it.  \\[default: fp32]")
+    str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, as far as the back end has it.  \\[default: fp32]")
 ]
 Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  \\[default: 1:8:64]")]
 InputType = Annotated[
@@ -179,7 +179,7 @@ def build(
     directory: EnginesRoot = Path("engines"),
     as_json: AsJson = False,
 ) -> None:
-    """Build an engine folder from an artifact; int8 is calibrated on images."""
+    """Build an engine folder from an artifact; int8 and fp8 are calibrated on images."""
     from ztp_deploy import exporters, workflow
 
     request = _build_request(profile, backend, device, precision, batch, None, Path("export"), directory)
