@@ -163,7 +163,7 @@ def build(
     directory: EnginesRoot = Path("engines"),
     as_json: AsJson = False,
 ) -> None:
-    """Build an engine folder from an artifact; int8 is calibrated on images."""
+    """Build an engine folder from an artifact; int8 and fp8 are calibrated on images."""
     from ztp_deploy import exporters, workflow
 
     request = build_request(profile, backend, device, precision, batch, None, Path("export"), directory)

@@ -22,6 +22,7 @@ REPORTED_PACKAGES = (
     "onnxscript",
     "onnxruntime-gpu",
     "onnxruntime",
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13",
     "openvino",
     "nncf",
     "tensorrt",

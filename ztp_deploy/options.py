@@ -14,7 +14,7 @@ Model = Annotated[
     str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")
 ]
 Method = Annotated[
-    str | None, typer.Option(help="Pruning method: zero_tprune, slice, or dense for none.  \\[default: zero_tprune]")
+    str | None, typer.Option(help="Pruning method (`ztp list`), or dense for none.  \\[default: zero_tprune]")
 ]
 Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
 FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
@@ -39,7 +39,7 @@ DeviceName = Annotated[
     str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="fp32, fp16, bf16 or int8, as far as the back end has it.  \\[default: fp32]")
+    str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, as far as the back end has it.  \\[default: fp32]")
 ]
 Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  \\[default: 1:8:64]")]
 InputType = Annotated[

@@ -26,6 +26,7 @@ from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, tw
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise, unproved_line
+from ztp_deploy.evidence.reproducer import write_reproducer
 from ztp_deploy.evidence.selftest import write_selftest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, folder_tags, write_text
@@ -226,7 +227,10 @@ def check_runnable(request: BuildRequest) -> None:
 def check(
     engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = DEFAULT_COUNT
 ) -> ParityReport:
-    """The parity gate on photographs; the report is written, passed or not, and the self-test where it passed."""
+    """The parity gate on photographs; the report is written, passed or not.
+
+    Where it passed the self-test joins it, else a case for Polygraphy.
+    """
     manifest = engine.manifest
     with clock.step("prepare images"):
         pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, count)
@@ -235,6 +239,8 @@ def check(
         report = check_parity(engine, model, pictures, progress=advance)
     if report.passed:
         write_selftest(engine.directory, pictures.pixels)
+    elif script := write_reproducer(engine, model, pictures, report):
+        clock.monitor.warn(f"To see the first fault with Polygraphy: sh {script}")
     return report
 
 

@@ -95,3 +95,16 @@ def test_check_names_the_fault(tmp_path):
     bad = onnx.parser.parse_model(GOOD.replace("TopK <sorted = 1>", "TopK <sorted = 0>"))
     with pytest.raises(GateFailed, match="not sorted"):
         vocabulary.check(bad, PLAN, tmp_path / "model.onnx")
+
+
+def test_quantised_tensors_are_for_derived_graphs_alone():
+    text = GOOD.replace("int64[1] k = {3}", "int64[1] k = {3}, float scale = {0.5}, int8 zero = {0}").replace(
+        "logits = Identity (images)",
+        "stored = QuantizeLinear (images, scale, zero)\n  logits = DequantizeLinear (stored, scale, zero)",
+    )
+    model = onnx.parser.parse_model(text)
+    faults = vocabulary.lint(model, PLAN)
+    assert [fault.split()[0] for fault in faults] == ["QuantizeLinear", "DequantizeLinear"]
+    assert vocabulary.lint(model, PLAN, quantised=True) == []
+    scattered = onnx.parser.parse_model(text.replace("DequantizeLinear (stored, scale, zero)", "Einsum (stored)"))
+    assert any("Einsum" in fault for fault in vocabulary.lint(scattered, PLAN, quantised=True))

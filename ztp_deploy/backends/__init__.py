@@ -121,7 +121,7 @@ def build(
     `device`: "auto" (a GPU where back end and machine have one), "cpu" or "cuda". `batch` is
     (smallest, optimal, largest). `directory` defaults to the path under `engines/` that names
     everything the engine depends on. `settings` are the back end's own. `calibration`: images
-    [M, 3, H, W] for precisions that are fitted to some (int8). `progress` is called with shares
+    [M, 3, H, W] for precisions that are fitted to some (int8, fp8). `progress` is called with shares
     of the work done. Where this machine cannot run the engine (no GPU), `manifest.unproved` says so.
     Raises BadRequest, MissingSoftware, DamagedFiles, WriteFailed, and GateFailed where what came out is not
     what was asked for.
@@ -189,7 +189,7 @@ def build(
             backend=name,
             backend_version=module.version(),
             device=target.name,
-            provider=target.provider,
+            provider=built.pop("provider", target.provider),
             batch=span,
             settings=chosen,
             built=built,

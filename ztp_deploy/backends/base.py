@@ -100,6 +100,7 @@ class Backend(Protocol):
     def build(self, job: BuildJob) -> dict[str, Any]:
         """Writes the engine's files and returns what the manifest should say of them (`built`).
 
+        A `provider` among that takes the place of the device's.
         Raises BadRequest, GateFailed (the engine is not what was asked for) and MissingSoftware.
         """
 

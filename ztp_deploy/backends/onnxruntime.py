@@ -1,15 +1,16 @@
-"""ONNX Runtime, on the CPU or with CUDA; the provider that really runs is checked."""
+"""ONNX Runtime, on the CPU, with CUDA or with TensorRT-RTX; the provider that really runs is checked."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
+from ztp_deploy.backends import onnxruntime_rtx as rtx
 from ztp_deploy.backends.base import BuildJob, Device
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
@@ -29,12 +30,16 @@ _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}
 
 
 class Settings(BaseModel):
-    """`threads` 0: one per core. `spin_between_runs`: idle threads keep a core busy for a faster wake-up."""
+    """`threads` 0: one per core. `spin_between_runs`: idle threads keep a core busy for a faster wake-up.
+
+    `provider`: the device's own (CPU or CUDA), or on RTX GPUs NVIDIA's plugin for TensorRT-RTX.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     threads: int = Field(default=0, ge=0, le=1024)
     spin_between_runs: bool = False
+    provider: Literal["auto", "tensorrt_rtx"] = "auto"
 
 
 def missing() -> str | None:
@@ -82,6 +87,8 @@ def graph_precision(precision: str) -> str:
 
 def build(job: BuildJob) -> dict[str, Any]:
     """The engine is the graph itself. Raises BadRequest for precisions the device does not compute in."""
+    if Settings(**job.settings).provider == "tensorrt_rtx":
+        return _build_for_rtx(job)
     known = _PRECISIONS_OF[job.device.name]
     if job.precision not in known:
         raise BadRequest(
@@ -90,6 +97,18 @@ def build(job: BuildJob) -> dict[str, Any]:
         )
     job.copy_graph()
     return {}
+
+
+def _build_for_rtx(job: BuildJob) -> dict[str, Any]:
+    rtx.device()
+    if job.device.name != "cuda" or job.precision not in rtx.PRECISIONS:
+        raise BadRequest(
+            f"provider=tensorrt_rtx computes in {' or '.join(rtx.PRECISIONS)} on cuda (its fp32 may be TF32); "
+            f"{job.precision} on {job.device.name} was asked for.",
+            f"Use device=cuda and precision={rtx.PRECISIONS[0]}.",
+        )
+    job.copy_graph()
+    return {"provider": rtx.PROVIDER}
 
 
 def unrunnable(device: Device) -> str | None:
@@ -183,10 +202,12 @@ class OnnxRuntimeRunner:
                     "This engine was built for a GPU and none was found.", "Build it again with device=cpu."
                 )
             ort.preload_dlls()
+        providers: Any = [(self._provider, _PROVIDER_OPTIONS.get(self._provider, {}))]
+        if self._provider == rtx.PROVIDER:
+            rtx.use(options, self._manifest)
+            providers = None  # named here, they would take the place of those in the options
         try:
-            session = ort.InferenceSession(
-                graph, options, providers=[(self._provider, _PROVIDER_OPTIONS[self._provider])]
-            )
+            session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
             reason = str(error).splitlines()[0]
             raise DamagedFiles(f"ONNX Runtime cannot open {self._graph}: {reason}.", "Build it again.") from error
@@ -196,4 +217,5 @@ class OnnxRuntimeRunner:
                 f"ONNX Runtime fell back to {running} although {self._provider} was asked for.",
                 "Check the CUDA libraries (`ztp doctor`), or build with device=cpu.",
             )
+        session.disable_fallback()  # of the Python package, which would run on the CPU after an error
         return session

@@ -29,16 +29,16 @@ def main(artifact: Path, folder: Path) -> None:
     float16 = exporters.convert(float32, "fp16", folder / "fp16")
     answer: dict[str, object] = {"version": backend.version()}
 
-    def build(source: exporters.Artifact, name: str, **settings: object) -> dict[str, object]:
+    def build(source: exporters.Artifact, name: str, precision: str = "", **settings: object) -> dict[str, object]:
         (folder / name).mkdir()
         job = BuildJob(
             artifact=source,
             directory=folder / name,
             device=backend.resolve_device("auto"),
-            precision=source.manifest.precision,
+            precision=precision or source.manifest.precision,
             batch=BatchRange.parse("1:2:4"),
             settings=backend.parse_settings({"timing_cache": False, **settings}),
-            calibration=None,
+            calibration=np.random.default_rng(0).standard_normal((2, 3, 96, 96), dtype=np.float32),
             advance=lambda share: None,
         )
         return backend.build(job)
@@ -47,6 +47,9 @@ def main(artifact: Path, folder: Path) -> None:
     answer["fp16"] = built = build(float16, "half", hardware_compatible="none", workspace_mib=512)
     answer["gpu"] = built["gpu"]
     answer["files"] = sorted(path.name for path in (folder / "half").iterdir())
+    if environment.installed("nvidia-modelopt"):
+        for precision in ("int8", "fp8"):
+            answer[precision] = build(float32, precision, precision, audit=False)
     model = onnx.load(str(artifact / "model.onnx"))
     model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 10), np.int64), "index"))
     last = next(node for node in model.graph.node if "logits" in node.output)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.backends.tensorrt import needs_rtx
+from tests.backends.tensorrt import needs_modelopt, needs_rtx
 from ztp_deploy import cli, environment
+from ztp_deploy.backends.tensorrt import quantise
+from ztp_deploy.evidence.images import photograph_crops
 
 pytestmark = needs_rtx
 
@@ -51,8 +54,6 @@ def report(ztp):
 
 
 def test_an_engine_is_built_and_said_not_to_have_run(report):
-    from pathlib import Path
-
     code, summary, _told = report
     assert code == 0
     assert summary["unproved"] == "no NVIDIA GPU was found"
@@ -85,6 +86,28 @@ def test_what_would_run_it_is_refused(report, ztp, capsys):
         code, out, err = ztp(capsys, *command)
         assert (code, out) == (3, ""), err
         assert "no NVIDIA GPU was found" in err
+
+
+@needs_modelopt
+def test_int8_is_calibrated_on_the_users_pictures(report, ztp, capsys, tmp_path):
+    for index, crop in enumerate(photograph_crops(6).values()):
+        crop.save(tmp_path / f"{index}.png")
+    options = ("--backend", "tensorrt_rtx", "--precision", "int8", "--batch", "1:2:4", "--batches", "1,2", "--json")
+    code, out, err = ztp(capsys, *ENGINE, *options, "--images", tmp_path)
+    assert code == 0, err
+    manifest = json.loads((Path(json.loads(out)["engine"]) / "manifest.json").read_text())
+    assert manifest["precision"] == "int8"
+    assert manifest["built"]["calibration"]["images"] == 6
+    assert manifest["built"]["engine_products"] == {"asked": 48, "proved": 48}
+    assert set(manifest["files"]) == {"model.plan", "model.onnx"}
+
+
+def test_int8_without_modelopt_is_refused_before_a_model_is_loaded(ztp, capsys, monkeypatch):
+    monkeypatch.setattr("ztp_deploy.workflow.load", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(quantise, "PACKAGE", "not-installed")
+    code, out, err = ztp(capsys, *ENGINE, "--backend", "tensorrt_rtx", "--precision", "int8")
+    assert (code, out) == (3, "")
+    assert 'pip install "ztp_deploy[modelopt]"' in " ".join(err.split())
 
 
 def test_tensorrt_itself_needs_the_gpu(ztp, capsys, monkeypatch):

@@ -83,3 +83,16 @@ def test_an_engine_in_float32_is_an_error(precision):
         GateFailed, match=rf"{precision} was asked for, but 1 of 2 matrix products run in float32.*qk_1"
     ):
         check_engine_precision(layers, frozenset({"qk_1", "pv_1"}), precision)
+
+
+@pytest.mark.parametrize("precision, kind", [("int8", "Int8"), ("fp8", "FP8")])
+def test_quantised_products_must_not_run_in_anything_wider(precision, kind):
+    """What comes after a product reads its result in 16 bits and carries its name too."""
+    rest = line("scale", "qk_1 pv_1", "Half")
+    layers = read_layers("\n".join([line("gemm", "qk_1", kind), line("gemm2", "pv_1", kind), rest]))
+    products = frozenset({"qk_1", "pv_1"})
+    assert check_engine_precision(layers, products, precision) == {"asked": 2, "proved": 2}
+    for wider in ("Half", "BFloat16", "Float"):
+        layers = read_layers("\n".join([line("gemm", "qk_1", kind), line("gemm2", "pv_1", wider)]))
+        with pytest.raises(GateFailed, match=rf"{precision} was asked for, but 1 of 2 .* run in a wider type.*pv_1"):
+            check_engine_precision(layers, products, precision)

@@ -269,15 +269,18 @@ def test_uint8_sessions_take_uint8_tensors(session):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "fp8"])
 def test_an_engine_runs_on_a_gpu(precision, cuda_graph, model, tmp_path):
     """What no harness can do: the plan runs, from NumPy and from CUDA tensors alike, and passes the gate."""
     if not environment.gpus():
         pytest.skip("running a TensorRT plan needs an NVIDIA GPU and its driver; none was found on this machine")
     if package := backends.get("tensorrt").missing():
         pytest.skip(f"{package} is not installed beside this GPU: pip install {package}")
+    if precision == "fp8" and float(environment.gpus()[0].compute_capability) < 8.9:
+        pytest.skip("fp8 needs a GPU of compute capability 8.9 or newer")
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
-    artifact = ztp.export(pruned, "onnx", tmp_path / "a", precision=precision)
+    graph_precision = backends.get("tensorrt").graph_precision(precision)
+    artifact = ztp.export(pruned, "onnx", tmp_path / "a", precision=graph_precision)
     engine = ztp.build(
         artifact,
         "tensorrt",
@@ -285,6 +288,7 @@ def test_an_engine_runs_on_a_gpu(precision, cuda_graph, model, tmp_path):
         batch="1:4:8",
         directory=tmp_path / "e",
         settings={"cuda_graph": cuda_graph},
+        calibration=tiny.images(8, seed=1),
     )
     assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
     with ztp.load_engine(engine.directory) as session:

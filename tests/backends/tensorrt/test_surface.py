@@ -10,6 +10,7 @@ import pytest
 
 from tests.backends.tensorrt import harness, needs_rtx
 from tests.backends.tensorrt.surface import used_names
+from ztp_deploy import environment
 
 pytestmark = needs_rtx
 
@@ -57,3 +58,7 @@ def test_release_11s_own_interface_builds(artifact, tmp_path):
     assert built["gpu"] == {"name": "NVIDIA Test", "compute_capability": "8.9"}
     assert built["files"] == ["audit.plan", "model.plan"]
     assert "Unsupported reduction type" in built["refused"]
+    for precision in ("int8", "fp8") if environment.installed("nvidia-modelopt") else ():
+        assert built[precision]["engine_products"] == {"asked": 22, "proved": 22}
+        assert built[precision]["matrix_products"] == 22
+        assert built[precision]["attention_fused"] == 1
