@@ -148,7 +148,7 @@ def pruned(request, model):
 
 
 def test_every_dropped_patch_points_to_the_token_it_was_fused_into(model):
-    pruned = prune(model, make_plan(model, "evit", ratio=0.6))
+    pruned = prune(model, make_plan(model, "evit", ratio=0.6, options=FUSED))
     images = torch.from_numpy(tiny.images(3))
     carriers = np.tile(np.arange(36), (3, 1))  # the position that each patch goes by so far
     for index, trace in enumerate(ztp.trace_tokens(pruned, images)):
@@ -209,7 +209,7 @@ def test_the_right_tokens_for_other_scores_are_a_weight_fault_or_a_near_tie(sett
 
 def test_a_fused_token_kept_by_one_side_only_is_named(model):
     """The token that stage 1 made takes part in stage 2 and has a position of its own."""
-    plan = make_plan(model, "evit", keep=[20, 10], sites=[2, 3])
+    plan = make_plan(model, "evit", keep=[20, 10], sites=[2, 3], options=FUSED)
     observation = runs.observe(prune(model, plan), tiny.images(1))
     candidate = runs.copy_of(observation)
     fused = 20  # its slot before stage 2
@@ -245,9 +245,9 @@ def test_ties_go_to_the_lower_index_and_margins_are_relative():
     stage = Stage(block=1, place="after_attention", tokens_in=4, tokens_out=3, static={"top_k": 2, "stage": 0})
     geometry = describe("deit_t")[1]
     scores = {"class_attention": torch.tensor([[0.2, 0.2, 0.2, 0.4]])}
-    replay = evit.replay(stage, scores, geometry, evit.Options())
+    replay = evit.replay(stage, scores, geometry, evit.Options(fuse=True))
     assert replay.kept.tolist() == [[3, 0]]
     assert replay.goes is not None
     assert replay.goes.tolist() == [[0, 4, 4, 3]]
     assert replay.decisions[0].margin[0, 3].item() == pytest.approx(1.0)
-    assert evit.replay(stage, scores, geometry, evit.Options(fuse=False)).goes is None
+    assert evit.replay(stage, scores, geometry, evit.Options()).goes is None
