@@ -128,8 +128,8 @@ def test_the_lock_is_hashed_names_no_index_and_holds_every_dependency():
     locked = {re.match(r"[a-z0-9-]+", requirement)[0] for requirement in requirements}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["dev"] + extras["openvino"]
-    wanted.remove("ztp_deploy[openvino]")
+    wanted = project["dependencies"] + extras["dev"] + extras["openvino"] + extras["modelopt"]
+    wanted.remove("ztp_deploy[openvino,modelopt]")
     assert {re.match(r"[a-z0-9-]+", w.lower())[0] for w in wanted} <= locked
     # The two would overwrite each other: their markers exclude one another.
     gpu = next(r for r in requirements if r.startswith("onnxruntime-gpu=="))
