@@ -137,7 +137,7 @@ def _calibrated(
     """What ModelOpt makes of the graph when asked for those products.
 
     Its own choice of products, its fusing and its lowering to fp16 are not used: they know no scores. It rewrites
-    the file it is given, so it gets one of its own.
+    the file it is given, so it gets one of its own; and it patches ONNX Runtime's quantiser for the whole process.
     """
     quantize = _modelopt()
     large = model.ByteSize() > _PROTOBUF_LIMIT
