@@ -159,11 +159,14 @@ class _Lowering:
         return early
 
     def _exponentials(self) -> set[str]:
-        """Tensors from the last matrix products before an exponential to the quotient that norms it, both included."""
+        """Tensors from the last matrix products before an exponential to the quotient that norms it, both included.
+
+        One whose exponent is clipped, as in a sigmoid written out, is bounded where it saturates and stays on the way.
+        """
         found: set[str] = set()
         unnormed: set[str] = set()
         for node in self.graph.node:
-            if node.op_type == "Exp":
+            if node.op_type == "Exp" and not self._clipped(node.input[0]):
                 found |= self._back(node.input, lambda node: node.op_type not in MATRIX)
             elif not unnormed.intersection(node.input):
                 continue
@@ -171,6 +174,10 @@ class _Lowering:
             if node.op_type != "Div":
                 unnormed.update(node.output)
         return found
+
+    def _clipped(self, name: str) -> bool:
+        node = self.producer.get(name)
+        return node is not None and node.op_type in ("Clip", "Min", "Max")
 
     def _cast(self, name: str, wanted: int, nodes: list[onnx.NodeProto]) -> str:
         key = (name, wanted)
