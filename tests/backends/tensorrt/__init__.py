@@ -11,5 +11,5 @@ needs_rtx = pytest.mark.skipif(
 )
 needs_modelopt = pytest.mark.skipif(
     environment.installed("nvidia-modelopt") is None,
-    reason="nvidia-modelopt is not installed: make setup installs it",
+    reason="nvidia-modelopt, which calibrates int8 and fp8, is not installed: make setup, or pip install nvidia-modelopt",
 )

@@ -276,8 +276,9 @@ def test_an_engine_runs_on_a_gpu(precision, cuda_graph, model, tmp_path):
         pytest.skip("running a TensorRT plan needs an NVIDIA GPU and its driver; none was found on this machine")
     if package := backends.get("tensorrt").missing():
         pytest.skip(f"{package} is not installed beside this GPU: pip install {package}")
-    if precision == "fp8" and float(environment.gpus()[0].compute_capability) < 8.9:
-        pytest.skip("fp8 needs a GPU of compute capability 8.9 or newer")
+    gpu = environment.gpus()[0]
+    if precision == "fp8" and float(gpu.compute_capability) < 8.9:
+        pytest.skip(f"fp8 needs a GPU of compute capability 8.9 or newer; {gpu.name} has {gpu.compute_capability}")
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
     graph_precision = backends.get("tensorrt").graph_precision(precision)
     artifact = ztp.export(pruned, "onnx", tmp_path / "a", precision=graph_precision)
