@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models.base import Attention, ModelSize
-from ztp_deploy.models.parts import fused_attention, max_of_patches, open_attention, project, unready
+from ztp_deploy.models.base import ModelSize
+from ztp_deploy.models.blocks import LAYER_NORM_EPS, Block, BlocksHost
+from ztp_deploy.models.parts import max_of_patches, unready
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState, initial_state
 
@@ -33,7 +34,6 @@ NAMES: dict[str, str] = {
 """Our names and those of the official checkpoints."""
 
 STEM_WIDTH = 64
-LAYER_NORM_EPS = 1e-5
 BATCH_NORM_EPS = 1e-5
 PATCH_VOTE = 0.5
 """What the patches' maximum counts for beside the class token's logits."""
@@ -99,64 +99,6 @@ class Stem(nn.Module):
         """Multiply-accumulates for one image: the convolutions at half resolution, the projection once a patch."""
         convolutions = sum(conv.weight.numel() for conv in (self.conv1, self.conv2, self.conv3))
         return (image_size // 2) ** 2 * convolutions + patch_tokens * self.proj.weight.numel()
-
-
-class SelfAttention(nn.Module):
-    """The weights of multi-head self-attention; queries, keys and values have no bias."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = float((dim // num_heads) ** -0.5)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between them."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        projected: Tensor = self.fc2(functional.gelu(self.fc1(tokens)))
-        return projected
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block whose halves add 1/skip_lam of their result; tokens [B, N, C] → [B, N, C]."""
-
-    def __init__(self, dim: int, num_heads: int, hidden: int, skip_lam: float) -> None:
-        super().__init__()
-        self.skip_lam = skip_lam
-        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.attn = SelfAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, hidden)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.transform(self.mix(tokens, initial_state(tokens, tokens.shape[1] - 1)))
-
-    def mix(self, tokens: Tensor, state: TokenState) -> Tensor:
-        """The attention half, fused."""
-        return self.finish(tokens, fused_attention(*self.project(tokens), self.attn.scale, state))
-
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, N, d]."""
-        return project(self.norm1(tokens), self.attn.qkv, self.attn.num_heads)
-
-    def finish(self, tokens: Tensor, mixed: Tensor) -> Tensor:
-        """The attention half of tokens [B, n, C] from the heads' results [B, H, n, d]."""
-        return self._add(tokens, self.attn.proj(mixed.transpose(1, 2).flatten(2)))
-
-    def transform(self, tokens: Tensor) -> Tensor:
-        """The MLP half."""
-        return self._add(tokens, self.mlp(self.norm2(tokens)))
-
-    def _add(self, tokens: Tensor, branch: Tensor) -> Tensor:
-        return tokens + branch / self.skip_lam
 
 
 class LVViT(nn.Module):
@@ -238,11 +180,11 @@ def adapts(model: nn.Module) -> bool:
     return type(model) is LVViT
 
 
-class LVViTHost:
+class LVViTHost(BlocksHost):
     """An LV-ViT taken apart; shares the model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+        super().__init__(model)
         reason = unready(model)
         if any(type(block) is not Block for block in self.blocks):
             reason = "its blocks are of another kind, and what they change would be lost"
@@ -251,32 +193,8 @@ class LVViTHost:
         self.geometry = _geometry(self.model)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.model.blocks)
-
-    @property
     def classifiers(self) -> Sequence[nn.Module]:
         return [self.model.head, self.model.aux_head]
-
-    def embed(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.model.embed(images)
-        return tokens
-
-    def mix(self, block: Any, tokens: Tensor, state: TokenState) -> Tensor:
-        mixed: Tensor = block.mix(tokens, state)
-        return mixed
-
-    def attention(self, block: Any, tokens: Tensor, state: TokenState) -> Attention:
-        queries, keys, values = block.project(tokens)
-        return open_attention(tokens, queries, keys, values, block.attn.scale, state)
-
-    def finish(self, block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
-        finished: Tensor = block.finish(tokens, mixed)
-        return finished
-
-    def transform(self, block: Any, tokens: Tensor) -> Tensor:
-        transformed: Tensor = block.transform(tokens)
-        return transformed
 
     def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
         logits: Tensor = self.model.read_out(tokens, state)

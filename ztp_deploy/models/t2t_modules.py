@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ztp_deploy.models.parts import fused_attention, project
-from ztp_deploy.pruning.tokens import TokenState, initial_state
+from ztp_deploy.models.blocks import Block, Mlp
+from ztp_deploy.models.parts import project
 
 PATCH = 16
 """Pixels from one final token to the next: the three soft splits step by 4, 2 and 2."""
@@ -164,62 +164,6 @@ class TokensToToken(nn.Module):
         """Multiply-accumulates for one image; a split moves values and multiplies none."""
         first, second, last = (split.out_side**2 for split in (self.split0, self.split1, self.split2))
         return self.attention1.macs(first) + self.attention2.macs(second) + last * self.project.weight.numel()
-
-
-class Mlp(nn.Module):
-    """Two linear layers with GELU between."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        transformed: Tensor = self.fc2(functional.gelu(self.fc1(tokens)))
-        return transformed
-
-
-class SelfAttention(nn.Module):
-    """The weights of multi-head self-attention; queries, keys and values have no bias."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.scale = float((dim // num_heads) ** -0.5)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-
-
-class Block(nn.Module):
-    """A block of the backbone, tokens [B, N, C] → [B, N, C]: attention, then the MLP, each with its residual."""
-
-    def __init__(self, dim: int, num_heads: int, hidden: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = SelfAttention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, hidden)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.transform(self.mix(tokens, initial_state(tokens, tokens.shape[1] - 1)))
-
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, H, N, d]."""
-        return project(self.norm1(tokens), self.attn.qkv, self.attn.num_heads)
-
-    def mix(self, tokens: Tensor, state: TokenState) -> Tensor:
-        """The attention half."""
-        return self.finish(tokens, fused_attention(*self.project(tokens), self.attn.scale, state))
-
-    def finish(self, tokens: Tensor, mixed: Tensor) -> Tensor:
-        """The attention half of tokens [B, n, C] from the heads' results [B, H, n, d]."""
-        finished: Tensor = tokens + self.attn.proj(mixed.transpose(1, 2).flatten(2))
-        return finished
-
-    def transform(self, tokens: Tensor) -> Tensor:
-        """The MLP half."""
-        transformed: Tensor = tokens + self.mlp(self.norm2(tokens))
-        return transformed
 
 
 class T2TViT(nn.Module):

@@ -11,9 +11,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models.base import Attention, ModelSize
-from ztp_deploy.models.parts import open_attention, unready
-from ztp_deploy.models.t2t_modules import PATCH, Block, Size, T2TViT
+from ztp_deploy.models.base import ModelSize
+from ztp_deploy.models.blocks import Block, BlocksHost
+from ztp_deploy.models.parts import unready
+from ztp_deploy.models.t2t_modules import PATCH, Size, T2TViT
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
 
@@ -90,41 +91,17 @@ def _check_plain(model: Any) -> None:
         raise BadRequest(f"This {type(model).__name__} cannot be pruned: {reason}.", "`ztp list` shows what can.")
 
 
-class T2TVitHost:
+class T2TVitHost(BlocksHost):
     """A T2T-ViT taken apart; shares the model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
+        super().__init__(model)
         _check_plain(self.model)
         self.geometry = _geometry(self.model)
 
     @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.model.blocks)
-
-    @property
     def classifiers(self) -> Sequence[nn.Module]:
         return [self.model.head]
-
-    def embed(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.model.embed(images)
-        return tokens
-
-    def mix(self, block: Any, tokens: Tensor, state: TokenState) -> Tensor:
-        mixed: Tensor = block.mix(tokens, state)
-        return mixed
-
-    def attention(self, block: Any, tokens: Tensor, state: TokenState) -> Attention:
-        queries, keys, values = block.project(tokens)
-        return open_attention(tokens, queries, keys, values, block.attn.scale, state)
-
-    def finish(self, block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
-        finished: Tensor = block.finish(tokens, mixed)
-        return finished
-
-    def transform(self, block: Any, tokens: Tensor) -> Tensor:
-        transformed: Tensor = block.transform(tokens)
-        return transformed
 
     def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
         logits: Tensor = self.model.read_out(tokens)
