@@ -27,7 +27,16 @@ from pydantic import model_validator
 from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.methods.base import (
+    Decision,
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    needs_no_training,
+    only_drops,
+    top_k_margin,
+)
 from ztp_deploy.methods.share import one_share_counts
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, following_sites
@@ -44,6 +53,8 @@ from ztp_deploy.pruning.tokens import (
 
 PLACES: tuple[Place, ...] = ("attention_rows",)
 SUMMARY = "training-free: samples by class attention; compact (exactly k tokens) or masked, as published (ECCV 2022)"
+merges = only_drops
+untrained = needs_no_training
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -101,16 +112,6 @@ def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], o
 def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
     """It needs the class token, whose attention is the significance."""
     return None if geometry.class_token is not None else "it has no class token, whose attention ATS samples by."
-
-
-def merges(options: MethodOptions) -> bool:
-    """No."""
-    return False
-
-
-def untrained(options: MethodOptions) -> str | None:
-    """It needs no training."""
-    return None
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:

@@ -26,7 +26,16 @@ from pydantic import Field
 from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.methods.base import (
+    Decision,
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    any_backbone,
+    only_drops,
+    top_k_margin,
+)
 from ztp_deploy.methods.share import one_share_counts
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage
@@ -35,6 +44,8 @@ from ztp_deploy.pruning.tokens import TokenState, keep_state, mask_slots, slots_
 
 PLACES: tuple[Place, ...] = ("read_out",)
 SUMMARY = "trained halting, read out by halting weights; compact (fixed counts) or masked, as published (CVPR 2022)"
+refuses = any_backbone
+merges = only_drops
 
 EPSILON = 0.01
 THRESHOLD = 1 - EPSILON
@@ -99,16 +110,6 @@ def _stages(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int]) ->
         stages.append(Stage(block=block, place=PLACES[0], tokens_in=before, tokens_out=after, static=static))
         before = after
     return stages
-
-
-def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
-    """It runs with and without a class token."""
-    return None
-
-
-def merges(options: MethodOptions) -> bool:
-    """No."""
-    return False
 
 
 def untrained(options: MethodOptions) -> str | None:

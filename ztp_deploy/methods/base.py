@@ -131,6 +131,27 @@ class Method(Protocol):
         """Recomputes the selection from the scores an engine reported (audit graph)."""
 
 
+# --- answers that many methods give ------------------------------------------------------------
+
+
+def any_backbone(geometry: Geometry, options: MethodOptions) -> str | None:
+    """`Method.refuses` of methods that run on every backbone, with and without a class token."""
+    return None
+
+
+def only_drops(options: MethodOptions) -> bool:
+    """`Method.merges` of methods that join no tokens."""
+    return False
+
+
+def needs_no_training(options: MethodOptions) -> str | None:
+    """`Method.untrained` of methods that leave a pre-trained model's weights as they are."""
+    return None
+
+
+# --- margins -----------------------------------------------------------------------------------
+
+
 def top_k_margin(scores: Tensor, k: int, scale: Tensor | None = None) -> Tensor:
     """Relative distance [B, M] of each score from the middle between the k-th and the (k + 1)-th largest.
 

@@ -19,7 +19,15 @@ from pydantic import Field
 from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.methods.base import (
+    Decision,
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    needs_no_training,
+    top_k_margin,
+)
 from ztp_deploy.methods.share import counts_after, counts_at_share, spread, zero_tprune_share
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, every_block, kept_chain
@@ -37,6 +45,7 @@ from ztp_deploy.pruning.tokens import (
 
 PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "prunes the least attended tokens, merges the next (ICCV 2023); takes the learned rates with keep and pruned"
+untrained = needs_no_training
 
 FLOOR = 2.0**-13
 """Of sizes, whose logarithm is taken and which negative cosines could use up; exact in every precision."""
@@ -111,11 +120,6 @@ def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
 def merges(options: MethodOptions) -> bool:
     """Yes."""
     return True
-
-
-def untrained(options: MethodOptions) -> str | None:
-    """It leaves a pre-trained model's weights as they are."""
-    return None
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.methods.base import (
+    Decision,
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    any_backbone,
+    only_drops,
+    top_k_margin,
+)
 from ztp_deploy.models.base import Attention
 from ztp_deploy.models.weights import fill_random
 from ztp_deploy.plan import Geometry, Place, Stage, following_sites, kept_chain, share_of
@@ -22,6 +31,8 @@ from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of, top_k
 
 PLACES: tuple[Place, ...] = ("before_block",)
 SUMMARY = "keeps what predictors trained with the backbone call for; needs a DynamicViT checkpoint (NeurIPS 2021)"
+refuses = any_backbone
+merges = only_drops
 PREFIX = "score_predictor"
 default_sites = following_sites
 
@@ -56,16 +67,6 @@ def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], o
         )
         for block, before, after in kept_chain(geometry.patch_tokens, blocks, counts)
     ]
-
-
-def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
-    """No backbone as such; weights without predictors are refused where the stage is built."""
-    return None
-
-
-def merges(options: MethodOptions) -> bool:
-    """No."""
-    return False
 
 
 def untrained(options: MethodOptions) -> str | None:

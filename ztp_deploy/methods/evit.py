@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.methods.base import (
+    Decision,
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    needs_no_training,
+    top_k_margin,
+)
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, following_sites, share_of
 from ztp_deploy.pruning.tokens import TokenState, fates_of, keep_tokens, membership, slots_of, top_k
@@ -23,6 +31,7 @@ from ztp_deploy.pruning.tokens import TokenState, fates_of, keep_tokens, members
 PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "keeps what the class token attends to and drops the rest or fuses it into one (ICLR 2022)"
 default_sites = following_sites
+untrained = needs_no_training
 
 
 class Options(MethodOptions):
@@ -81,11 +90,6 @@ def merges(options: MethodOptions) -> bool:
     """Where it fuses."""
     assert isinstance(options, Options)
     return options.fuse
-
-
-def untrained(options: MethodOptions) -> str | None:
-    """It needs no training, though it gains from some (section 4)."""
-    return None
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:

@@ -5,60 +5,41 @@ Whatever a method gains over it in accuracy, at the same counts, is what its sco
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from ztp_deploy.methods.base import MethodOptions, Replay, StageModule, StageOutput
+from ztp_deploy.methods.base import (
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    any_backbone,
+    needs_no_training,
+    only_drops,
+)
+from ztp_deploy.methods.slice import counts as counts
+from ztp_deploy.methods.slice import schedule as schedule
+from ztp_deploy.methods.slice import score_names as score_names
 from ztp_deploy.models.base import Attention
-from ztp_deploy.plan import Geometry, Place, Stage, floor_counts, kept_chain
+from ztp_deploy.plan import Geometry, Place, Stage
 from ztp_deploy.plan import default_sites as default_sites
 from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of
 
 PLACES: tuple[Place, ...] = ("after_block",)
 SUMMARY = "keeps tokens drawn at random once for all images; the control for what scores are worth"
+refuses = any_backbone
+merges = only_drops
+untrained = needs_no_training
 
 
 class Options(MethodOptions):
     """`seed`: of the draw."""
 
     seed: int = Field(default=0, ge=0)
-
-
-def counts(geometry: Geometry, blocks: Sequence[int], ratio: float, options: MethodOptions) -> list[int]:
-    """n ← ⌊ρn⌋ per stage, as Zero-TPrune."""
-    return floor_counts(geometry.patch_tokens, len(blocks), ratio)
-
-
-def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions) -> list[Stage]:
-    """One stage after each of `blocks`."""
-    return [
-        Stage(block=block, place=PLACES[0], tokens_in=before, tokens_out=after)
-        for block, before, after in kept_chain(geometry.patch_tokens, blocks, counts)
-    ]
-
-
-def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
-    """Any token can go."""
-    return None
-
-
-def merges(options: MethodOptions) -> bool:
-    """No."""
-    return False
-
-
-def untrained(options: MethodOptions) -> str | None:
-    """Without tokens drawn at random the model still works, if badly: that is what it is for."""
-    return None
-
-
-def score_names(stage: Stage) -> tuple[str, ...]:
-    """None: nothing is scored."""
-    return ()
 
 
 def draw(stage: Stage, seed: int) -> list[int]:

@@ -11,7 +11,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ztp_deploy.methods.base import MethodOptions, Replay, StageModule, StageOutput
+from ztp_deploy.methods.base import (
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    any_backbone,
+    needs_no_training,
+    only_drops,
+)
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Plan, Stage, floor_counts, kept_chain
 from ztp_deploy.plan import default_sites as default_sites
@@ -19,6 +27,9 @@ from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of
 
 PLACES: tuple[Place, ...] = ("after_block", "before_block", "attention_rows", "after_attention", "read_out")
 SUMMARY = "cuts the last tokens off unseen; the yardstick for what selection costs"
+refuses = any_backbone
+merges = only_drops
+untrained = needs_no_training
 
 
 class Options(MethodOptions):
@@ -36,21 +47,6 @@ def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], o
         Stage(block=block, place=PLACES[0], tokens_in=before, tokens_out=after)
         for block, before, after in kept_chain(geometry.patch_tokens, blocks, counts)
     ]
-
-
-def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
-    """Tokens can be cut off anywhere."""
-    return None
-
-
-def merges(options: MethodOptions) -> bool:
-    """No."""
-    return False
-
-
-def untrained(options: MethodOptions) -> str | None:
-    """Cut off unseen, tokens leave a model that works, if badly."""
-    return None
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.methods.base import (
+    Decision,
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    any_backbone,
+    needs_no_training,
+    top_k_margin,
+)
 from ztp_deploy.methods.share import counts_after, counts_at_share, falling, spread, zero_tprune_share
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, every_block, kept_chain
@@ -29,6 +38,8 @@ PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "training-free: merges the most similar tokens, a few in every block (ICLR 2023)"
 
 default_sites = every_block
+refuses = any_backbone
+untrained = needs_no_training
 
 
 class Options(MethodOptions):
@@ -99,19 +110,9 @@ def set_b(tokens: int, special_tokens: int) -> range:
     return range(1 - special_tokens % 2, tokens, 2)
 
 
-def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
-    """It runs with and without a class token."""
-    return None
-
-
 def merges(options: MethodOptions) -> bool:
     """Yes."""
     return True
-
-
-def untrained(options: MethodOptions) -> str | None:
-    """It needs no training."""
-    return None
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:

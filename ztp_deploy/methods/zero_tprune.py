@@ -19,7 +19,17 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.base import Decision, MethodOptions, Replay, StageModule, StageOutput, top_k_margin
+from ztp_deploy.methods.base import (
+    Decision,
+    MethodOptions,
+    Replay,
+    StageModule,
+    StageOutput,
+    any_backbone,
+    needs_no_training,
+    only_drops,
+    top_k_margin,
+)
 from ztp_deploy.methods.similarity import PARTITIONS, Metric, Partition, best_match, raster_order, staying
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, floor_counts, kept_chain
@@ -28,6 +38,9 @@ from ztp_deploy.pruning.tokens import TokenState, keep_tokens, membership, slots
 
 PLACES: tuple[Place, ...] = ("after_block",)
 SUMMARY = "training-free: weighted PageRank on attention, then similarity, then importance (CVPR 2024)"
+refuses = any_backbone
+merges = only_drops
+untrained = needs_no_training
 
 MAX_ROUNDS = 1000
 EARLY_ROUNDS, MIDDLE_ROUNDS, LATE_ROUNDS = 30, 8, 1
@@ -123,21 +136,6 @@ def default_rounds(block: int, depth: int) -> int:
     if block <= 3:
         return EARLY_ROUNDS
     return LATE_ROUNDS if block > depth - 3 else MIDDLE_ROUNDS
-
-
-def refuses(geometry: Geometry, options: MethodOptions) -> str | None:
-    """It runs with and without a class token."""
-    return None
-
-
-def merges(options: MethodOptions) -> bool:
-    """No."""
-    return False
-
-
-def untrained(options: MethodOptions) -> str | None:
-    """It needs no training."""
-    return None
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:
