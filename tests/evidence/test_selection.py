@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from tests import tiny
-from ztp_deploy.evidence.selection import Observation, differences, same_fates
+from tests.runs import copy_of, observe
+from ztp_deploy.evidence.selection import differences, same_fates
 from ztp_deploy.models import host_of
 from ztp_deploy.plan import make_plan
 from ztp_deploy.pruning.prune import prune
@@ -20,24 +20,7 @@ def setting():
     """One image's honest run, with its plan and geometry."""
     model = tiny.model()
     plan = make_plan(model, ratio=0.7)
-    with torch.inference_mode():
-        outputs = prune(model, plan).run(torch.from_numpy(tiny.images(1)))
-    scores = {
-        f"{name}_{index}": value.numpy().copy()
-        for index, stage in enumerate(outputs.scores, start=1)
-        for name, value in stage.items()
-    }
-    kept = [positions.numpy().copy() for positions in outputs.kept]
-    return Observation(outputs.logits.numpy(), kept, [], scores), plan, host_of(model).geometry
-
-
-def copy_of(observation):
-    return Observation(
-        observation.logits.copy(),
-        [kept.copy() for kept in observation.kept],
-        [],
-        {name: value.copy() for name, value in observation.scores.items()},
-    )
+    return observe(prune(model, plan), tiny.images(1)), plan, host_of(model).geometry
 
 
 def swap_at_the_cut(observation, keep, gap):

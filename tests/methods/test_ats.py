@@ -9,7 +9,7 @@ import torch
 
 import ztp_deploy as ztp
 from tests import golden, tiny
-from tests.methods.dropping import flip, golden_model, observation, observe, run
+from tests.runs import assert_forced_runs_reproduce, flip, golden_model, observation, observe, run
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import differences
@@ -211,15 +211,7 @@ def tiny_pruned(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_forced_run_reproduces_itself(form):
-    pruned, images = tiny_pruned(form), torch.from_numpy(tiny.images(3))
-    own, other = run(pruned, images), run(pruned, torch.from_numpy(tiny.images(3, seed=1)))
-    again = run(pruned, images, own.kept)
-    assert torch.equal(again.logits, own.logits)
-    assert [kept.tolist() for kept in again.kept] == [kept.tolist() for kept in own.kept]
-    led = run(pruned, images, other.kept)
-    assert [kept.tolist() for kept in led.kept] == [kept.tolist() for kept in other.kept]
-    assert not torch.equal(led.logits, own.logits)
-    assert torch.equal(led.scores[0]["significance"], own.scores[0]["significance"])
+    assert_forced_runs_reproduce(tiny_pruned(form), deciding="significance_1")
 
 
 def one_stage(form):
@@ -276,11 +268,11 @@ def test_the_right_tokens_for_other_scores_are_a_weight_fault(form):
 
 def test_a_stage_after_masked_ones_is_compared_without_them():
     pruned = tiny_pruned("masked")
-    seen = observe(run(pruned, torch.from_numpy(tiny.images(1))))
+    seen = observe(pruned, tiny.images(1))
     assert all((kept < 0).any() for kept in seen.kept)
     geometry = pruned.host.geometry
     assert differences(seen, seen, seen, pruned.plan, geometry, BOUND) == []
-    wrong = observe(run(pruned, torch.from_numpy(tiny.images(1))))
+    wrong = observe(pruned, tiny.images(1))
     wrong.kept[1][0, 0] = next(p for p in seen.kept[0][0] if p >= 0 and p not in seen.kept[1][0])
     assert differences(seen, wrong, wrong, pruned.plan, geometry, BOUND)[0].cause == "selection"
 

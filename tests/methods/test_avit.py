@@ -9,7 +9,7 @@ import torch
 
 import ztp_deploy as ztp
 from tests import golden, tiny
-from tests.methods.dropping import flip, golden_model, observation, observe, run
+from tests.runs import assert_forced_runs_reproduce, flip, golden_model, observation, observe, run
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import differences
@@ -217,15 +217,7 @@ def tiny_pruned(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_forced_run_reproduces_itself(form):
-    pruned, images = tiny_pruned(form), torch.from_numpy(tiny.images(3))
-    own, other = run(pruned, images), run(pruned, torch.from_numpy(tiny.images(3, seed=1)))
-    again = run(pruned, images, own.kept)
-    assert torch.equal(again.logits, own.logits)
-    assert [kept.tolist() for kept in again.kept] == [kept.tolist() for kept in own.kept]
-    led = run(pruned, images, other.kept)
-    assert [kept.tolist() for kept in led.kept] == [kept.tolist() for kept in other.kept]
-    assert not torch.equal(led.logits, own.logits)
-    assert torch.equal(led.scores[0]["halting"], own.scores[0]["halting"])
+    assert_forced_runs_reproduce(tiny_pruned(form), deciding="halting_1")
 
 
 def one_block(form):
@@ -287,7 +279,7 @@ def test_the_right_tokens_for_other_sums_are_a_weight_fault(form):
 
 def test_stages_after_masked_ones_are_compared_without_them():
     pruned = tiny_pruned("masked")
-    seen, wrong = (observe(run(pruned, torch.from_numpy(tiny.images(1)))) for _ in range(2))
+    seen, wrong = (observe(pruned, tiny.images(1)) for _ in range(2))
     assert all((kept < 0).any() for kept in seen.kept)
     assert differences(seen, seen, seen, pruned.plan, pruned.host.geometry, BOUND) == []
     slot = int(np.flatnonzero(seen.kept[1][0] >= 0)[0])

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional
 
 import ztp_deploy as ztp
-from tests import golden, tiny
-from tests.methods import runs
+from tests import golden, runs, tiny
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import differences

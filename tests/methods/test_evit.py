@@ -12,8 +12,7 @@ from onnx import TensorProto
 from timm.models.vision_transformer import VisionTransformer
 
 import ztp_deploy as ztp
-from tests import golden, tiny
-from tests.methods import runs
+from tests import golden, runs, tiny
 from ztp_deploy import exporters
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import differences

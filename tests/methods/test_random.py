@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import ztp_deploy as ztp
-from tests import tiny
-from tests.methods import runs
+from tests import runs, tiny
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import differences
 from ztp_deploy.methods import parse_options, random

@@ -8,6 +8,7 @@ import torch
 
 import ztp_deploy as ztp
 from tests import golden, tiny
+from tests.runs import observe
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import Observation, differences
 from ztp_deploy.methods import tome
@@ -174,12 +175,12 @@ def test_stages_edited_by_hand_are_refused(model):
 def test_a_forced_run_decides_as_it_is_told(name):
     model = tiny.model(name)
     plan = make_plan(model, "tome", keep=[27, 14, 10], sites=[1, 2, 4])
-    pruned, images = prune(model, plan), torch.from_numpy(tiny.images(2))
-    honest = tiny.observe(pruned, images)
-    forced = [torch.from_numpy(fates) for fates in honest.forced(plan.patch_tokens)]
-    again = tiny.observe(pruned, images, forced)
+    pruned, images = prune(model, plan), tiny.images(2)
+    honest = observe(pruned, images)
+    forced = honest.forced(plan.patch_tokens)
+    again = observe(pruned, images, forced)
     np.testing.assert_allclose(honest.logits, again.logits, rtol=1e-5, atol=1e-5)
-    other = tiny.observe(pruned, images.flip(0), forced)
+    other = observe(pruned, images[::-1].copy(), forced)
     for run in (again, other):
         for index in range(3):
             np.testing.assert_array_equal(run.kept[index], honest.kept[index])
@@ -193,7 +194,7 @@ def setting():
     """One image's honest run with one stage, its plan and geometry."""
     model = tiny.model()
     plan = make_plan(model, "tome", keep=[27], sites=[2])
-    return tiny.observe(prune(model, plan), torch.from_numpy(tiny.images(1))), plan, host_of(model).geometry
+    return observe(prune(model, plan), tiny.images(1)), plan, host_of(model).geometry
 
 
 def decided_by(observation, plan, similarity):

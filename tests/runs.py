@@ -1,20 +1,22 @@
-"""What the tests of methods share: runs as observations, constructed flips, and the way to a checked engine."""
+"""What the tests of methods and of selection parity share: runs as observations, constructed flips, checked engines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import ztp_deploy as ztp
-from tests import tiny
+from tests import golden, tiny
 from ztp_deploy.evidence import parity
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.selection import Observation
 from ztp_deploy.exporters import torchscript
 from ztp_deploy.exporters.graph import InferenceGraph
-from ztp_deploy.pruning.prune import PrunedModel
+from ztp_deploy.models.base import ModelSize
+from ztp_deploy.pruning.prune import Outputs, PrunedModel
 
 
 def observe(pruned: PrunedModel, images: np.ndarray, forced: list[np.ndarray] | None = None) -> Observation:
@@ -41,13 +43,19 @@ def exchange(observation: Observation, inside: int, outside: int) -> None:
         slots[[inside, outside]] = slots[[outside, inside]]
 
 
-def assert_forced_runs_reproduce(pruned: PrunedModel) -> None:
-    """A run made to choose as another did treats every token alike; made to choose as it did itself, it is the same."""
+def assert_forced_runs_reproduce(pruned: PrunedModel, deciding: str | None = None) -> None:
+    """A run made to choose as another did treats every token alike; made to choose as it did itself, it is the same.
+
+    The first stage's score named `deciding` is reported all the same, whatever is forced.
+    """
     patches = pruned.plan.patch_tokens
     own, other = (observe(pruned, tiny.images(3, seed=seed)) for seed in (0, 1))
     again = observe(pruned, tiny.images(3), own.forced(patches))
     np.testing.assert_allclose(again.logits, own.logits, rtol=1e-4, atol=1e-5)
     moved = observe(pruned, tiny.images(3), other.forced(patches))
+    assert np.abs(moved.logits - own.logits).max() > 1e-3
+    if deciding:
+        np.testing.assert_array_equal(moved.scores[deciding], own.scores[deciding])
     for index in range(len(pruned.plan.stages)):
         assert (again.fates(index, patches) == own.fates(index, patches)).all()
         assert (moved.fates(index, patches) == other.fates(index, patches)).all()
@@ -68,3 +76,48 @@ def assert_traces(pruned: PrunedModel, folder: Path) -> None:
     with torch.inference_mode():
         for found, expected in zip(traced(images), InferenceGraph(pruned, "float32")(images), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def golden_model(name: str) -> torch.nn.Module:
+    """The backbone of a golden case with its weights."""
+    case = golden.CASES[name]
+    arguments = case["arguments"]
+    size = ModelSize(
+        img_size=case["input_shape"][-1],
+        embed_dim=arguments["embed_dim"],
+        depth=arguments["depth"],
+        num_heads=arguments["num_heads"],
+        num_classes=arguments["num_classes"],
+    )
+    return ztp.load_model("deit_t", weights=golden.state_dict(name), overrides=size)
+
+
+def run(pruned: PrunedModel, images: torch.Tensor, forced: list[torch.Tensor] | None = None) -> Outputs:
+    """One pass without gradients."""
+    with torch.inference_mode():
+        return pruned.run(images, forced)
+
+
+def observation(kept: list[np.ndarray], scores: Mapping[str, np.ndarray]) -> Observation:
+    """A run over one image, made up: positions [k] per stage and scores [n] by name."""
+    return Observation(
+        np.zeros((1, 10)), [k[None].astype(np.int32) for k in kept], [], {key: v[None] for key, v in scores.items()}
+    )
+
+
+def flip(
+    kept: Callable[[np.ndarray], np.ndarray], start: np.ndarray, end: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Scores on the way from `start` to `end` that lie just before and just after a change of the kept set."""
+
+    def at(share: float) -> np.ndarray:
+        return (1 - share) * start + share * end
+
+    low, high = 0.0, 1.0
+    before = set(kept(start).tolist())
+    if before == set(kept(end).tolist()):
+        return None
+    while high - low > 1e-13:
+        middle = (low + high) / 2
+        low, high = (middle, high) if set(kept(at(middle)).tolist()) == before else (low, middle)
+    return at(low), at(high)
