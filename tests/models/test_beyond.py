@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import ztp_deploy as ztp
-from tests.models.modules import images, macs, module
+from tests.models.modules import (
+    assert_dense_is_the_modules_own_forward,
+    assert_open_attention_is_the_fused_one,
+    images,
+    macs,
+    module,
+)
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import timm_head
@@ -41,22 +47,12 @@ def _no_grad():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_is_the_modules_own_forward(kind):
-    model = build(kind)
-    batch = images(model)
-    expected = model(batch)
-    assert expected.std() > 0.1
-    found = ztp.prune(model, ztp.make_plan(model, "dense"))(batch)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_dense_is_the_modules_own_forward(build(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_open_attention_is_the_fused_one(kind):
-    host = models.host_of(build(kind))
-    batch = images(host.model)
-    tokens, state = host.embed(batch), initial_state(batch, 36)
-    attention = host.attention(host.blocks[0], tokens, state)
-    finished = host.finish(host.blocks[0], tokens, attention.probabilities @ attention.values)
-    torch.testing.assert_close(finished, host.mix(host.blocks[0], tokens, state), atol=1e-5, rtol=1e-5)
+    assert_open_attention_is_the_fused_one(build(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,13 @@ import torch
 from timm.layers import apply_rot_embed_cat
 
 import ztp_deploy as ztp
-from tests.models.modules import images, macs, module
+from tests.models.modules import (
+    assert_dense_is_the_modules_own_forward,
+    assert_open_attention_is_the_fused_one,
+    images,
+    macs,
+    module,
+)
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters.graph import InferenceGraph
@@ -47,29 +53,12 @@ def _no_grad():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dense_is_the_modules_own_forward(kind):
-    model = build(kind)
-    batch = images(model)
-    expected = model(batch)
-    assert expected.std() > 0.1
-    found = ztp.prune(model, ztp.make_plan(model, "dense"))(batch)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert_dense_is_the_modules_own_forward(build(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_open_attention_is_the_fused_one(kind):
-    host = models.host_of(build(kind))
-    batch = images(host.model)
-    tokens, state = host.embed(batch), initial_state(batch, 36)
-    block = host.blocks[1]
-    bias = key_bias(torch.linspace(-2, 0, tokens.shape[1]).expand(2, -1))
-    for given in (state, replace(state, bias=bias)):
-        attention = host.attention(block, tokens, given)
-        again = (attention.queries * block.attn.scale) @ attention.keys.transpose(-1, -2)
-        torch.testing.assert_close(attention.logits, again + (0 if given.bias is None else bias), atol=1e-5, rtol=1e-5)
-        finished = host.finish(block, tokens, attention.probabilities @ attention.values)
-        torch.testing.assert_close(finished, host.mix(block, tokens, given), atol=1e-5, rtol=1e-5)
-    whole = block(tokens, rope=None if host.model.rope is None else host.model.rope.get_embed())
-    torch.testing.assert_close(host.transform(block, host.mix(block, tokens, state)), whole, atol=1e-5, rtol=1e-5)
+    assert_open_attention_is_the_fused_one(build(kind))
 
 
 def by_hand(model, batch, plan, kept, positions_of):
