@@ -60,6 +60,24 @@ def test_results_equal_pythons(runtime, engines, pruned, tmp_path, batch):
         assert [k.tolist() for k in kept] == [k.sort(1).values.tolist() for k in expected.kept]
 
 
+@pytest.mark.parametrize("method, options", [("evit", {"fuse": True}), ("ats", {"form": "masked"})])
+def test_merged_and_masked_tokens_come_as_python_says_them(runtime, model, tmp_path, method, options):
+    """What merged into what is Python's gate's own business; positions of tokens made anew and masked slots are not."""
+    plan = ztp.make_plan(model, method, keep=[27, 18], sites=[2, 3], options=options)
+    artifact = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "artifact")
+    engine = ztp.build(artifact, "openvino", batch=(1, 4, 8), directory=tmp_path / "engine")
+    images = tiny.images(3)
+    with ztp.load_engine(engine.directory) as session:
+        expected = session.run(images)
+        said = session.kept()
+    logits, kept = runtime.outputs(engine.directory, images, tmp_path)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert [k.tolist() for k in kept] == [k.tolist() for k in said]
+    assert (said[0] == 36).any() if method == "evit" else (said[0] == -1).any()
+    write_selftest(engine.directory, images)
+    assert runtime.run(engine.directory, "--selftest").returncode == 0
+
+
 def test_uint8_engines_take_pixels(runtime, shared_engine, tmp_path):
     engine = toys.openvino_toy(tmp_path / "toy", shared_engine.directory, "uint8")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, toys.SIZE, toys.SIZE), dtype=np.uint8)
