@@ -45,8 +45,8 @@ bench: $(READY)  ## Build anew and measure long, recorded in engines/evidence
 	@$(ZTP) bench $(WANTED) $(BUILT) --fresh --record engines/evidence
 
 compare: $(READY)  ## Pruning methods against each other at one FLOP share: make compare MODEL=deit_s FLOPS=0.65
-	@$(ZTP) compare --model "$(MODEL)" --flops "$(or $(FLOPS),0.65)" $(call flag,METHODS,--methods) --weights "$(WEIGHTS)" \
-	    $(if $(METHODS),,--option dynamicvit.weights=random) $(BUILT) --record engines/evidence
+	@$(ZTP) compare --model "$(MODEL)" --flops "$(or $(FLOPS),0.65)" --weights "$(WEIGHTS)" \
+	    $(if $(METHODS),--methods "$(METHODS)",--methods zero_tprune,tome,ats,evit,dynamicvit --option dynamicvit.weights=random) $(BUILT) --record engines/evidence
 
 gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a call; the next call goes on
 	@$(ZTP) gpu-report

@@ -388,6 +388,7 @@ def test_the_command_line_starts_without_engine_libraries():
         ),
         (("--methods", "slice", "--flops", 0.65, "-o", "tome.r=3"), ("names no method of this comparison",)),
         (("--methods", "tone", "--flops", 0.65), ("no method 'tone'",)),
+        (("--methods", "dynamicvit", "--flops", 0.65, "--weights", "random"), ("weights have none", "weights=random")),
     ],
 )
 def test_comparisons_that_make_no_sense(ztp, arguments, words):

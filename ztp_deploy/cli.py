@@ -305,7 +305,7 @@ def compare(
     model: Model,
     methods: Annotated[
         str, typer.Option(help="Methods to compare, such as zero_tprune,tome.")
-    ] = "zero_tprune,tome,ats,evit,dynamicvit",
+    ] = "zero_tprune,tome,ats,evit",
     ratio: Ratio = None,
     flops: FlopShare = None,
     option: Annotated[

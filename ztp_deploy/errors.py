@@ -53,10 +53,10 @@ class GateFailed(ZtpError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Up to `count` of the known names that look like `name`, as readable text; all if none do."""
-    names = sorted(known)
+    """Up to `count` of the known names that look like `name`, as readable text; the first few if none do."""
+    names = list(known)
     close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.55)
-    return ", ".join(close or names[:12])
+    return ", ".join(close or names[:6])
 
 
 def write_failed(what: str, error: OSError) -> WriteFailed:

@@ -347,7 +347,7 @@ def compare_methods(
     check_seconds(seconds)
     check_runnable(build)
     for request in wanted:
-        request.plan(model_name)
+        request.check()
     module = backends.usable(backends.choose(build.backend))
     format, graph_precision = module.FORMAT, module.graph_precision(build.precision)
     model = load(model_name, wanted[0].weights, clock)
