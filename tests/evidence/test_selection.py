@@ -54,6 +54,17 @@ def test_other_tokens_from_the_right_scores_is_a_selection_fault(setting):
     assert difference.gap > BOUND
 
 
+@pytest.mark.parametrize("nonsense", [5000, -7])
+def test_positions_that_are_none_are_a_selection_fault(setting, nonsense):
+    observation, plan, geometry = setting
+    candidate = copy_of(observation)
+    gone = int(candidate.kept[0][0, 0])
+    candidate.kept[0][0, 0] = nonsense
+    assert not same_fates(observation, candidate, 0, 36).all()
+    difference = differences(observation, candidate, candidate, plan, geometry, BOUND)[0]
+    assert (difference.stage, difference.cause, difference.tokens) == (1, "selection", [gone])
+
+
 def test_the_right_tokens_for_wrong_scores_is_a_weight_fault(setting):
     observation, plan, geometry = setting
     candidate = copy_of(observation)

@@ -47,11 +47,11 @@ class Observation:
 
         Positions that do not enter the stage count as out. A token that is only kept goes by its own.
         """
-        kept = self.kept[index]
+        kept = self._known(self.kept[index], patch_tokens)
         fates = np.full((len(kept), patch_tokens + len(self.kept) + 1), -1, dtype=np.int64)
         if self.merged:
             entering = self.entering(index, patch_tokens)
-            slots = self.merged[index]
+            slots = self.merged[index].clip(-1, kept.shape[1] - 1)
             now = np.where(slots < 0, -1, np.take_along_axis(kept, slots.clip(0), axis=1))
             np.put_along_axis(fates, entering.astype(np.int64), now, axis=1)
         else:
@@ -60,7 +60,13 @@ class Observation:
 
     def entering(self, index: int, patch_tokens: int) -> NDArray[Any]:
         """Positions [M, n] of the slots that enter a stage."""
-        return self.kept[index - 1] if index else np.tile(np.arange(patch_tokens), (len(self.kept[0]), 1))
+        if index:
+            return self._known(self.kept[index - 1], patch_tokens)
+        return np.tile(np.arange(patch_tokens), (len(self.kept[0]), 1))
+
+    def _known(self, kept: NDArray[Any], patch_tokens: int) -> NDArray[Any]:
+        """Positions with -1 for what a broken engine made up: it keeps no token by that."""
+        return np.where((kept >= 0) & (kept < patch_tokens + len(self.kept)), kept, -1)
 
     def forced(self, patch_tokens: int) -> list[NDArray[Any]]:
         """Per stage what makes another run decide as this one did (`StageModule.forward`)."""
