@@ -1,4 +1,4 @@
-"""The command line: `ztp plan | export | build | check | bench | compare | engine | gpu-report | classify | list | doctor`.
+"""The command line: `ztp plan | export | build | check | bench | compare | engine | gpu-report | classify | show | list | doctor`.
 
 Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device,
 130 interrupted.
@@ -510,6 +510,59 @@ def classify(
         for guess in entry["top"]:
             table.add_row(f"{guess['probability'] * 100:6.2f} %", guess["name"] or f"class {guess['class']}")
         out.print(table)
+
+
+@app.command()
+def show(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE…")],
+    engine: Annotated[
+        Path | None, typer.Option("--engine", "-e", help="An engine folder, whose tokens are drawn.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Or a model, pruned as the options say, in eager PyTorch.")
+    ] = None,
+    method: Method = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Annotated[str | None, typer.Option(help="As for `ztp export`.  \\[default: auto]")] = None,
+    recipe: Recipe = None,
+    directory: Annotated[Path, typer.Option(help="Where pictures go.")] = Path("pictures"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw what pruning did: per image one picture with the patches each stage dropped, why, and the scores behind it."""
+    if bool(engine) == bool(model):
+        raise BadRequest(
+            "Give either an engine folder (--engine) or a model (--model).",
+            "For example: ztp show photo.jpg --model deit_s --ratio 0.7.",
+        )
+    wanted = None
+    if model:
+        wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights or "auto", recipe)
+    else:
+        idle = {
+            "--method": method,
+            "--ratio": ratio,
+            "--flops": flops,
+            "--keep": keep,
+            "--sites": sites,
+            "--option": option,
+            "--weights": weights,
+            "--recipe": recipe,
+        }
+        if given := [name for name, value in idle.items() if value is not None]:
+            raise BadRequest(f"{given[0]} makes no sense with --engine.", "The engine has its plan; or give --model.")
+    from ztp_deploy import workflow
+    from ztp_deploy.show import show as draw
+
+    shown = draw(images, directory, workflow.Clock(Bars()), engine=engine, wanted=wanted)
+    if as_json:
+        print_json(shown.to_json())
+        return
+    for one in shown.drawn:
+        out.print(str(one.picture), soft_wrap=True, markup=False)
 
 
 @app.command("list")

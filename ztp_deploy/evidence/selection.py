@@ -118,14 +118,14 @@ def differences(
         did = candidate.fates(index, patches)[0]
         entering = candidate.entering(index, patches)[0]
         expected_entering = reference.entering(index, patches)[0]
-        expected = _replay(reference, plan, index, geometry)
+        expected = replayed(reference, plan, index, geometry)
         tokens = _apart(expected, expected_entering, did, patches + index)
         if not tokens:
             continue
         audited_entering = audited.entering(index, patches)[0]
         decision, gap = "unexplained", float("inf")
         if set(audited_entering.tolist()) == set(entering.tolist()):
-            replay = _replay(audited, plan, index, geometry)
+            replay = replayed(audited, plan, index, geometry)
             wrong = _apart(replay, audited_entering, did, patches + index)
             name, wrong_gap = _nearest_flip(replay, audited_entering, wrong)
             if wrong and wrong_gap > bound:
@@ -138,7 +138,8 @@ def differences(
     return found
 
 
-def _replay(observation: Observation, plan: Plan, index: int, geometry: Geometry) -> Replay:
+def replayed(observation: Observation, plan: Plan, index: int, geometry: Geometry) -> Replay:
+    """A stage's selection recomputed from the scores that a run reported for it."""
     method = methods.get(plan.method)
     stage = plan.stages[index]
     scores = {
