@@ -23,7 +23,7 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine export check bench compare gpu-report classify list doctor cpp test matrix lint lock clean
+.PHONY: help setup engine export check bench compare gpu-report classify show list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -53,6 +53,9 @@ gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a
 
 classify: $(READY)  ## Classify pictures: make classify ENGINE=engines/… IMAGES="cat.jpg dog.png"
 	@$(ZTP) classify $(IMAGES) --engine "$(ENGINE)"
+
+show: $(READY)  ## Draw what an engine kept, and why: make show ENGINE=engines/… IMAGES="cat.jpg dog.png"
+	@$(ZTP) show $(IMAGES) $(if $(ENGINE),--engine "$(ENGINE)",$(WANTED))
 
 list: $(READY)  ## Models, methods, formats, back ends
 	@$(ZTP) list
