@@ -209,6 +209,7 @@ def test_margin_is_signed_and_relative():
     scores = torch.tensor([[4.0, 1.0, 3.0, 2.0]])
     torch.testing.assert_close(top_k_margin(scores, 2), torch.tensor([[0.6, -0.6, 0.2, -0.2]]))
     assert torch.isinf(top_k_margin(scores, 4)).all()
+    assert top_k_margin(scores.double(), 4).dtype == torch.float64  # ToMe writes it beside others, in replays
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def top_k_margin(scores: Tensor, k: int, scale: Tensor | None = None) -> Tensor:
     count = scores.shape[-1]
     chosen = membership(top_k(scores, k), count) > 0
     if k >= count or k == 0:
-        return torch.where(chosen, torch.inf, -torch.inf)
+        return torch.where(chosen, torch.inf, -torch.inf).to(scores)
     ranked = scores.sort(dim=-1, descending=True).values
     cut = (ranked[:, k - 1 : k] + ranked[:, k : k + 1]) / 2
     distance = (scores - cut).abs() / (cut.abs() if scale is None else scale).clamp_min(torch.finfo(scores.dtype).tiny)
