@@ -343,11 +343,11 @@ def picture_paths(images: Sequence[Path], directory: Path, label: str) -> list[P
     paths = [directory / f"{image.stem}--{label}.png" for image in images]
     first: dict[str, Path] = {}
     for image, path in zip(images, paths, strict=True):
-        other = first.setdefault(path.name.casefold(), image)
-        if other is not image:
+        if other := first.get(path.name.casefold()):
             raise BadRequest(
                 f"The pictures of {other} and {image} would both be {path}.", "Rename one, or draw them one by one."
             )
+        first[path.name.casefold()] = image
     return paths
 
 
@@ -379,6 +379,8 @@ def show(
             "Give a method and a ratio below 1, or the engine of such a plan.",
         )
     paths = picture_paths(images, directory, plan.label)
+    if directory.exists() and not directory.is_dir():
+        raise BadRequest(f"{directory} is no folder: pictures cannot go there.", "Name another with --directory.")
     for image in images:
         open_image(image)
     if wanted is not None:
