@@ -17,6 +17,7 @@ from ztp_deploy import backends, cli, models, painting
 from ztp_deploy.backends.base import Session
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, WriteFailed
 from ztp_deploy.evidence.images import photograph_crops
+from ztp_deploy.methods import avit
 from ztp_deploy.painting import (
     COLOURS,
     CONTRARY,
@@ -326,6 +327,9 @@ def test_masked_slots_are_out_and_counted_as_such(model):
         assert done.tokens_in == before
         gone = sum(map(len, done.dropped.values()))
         assert (len(done.kept) + gone, set(done.dropped) <= {"halted"}) == (before, True)
+        # The scores count the class token, which is no patch: one slot off, this would not hold.
+        assert (done.heat[done.kept] < avit.THRESHOLD).all()
+        assert all((done.heat[positions] >= avit.THRESHOLD).all() for positions in done.dropped.values())
         before = len(done.kept)
     assert 0 < before < PATCHES
 
@@ -572,6 +576,22 @@ def test_refusals(ztp, arguments, words):
     for word in words:
         assert word in err
     assert sorted(path.name for path in Path.cwd().iterdir()) == before
+
+
+def test_make_show_passes_an_engine_or_a_plan_on():
+    import subprocess
+
+    root = Path(__file__).parent.parent
+
+    def line(*variables):
+        command = ["make", "-n", "--no-print-directory", "-o", ".venv/.ready", "show", "IMAGES=a.jpg b.jpg", *variables]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+        return done.stdout.strip()
+
+    assert line("ENGINE=engines/mine") == '.venv/bin/ztp show a.jpg b.jpg --engine "engines/mine"'
+    assert line("RATIO=0.5").startswith(
+        '.venv/bin/ztp show a.jpg b.jpg --model "deit_s" --method "zero_tprune" --ratio "0.5"'
+    )
 
 
 def test_one_source_or_the_other():

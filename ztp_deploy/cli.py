@@ -527,7 +527,10 @@ def show(
     keep: Keep = None,
     sites: Sites = None,
     option: Option = None,
-    weights: Annotated[str | None, typer.Option(help="As for `ztp export`.  \\[default: auto]")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="With --model: auto, pretrained, random, or a checkpoint's path.  \\[default: auto]"),
+    ] = None,
     recipe: Recipe = None,
     directory: Annotated[Path, typer.Option(help="Where pictures go.")] = Path("pictures"),
     as_json: AsJson = False,

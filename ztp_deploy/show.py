@@ -442,7 +442,7 @@ def _untrained(plan: Plan) -> list[str]:
 def _pairs_only(seen: Seen, stages: Sequence[StagePicture]) -> tuple[str, ...]:
     if seen.audited is None or seen.notes or any(picture.heat is not None for picture in stages):
         return ()
-    return (f"{seen.plan.method} scores pairs of tokens, not tokens: there is no heat map.",)
+    return (f"{seen.plan.method} scores pairs, not single tokens: there is no heat map.",)
 
 
 def _parting(seen: Seen, image: int) -> tuple[str, ...]:
