@@ -317,6 +317,16 @@ def test_merging_methods_drop_too_and_fused_tokens_go_on(model):
         assert np.isfinite(stage.heat).all()
 
 
+def test_dropping_what_the_scores_would_merge_is_against_them(model):
+    own = seen_by_model(pruned_by(model, "diffrate", ratio=0.5, options={"pruned": 0.5}), tiny.images(1))
+    [pair, *_] = stage_pictures(own)[0].groups
+    joined = next(p for p in pair if p not in own.kept[0][0])
+    lost = own.assignment[0].copy()
+    lost[0, joined] = -1
+    seen = Seen(own.plan, own.kept, [lost, *own.assignment[1:]], own.audited, own.geometry)
+    assert stage_pictures(seen)[0].dropped[CONTRARY].tolist() == [joined]
+
+
 def test_masked_slots_are_out_and_counted_as_such(model):
     options = {"form": "masked", "gate_scale": 3.0, "gate_center": 0.5}
     seen = seen_by_model(pruned_by(model, "avit", ratio=1.0, options=options), tiny.images(1))
