@@ -23,7 +23,7 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine export check bench compare gpu-report classify show list doctor cpp test matrix lint lock clean
+.PHONY: help setup engine demo export check bench compare gpu-report classify show list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -34,6 +34,9 @@ setup: $(READY)  ## Make .venv from requirements.lock (every other target does i
 
 engine: $(READY)  ## Plan, export, build, prove and measure an engine: make engine MODEL=deit_s RATIO=0.7
 	@$(ZTP) engine $(WANTED) $(BUILT) $(call flag,IMAGES,--images)
+
+demo: $(READY)  ## The reference classifier, offline: engine, parity, speed-up, accuracy, pictures
+	@$(ZTP) demo
 
 export: $(READY)  ## Export a pruned model only
 	@$(ZTP) export $(WANTED)

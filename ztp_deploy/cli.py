@@ -417,6 +417,44 @@ def engine(
     show_result(result, as_json)
 
 
+@app.command()
+def demo(
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    method: Method = None,
+    count: Annotated[int, typer.Option("--canvases", min=4, help="Test canvases to classify.")] = 1194,
+    directory: Annotated[Path, typer.Option(help="Where canvases and pictures go.")] = Path("pictures"),
+    as_json: AsJson = False,
+) -> None:
+    """The reference classifier from start to end, offline: its engine, parity, speed-up, accuracy and pictures."""
+    from ztp_deploy.evidence.report.accuracy import show_accuracy
+    from ztp_deploy.reference.demo import MODEL, RATIO, demonstrate
+
+    if ratio is None and flops is None:
+        ratio = RATIO
+    wanted = plan_request(MODEL, method, ratio, flops, None, None, None, "pretrained", None)
+    request = build_request(profile, backend, device, precision, None, None, Path("export"), Path("engines"))
+    made = demonstrate(request, Bars(), wanted=wanted, directory=directory, count=count, command=_command())
+    if as_json:
+        print_json(
+            {
+                "summary": made.result.summary.model_dump(mode="json"),
+                "accuracy": made.accuracy.model_dump(mode="json"),
+                "pictures": made.pictures.to_json(),
+            }
+        )
+        return
+    show_result(made.result, False)
+    show_accuracy(made.accuracy, out)
+    out.print("Pictures of what the engine kept:")
+    for one in made.pictures.drawn:
+        out.print(str(one.picture), soft_wrap=True, markup=False)
+
+
 @app.command("gpu-report")
 def gpu_report(
     model: Annotated[

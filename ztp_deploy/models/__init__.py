@@ -268,6 +268,14 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
             "Leave the overrides out, or use weights='random'.",
         )
     config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    if shipped := config.get("file"):
+        weights_module.load_given(model, weights_module.read_file(Path(shipped)), architecture, family(key).translate)
+        return Weights(
+            kind="pretrained",
+            origin="ztp_deploy",
+            licence=config.get("license"),
+            sha256=weights_module.digest(weights_module.state_of(model)),
+        )
     repository = config.get("hf_hub_id")
     if not repository and "origin_url" in config:
         raise MissingSoftware(
@@ -300,6 +308,9 @@ def _labels(model: nn.Module) -> tuple[str, ...] | None:
     import timm.data
 
     geometry = host_of(model).geometry
+    config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
+    if names := config.get("label_names"):
+        return tuple(names) if len(names) == geometry.num_classes else None
     subset = timm.data.infer_imagenet_subset(model)
     if subset is None:
         return None

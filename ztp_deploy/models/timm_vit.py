@@ -19,6 +19,7 @@ from ztp_deploy.models.base import Attention, ModelSize
 from ztp_deploy.models.parts import open_attention, project, typed
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
+from ztp_deploy.reference import model as reference
 
 SUMMARY = "DeiT, AugReg, DINOv2 (registers too), SigLIP and any timm ViT made of plain blocks"
 
@@ -39,6 +40,7 @@ NAMES: dict[str, str] = {
     "augreg_vit_s_384": "vit_small_patch16_384.augreg_in21k_ft_in1k",
     "augreg_vit_b_384": "vit_base_patch16_384.augreg_in21k_ft_in1k",
     "augreg_vit_l_384": "vit_large_patch16_384.augreg_in21k_ft_in1k",
+    "vit_digits": reference.vit_digits.__name__,
 }
 
 

@@ -1,0 +1,88 @@
+"""The training of the reference classifier, in small: every part of it, and that it learns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ztp_deploy.reference import train
+from ztp_deploy.reference.model import vit_digits
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return train.Canvases(48)
+
+
+def test_canvases_become_normalised_batches(drawn):
+    chosen = np.array([3, 9])
+    images, labels, coverage = drawn.batch(chosen, 0.0, np.random.default_rng(0))
+    assert images.shape == (2, 3, 112, 112)
+    assert labels.tolist() == drawn.labels[chosen].tolist()
+    assert coverage.shape == (2, 196)
+    pixels = drawn.pixels[chosen].astype(np.float32).transpose(0, 3, 1, 2) / 255
+    back = images.numpy() * 0.25 + 0.5
+    # Colours are swapped and may be inverted; nothing else happens to them.
+    match = min(np.abs(np.sort(back, 1) - np.sort(p, 1)).max() for p in (pixels, 1 - pixels))
+    assert match < 1e-5
+    easy = drawn.batch(chosen, 1.0, np.random.default_rng(0))[0].numpy() * 0.25 + 0.5
+    plain = drawn.plain[chosen].astype(np.float32).transpose(0, 3, 1, 2) / 255
+    assert min(np.abs(np.sort(easy, 1) - np.sort(p, 1)).max() for p in (plain, 1 - plain)) < 1e-5
+
+
+def test_windows_are_square_and_hold_the_digit(drawn):
+    coverage = torch.from_numpy(drawn.coverage)
+    chosen = train.windows(coverage, torch.Generator().manual_seed(0))
+    assert chosen.shape == (48, train.WINDOW**2)
+    rows, columns = chosen // train.GRID, chosen % train.GRID
+    assert torch.equal(rows.amax(1) - rows.amin(1), torch.full((48,), train.WINDOW - 1))
+    assert torch.equal(columns.amax(1) - columns.amin(1), torch.full((48,), train.WINDOW - 1))
+    held = coverage.gather(1, chosen).sum(1) / coverage.sum(1)
+    assert held.min() > 0.8
+    assert (held >= 0.95).float().mean() > 0.9
+
+
+def test_a_window_is_the_model_on_those_patches_alone():
+    """All patches chosen in order is timm's own forward pass; a window is another."""
+    model = vit_digits().eval()
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        own = model.forward_features(images)
+        every = torch.arange(196).expand(2, -1)
+        torch.testing.assert_close(train.features(model, images, None), own)
+        torch.testing.assert_close(train.features(model, images, every), own)
+        window = train.features(model, images, every[:, :49])
+    assert window.shape == (2, 50, 144)
+    assert (window[:, 0] - own[:, 0]).abs().max() > 1e-3
+
+
+def test_canvases_get_harder_only_while_most_are_read():
+    ease = train.Ease(1.0, enough=0.7, step=0.1)
+    for _ in range(100):
+        ease.update(0.6)
+    assert ease.value == 1.0
+    for _ in range(100):
+        ease.update(0.9)
+    assert ease.value == 0.0
+
+
+def test_orders_go_through_all_before_any_comes_again():
+    given = np.concatenate(list(train.orders(10, 25, 5, np.random.default_rng(0))))
+    assert len(given) == 25
+    assert sorted(given[:10]) == sorted(given[10:20]) == list(range(10))
+
+
+def test_a_short_training_lowers_the_loss_and_writes_weights(tmp_path, capsys, monkeypatch):
+    """Eight canvases learned by heart; the file is what the model is."""
+    monkeypatch.setattr(train, "SAY_EVERY", 1)
+    recipe = train.Recipe(
+        canvases=8, window_images=8 * 30, canvas_images=16, window_batch=8, canvas_batch=8, warm_up=0.0
+    )
+    model = train.train(recipe, tmp_path / "weights.safetensors")
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(losses) == 32
+    assert losses[29] < 0.6 * losses[0]
+    written = load_file(tmp_path / "weights.safetensors")
+    assert all(torch.equal(value, written[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,260 @@
+"""What pruning costs the reference classifier: the paper's ladder, and accuracy against FLOPs, method by method.
+
+Everything runs in eager PyTorch on the same canvases, so that whatever differs between two rows is the method.
+Intervals resample source digits, since canvases of one scan are no independent pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from ztp_deploy import environment, models
+from ztp_deploy.evidence.accuracy import Comparison, compare, hits, paired_bootstrap, wilson
+from ztp_deploy.evidence.schema import EvidenceFile
+from ztp_deploy.manifest import write_text
+from ztp_deploy.plan import make_plan
+from ztp_deploy.pruning.prune import prune
+from ztp_deploy.reference import canvases
+from ztp_deploy.reference.model import MEAN, STD
+
+MODEL = "vit_digits"
+SHARES = (0.85, 0.75, 0.65, 0.55, 0.45)
+BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of a study: a method with options under a name of its own."""
+
+    name: str
+    method: str
+    options: dict[str, Any]
+
+
+def _zero_tprune(name: str, **options: Any) -> Entry:
+    return Entry(name, "zero_tprune", options)
+
+
+_ALONE: dict[str, Any] = {"heads": "mean", "variance_bounds": None, "similar": 0.0}
+
+LADDER = (
+    Entry("random", "random", {}),
+    _zero_tprune("WPR", **_ALONE),
+    _zero_tprune("+ EIR", **_ALONE | {"heads": "rms"}),
+    _zero_tprune("+ VHF", similar=0.0),
+    _zero_tprune("+ S-stage", similar=0.5),
+)
+"""The paper's ablation (Table 3): each row adds one part of the method to the row before."""
+
+CURVES = (
+    _zero_tprune("Zero-TPrune"),
+    _zero_tprune("Zero-TPrune-uni", start="uniform"),
+    Entry("ToMe", "tome", {}),
+    Entry("ATS", "ats", {}),
+    Entry("EViT", "evit", {}),
+    Entry("random", "random", {}),
+)
+"""Methods that need no training, at every FLOP share."""
+
+CHOICES = (
+    _zero_tprune("Zero-TPrune"),
+    _zero_tprune("S:I 1:3", similar=0.25),
+    _zero_tprune("S:I 3:1", similar=0.75),
+    _zero_tprune("S features: queries", features="queries"),
+    _zero_tprune("S features: values", features="values"),
+    _zero_tprune("S features: inputs", features="inputs"),
+    _zero_tprune("rounds 1", rounds=1),
+    _zero_tprune("rounds 3", rounds=3),
+    _zero_tprune("rounds 8", rounds=8),
+    _zero_tprune("rounds 30", rounds=30),
+    _zero_tprune("uniform start", start="uniform"),
+    _zero_tprune("heads: mean", heads="mean"),
+    _zero_tprune("all heads", variance_bounds=None),
+)
+"""Where the paper leaves a choice: what the defaults are held against."""
+
+STUDIES: dict[str, tuple[Entry, ...]] = {"ladder": LADDER, "curves": CURVES, "choices": CHOICES}
+
+
+class Row(BaseModel):
+    """One entry at one FLOP share, held against the dense model and against the study's first entry.
+
+    `ahead` is the share of right answers less that of the first entry at the same share, with its interval.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    method: str
+    options: dict[str, Any]
+    asked_share: float
+    planned_share: float
+    planned_gmacs: float
+    tokens: list[int]
+    comparison: Comparison
+    ahead: tuple[float, float, float]
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "undecided"]:
+        """Against the first entry: decided where the interval excludes 0."""
+        return "better" if self.ahead[1] > 0 else "worse" if self.ahead[2] < 0 else "undecided"
+
+
+class Study(EvidenceFile):
+    """A study on `images` canvases of one part, drawn from `digits` scans."""
+
+    schema_: Literal["ztp.study/1"] = Field(default="ztp.study/1", alias="schema")
+    study: str
+    model: str
+    weights_sha256: str
+    part: canvases.Part
+    images: int
+    digits: int
+    dense_top1: float
+    dense_gmacs: float
+    rows: list[Row]
+    command: str
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """Canvases as the model takes them [M, 3, SIDE, SIDE], their labels and the scans they show."""
+
+    images: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    digits: NDArray[np.int64]
+
+
+def sheet(part: canvases.Part, count: int, first: int = 0) -> Sheet:
+    """`count` canvases of a part, from number `first` on."""
+    drawn = [canvases.draw(part, index) for index in range(first, first + count)]
+    pixels = np.stack([canvas.pixels for canvas in drawn]).astype(np.float32).transpose(0, 3, 1, 2) / 255
+    labels = np.array([canvas.label for canvas in drawn])
+    return Sheet((pixels - MEAN) / np.float32(STD), labels, np.array([canvas.digit for canvas in drawn]))
+
+
+def logits_of(model: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The model's logits [M, classes] in fp32."""
+    with torch.inference_mode():
+        parts = [model(torch.from_numpy(images[at : at + BATCH])) for at in range(0, len(images), BATCH)]
+    found: NDArray[np.float32] = torch.cat(parts).numpy()
+    return found
+
+
+def run_study(
+    name: str,
+    part: canvases.Part,
+    count: int,
+    *,
+    shares: Sequence[float] = SHARES,
+    entries: Sequence[Entry] | None = None,
+    model: nn.Module | None = None,
+    first: int = 0,
+    command: str = "",
+    advance: Callable[[str], None] = lambda _: None,
+) -> Study:
+    """Every entry at every FLOP share on the same `count` canvases. Entries are held against the first of them."""
+    chosen = STUDIES[name] if entries is None else entries
+    model = models.load_model(MODEL, weights="pretrained") if model is None else model
+    data = sheet(part, count, first)
+    dense = logits_of(model, data.images)
+    rows = [row for share in shares for row in _rows(model, chosen, share, data, dense, advance)]
+    return Study(
+        study=name,
+        model=models.source_of(model).name,
+        weights_sha256=models.source_of(model).weights.sha256,
+        part=part,
+        images=count,
+        digits=len(np.unique(data.digits)),
+        dense_top1=wilson(int(hits(dense, data.labels).sum()), count).share,
+        dense_gmacs=make_plan(model, "dense").flops.dense / 1e9,
+        rows=rows,
+        command=command,
+        environment=environment.snapshot(),
+    )
+
+
+def _rows(
+    model: nn.Module,
+    entries: Sequence[Entry],
+    share: float,
+    data: Sheet,
+    dense: NDArray[np.float32],
+    advance: Callable[[str], None],
+) -> Iterator[Row]:
+    first: NDArray[np.bool_] | None = None
+    for entry in entries:
+        plan = make_plan(model, entry.method, flops=share, options=entry.options)
+        logits = logits_of(prune(model, plan), data.images)
+        right = hits(logits, data.labels)
+        first = right if first is None else first
+        comparison = compare(dense, logits, data.labels, clusters=data.digits)
+        ahead = paired_bootstrap(right.astype(float) - first, data.digits)
+        advance(f"{share:.2f} {entry.name}: {comparison.pruned.top1.share:.4f}")
+        yield Row(
+            name=entry.name,
+            method=entry.method,
+            options=entry.options,
+            asked_share=share,
+            planned_share=plan.flops.share,
+            planned_gmacs=plan.flops.planned / 1e9,
+            tokens=[plan.patch_tokens, *plan.counts],
+            comparison=comparison,
+            ahead=ahead,
+        )
+
+
+HEAD = ("MACs", "row", "top-1", "against dense (95 %)", "against the first row (95 %)", "agreement", "KL (nats)")
+
+
+def render_study(study: Study) -> str:
+    """The study's table as Markdown: a line an entry and FLOP share."""
+    lines = [f"| {' | '.join(HEAD)} |", "|---:|---|---:|---|---|---:|---:|"]
+    for row in study.rows:
+        change = row.comparison.top1
+        cells = (
+            f"{row.planned_share:.1%}",
+            row.name,
+            f"{row.comparison.pruned.top1.share:.2%}",
+            _points(change.difference, change.low, change.high),
+            "" if row.name == study.rows[0].name else f"{_points(*row.ahead)} {row.verdict}",
+            f"{row.comparison.agreement.share:.2%}",
+            f"{row.comparison.mean_kl:.4f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"- {study.model}, {study.images} {study.part} canvases of {study.digits} scans, dense {study.dense_top1:.2%} top-1, "
+        f"{study.dense_gmacs:.3f} GMACs. Differences are in percentage points; brackets hold paired bootstrap intervals "
+        "that resample scans. “better” and “worse”: the interval excludes 0.",
+        f"- `{study.command}`, eager PyTorch fp32 on {study.environment['cpu']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _points(middle: float, low: float, high: float) -> str:
+    return f"{middle * 100:+.2f} ({low * 100:+.2f} to {high * 100:+.2f})"
+
+
+def record_study(study: Study, folder: Path) -> Path:
+    """Writes JSON and Markdown, named after model, study and part."""
+    stem = f"{study.model}--{study.study}--{study.part}"
+    write_text(folder / f"{stem}.json", study.to_json())
+    write_text(folder / f"{stem}.md", render_study(study))
+    return folder / f"{stem}.json"
+
+
+def read_study(path: Path) -> Study:
+    """A recorded study."""
+    return Study.model_validate(json.loads(path.read_text(encoding="utf-8")))
