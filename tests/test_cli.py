@@ -218,7 +218,7 @@ def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-COMMANDS = ["plan", "export", "build", "check", "bench", "engine", "gpu-report", "classify", "list", "doctor"]
+COMMANDS = ["plan", "export", "build", "check", "bench", "engine", "eval", "gpu-report", "classify", "list", "doctor"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
