@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -197,6 +198,42 @@ def test_weights_that_only_python_had_leave_no_dense_model(trained, pictures, tm
         evaluate_engine(engine.directory, EvalRequest(pictures), Silent())
     assert "--no-dense" in refused.value.fix
     assert evaluate_engine(engine.directory, EvalRequest(pictures, dense=False), Silent()).images == 22
+
+
+def test_what_a_reader_should_know_is_noted(engines, pictures, tmp_path):
+    """Whether parity was proved of this very engine, and that the reference ran in another precision."""
+    copy = tmp_path / "copy"
+    shutil.copytree(engines["pruned"].directory, copy)
+    proof = {"passed": True, "manifest_sha256": manifest_sha256(copy)}
+    (copy / "evidence").mkdir(exist_ok=True)
+    for change, noted in (({}, False), ({"passed": False}, True), ({"manifest_sha256": "of another build"}, True)):
+        (copy / "evidence" / "parity.json").write_text(json.dumps(proof | change))
+        notes = evaluate_engine(copy, EvalRequest(pictures, dense=False), Silent()).notes
+        assert any("parity gate has not passed" in note for note in notes) == noted
+    tiny.reseal(copy, precision="bf16")
+    noted = "the difference holds what bf16 costs besides"
+    assert noted in " ".join(evaluate_engine(copy, EvalRequest(pictures), Silent()).notes)
+    assert noted not in " ".join(evaluate_engine(copy, EvalRequest(pictures, dense=False), Silent()).notes)
+
+
+def test_sorted_order_is_said_aloud(engines, tmp_path):
+    for name in "jihgfedcba":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (100, 100)).save(tmp_path / name / "x.png")
+    monitor = Silent()
+    report = evaluate_engine(engines["dense"].directory, EvalRequest(tmp_path, dense=False), monitor)
+    assert [row.label for row in report.per_class] == list(range(10))
+    assert monitor.warned == [report.mapping]
+    assert "sorted order" in report.mapping
+    assert [row[0] for row in accuracy_rows(report)] == ["dense"]
+
+
+def test_an_engine_of_other_weights_is_no_reference(engines, model, pictures, tmp_path):
+    other = built(model, ztp.make_plan(model, "dense"), tmp_path / "other", (1, 4, 8))
+    tiny.reseal(other.directory, source=other.manifest.source.model_copy(
+        update={"weights": other.manifest.source.weights.model_copy(update={"sha256": "0" * 64})}))  # fmt: skip
+    with pytest.raises(BadRequest, match="have different weights"):
+        evaluate_engine(engines["pruned"].directory, EvalRequest(pictures), Silent(), dense_engine=other.directory)
 
 
 @pytest.fixture(scope="module")
