@@ -23,7 +23,7 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo export check bench compare gpu-report classify show list doctor cpp test matrix lint lock clean
+.PHONY: help setup engine demo export check bench compare eval gpu-report classify show list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -50,6 +50,9 @@ bench: $(READY)  ## Build anew and measure long, recorded in engines/evidence
 compare: $(READY)  ## Pruning methods against each other at one FLOP share: make compare MODEL=deit_s FLOPS=0.65
 	@$(ZTP) compare --model "$(MODEL)" --flops "$(or $(FLOPS),0.65)" --weights "$(WEIGHTS)" \
 	    $(if $(METHODS),--methods "$(METHODS)",--methods zero_tprune,tome,ats,evit,dynamicvit --option dynamicvit.weights=random) $(BUILT) --record engines/evidence
+
+eval: $(READY)  ## What pruning costs in accuracy: make eval ENGINE=engines/… DATA=imagenet/val (or MODEL=… WEIGHTS=…)
+	@$(ZTP) eval $(if $(ENGINE),--engine "$(ENGINE)",$(WANTED)) $(call flag,DATA,--data)
 
 gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a call; the next call goes on
 	@$(ZTP) gpu-report

@@ -218,7 +218,10 @@ def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-COMMANDS = ["plan", "export", "build", "check", "bench", "engine", "gpu-report", "classify", "show", "list", "doctor"]
+COMMANDS = [
+    *("plan", "export", "build", "check", "bench", "compare", "engine", "eval", "demo"),
+    *("gpu-report", "classify", "show", "list", "doctor"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

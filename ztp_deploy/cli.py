@@ -1,4 +1,4 @@
-"""The command line: `ztp plan | export | build | check | bench | compare | engine | gpu-report | classify | show | list | doctor`.
+"""The command line: `ztp plan | export | build | check | bench | compare | engine | eval | show | demo | …` (`ztp --help`).
 
 Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device,
 130 interrupted.
@@ -455,6 +455,84 @@ def demo(
         out.print(str(one.picture), soft_wrap=True, markup=False)
 
 
+@app.command("eval")
+def eval_(
+    data: Annotated[
+        Path,
+        typer.Option("--data", help="Labelled pictures: a folder with a sub-folder a class, or a CSV file file,label."),
+    ],
+    engine: Annotated[Path | None, typer.Option("--engine", "-e", help="An engine folder.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Or a model: pruned against dense, both in eager PyTorch.")
+    ] = None,
+    method: Method = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Annotated[
+        str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
+    ] = "auto",
+    recipe: Recipe = None,
+    dense_engine: Annotated[
+        Path | None,
+        typer.Option(help="With --engine: an engine of the dense model as the reference, instead of eager PyTorch."),
+    ] = None,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Without the dense model: accuracy alone.")] = False,
+    batch: Annotated[
+        int | None, typer.Option(help="Images a run.  \\[default: an engine's optimum; 32 in eager PyTorch]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode images.  \\[default: one a core, at most 8]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where eager PyTorch runs: auto, cpu or cuda.")] = "auto",
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --model: write the report, and what an interrupted run goes on from, into this folder."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What pruning costs in accuracy, on labelled pictures; interrupted, the same command goes on."""
+    from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
+    from ztp_deploy.evidence.report.accuracy import show_accuracy
+
+    if (engine is None) == (model is None):
+        raise BadRequest(
+            "Give either an engine folder (--engine) or a model (--model).",
+            "For example: ztp eval --engine engines/… --data imagenet/val.",
+        )
+    idle: dict[str, object] = {"--dense-engine": dense_engine}
+    if engine is not None:
+        idle = {"--method": method, "--ratio": ratio, "--flops": flops, "--keep": keep, "--sites": sites}
+        idle |= {"--option": option, "--recipe": recipe, "--record": record}
+        idle |= {"--weights": None if weights == "auto" else weights}
+    given = [name for name, value in idle.items() if value is not None]
+    if no_dense and dense_engine is not None:
+        given.append("--dense-engine")
+    if given:
+        beside = "--no-dense" if no_dense and dense_engine is not None else "--engine" if engine else "--model"
+        raise BadRequest(f"{given[0]} makes no sense with {beside}.", "Leave one of them out.")
+    request = EvalRequest(data, not no_dense, batch, workers, device, _command())
+    try:
+        if engine is not None:
+            report = evaluate_engine(engine, request, Bars(), dense_engine=dense_engine)
+        else:
+            assert model is not None
+            wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
+            report = evaluate_model(wanted, request, Bars(), record=record)
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            err.print(f"{interrupt}.", soft_wrap=True)
+        raise
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    show_accuracy(report, out)
+
+
 @app.command("gpu-report")
 def gpu_report(
     model: Annotated[
@@ -758,7 +836,7 @@ def main() -> None:
     finally:
         signal.signal(signal.SIGINT, previous)
     if code == INTERRUPTED:
-        err.print("Interrupted; nothing partial was left.")
+        err.print("Interrupted; nothing half-written was left.")
         sys.stdout.flush()
         # Python would kill itself with the signal where the interrupt once passed through an exec().
         os._exit(INTERRUPTED)

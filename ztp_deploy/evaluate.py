@@ -1,0 +1,378 @@
+"""`ztp eval`: an engine or a pruned model against the dense one on labelled pictures, one step after the other."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ztp_deploy import environment, methods, models
+from ztp_deploy.backends import Engine, find_engine, load_engine, require_runnable, torch_device
+from ztp_deploy.backends.base import Device, Session
+from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, Speed, accuracy, class_rows, compare
+from ztp_deploy.evidence.images import transform_for
+from ztp_deploy.evidence.labelled import Labelled, read_labelled
+from ztp_deploy.evidence.parity import PARITY_FILE
+from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
+from ztp_deploy.manifest import manifest_sha256, write_text
+from ztp_deploy.models.base import Source
+from ztp_deploy.plan import Plan
+from ztp_deploy.pruning.prune import prune
+from ztp_deploy.workflow import Clock, Monitor, PlanRequest, load
+
+EAGER_BATCH = 32
+MAX_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What was asked of an evaluation.
+
+    `data` is a folder with a sub-folder a class or a CSV file; `dense` False leaves the reference out; `batch` is the
+    number of images a run (None: an engine's optimal, 32 in eager PyTorch); `workers` is the number of threads that
+    decode (None: a core each, at most 8); `device` is where eager PyTorch runs.
+    """
+
+    data: Path | str
+    dense: bool = True
+    batch: int | None = None
+    workers: int | None = None
+    device: str = "auto"
+    command: str | None = None
+
+    def check(self) -> None:
+        """Raises BadRequest for numbers that are none, and for data that is not there."""
+        for name, value in (("batch", self.batch), ("workers", self.workers)):
+            if value is not None and value < 1:
+                raise BadRequest(f"--{name} {value} was asked for.", "Give at least 1.")
+        if not Path(self.data).exists():
+            raise BadRequest(f"There is no --data {str(self.data)!r}.", "Check the path.")
+
+    @property
+    def threads(self) -> int:
+        """How many threads decode."""
+        return self.workers or min(MAX_WORKERS, environment.usable_cores())
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated, as reports name it, and where its unfinished runs are kept."""
+
+    source: Source
+    plan: Plan
+    runs: str
+    precision: str
+    manifest_sha256: str | None
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What it is held against."""
+
+    name: str
+    manifest_sha256: str | None
+    logits: NDArray[np.float32]
+
+
+def evaluate_engine(
+    directory: Path | str, request: EvalRequest, monitor: Monitor, *, dense_engine: Path | str | None = None
+) -> AccuracyReport:
+    """An engine on labelled pictures, against the dense model; writes `evidence/accuracy.json`.
+
+    The reference is `dense_engine` where one is given, else the dense model that the manifest names, in eager
+    PyTorch. Raises BadRequest for random weights, data that does not fit and an engine that is no dense one of the
+    same weights; MissingSoftware; GateFailed for logits that are no numbers.
+    """
+    request.check()
+    engine = find_engine(directory)
+    manifest = engine.manifest
+    refuse_meaningless(manifest.source, manifest.plan)
+    require_runnable(engine)
+    other = None if dense_engine is None else _dense_engine(dense_engine, engine)
+    if other is None and request.dense and manifest.source.weights.kind == "given":
+        raise BadRequest(
+            f"The weights of {manifest.source.name} were handed over in Python: there is no dense model to load.",
+            "Give an engine of it with --dense-engine, or leave the comparison out with --no-dense.",
+        )
+    clock = Clock(monitor)
+    notes: list[str] = []
+    if not _proved(engine):
+        notes.append(f"The parity gate has not passed this engine: ztp check --engine {engine.directory.name}.")
+    if manifest.precision != "fp32" and request.dense and (other is None or other.manifest.precision == "fp32"):
+        notes.append(f"The dense model ran in fp32: the difference holds what {manifest.precision} costs besides.")
+    subject = _Subject(
+        manifest.source,
+        manifest.plan,
+        f"{manifest.backend} {manifest.backend_version}",
+        manifest.precision,
+        manifest_sha256(engine.directory),
+        engine.evidence,
+    )
+    for one in (engine, other):
+        if one is not None:
+            _batch_size(one, request.batch)
+    speeds: list[Speed] = []
+    finished: list[Path] = []
+    reference = None
+    with load_engine(engine.directory) as session:
+        classes = _classes(session)
+        data = _read(request, classes, manifest.source, clock)
+        if request.dense:
+            with _dense_predictor(manifest.source, other, request, clock) as dense:
+                found, speed = _run(dense, data, classes, request, engine.evidence, clock)
+            speeds.append(speed)
+            finished.append(partial_file(engine.evidence, dense, data))
+            reference = _Reference(dense.runs, None if other is None else manifest_sha256(other.directory), found)
+        pruned = _engine_predictor(session, engine, "pruned", request.batch)
+        logits, speed = _run(pruned, data, classes, request, engine.evidence, clock)
+        speeds.append(speed)
+        finished.append(partial_file(engine.evidence, pruned, data))
+    report = _report(subject, data, logits, reference, speeds, notes, request)
+    write_text(engine.evidence / ACCURACY_FILE, report.to_json())
+    for path in finished:
+        path.unlink(missing_ok=True)
+    return report
+
+
+def evaluate_model(
+    wanted: PlanRequest, request: EvalRequest, monitor: Monitor, *, record: Path | None = None
+) -> AccuracyReport:
+    """A pruned model against the dense one on labelled pictures, both in eager PyTorch.
+
+    With `record` the report is written into that folder, and so is an unfinished run. Raises as `evaluate_engine`.
+    """
+    request.check()
+    if wanted.weights == "random":
+        raise _random(wanted.model)
+    models.check_request(wanted.model, wanted.weights)
+    wanted.check()
+    device = torch_device.resolve(request.device, "Eager PyTorch")
+    clock = Clock(monitor)
+    try:
+        # What cannot be had is an error here: random weights in its place would give an accuracy of chance.
+        model = load(wanted.model, "pretrained" if wanted.weights == "auto" else wanted.weights, clock)
+    except MissingSoftware as error:
+        raise MissingSoftware(error.problem, "Give a checkpoint: --weights path.") from error
+    plan = wanted.plan(model)
+    source = models.source_of(model)
+    refuse_meaningless(source, plan)
+    classes = models.host_of(model).geometry.num_classes
+    data = _read(request, classes, source, clock)
+    speeds: list[Speed] = []
+    finished: list[Path] = []
+    reference = None
+    if request.dense and plan.stages:
+        dense = _eager_predictor(model, source, None, "dense", request, device)
+        found, speed = _run(dense, data, classes, request, record, clock)
+        speeds.append(speed)
+        reference = _Reference(dense.runs, None, found)
+        finished += [partial_file(record, dense, data)] if record else []
+    predictor = _eager_predictor(prune(model, plan), source, plan, "pruned", request, device)
+    logits, speed = _run(predictor, data, classes, request, record, clock)
+    speeds.append(speed)
+    finished += [partial_file(record, predictor, data)] if record else []
+    subject = _Subject(source, plan, predictor.runs, "fp32", None, record)
+    report = _report(subject, data, logits, reference, speeds, [], request)
+    if record is not None:
+        name = f"{source.name}--{plan.label}--accuracy-{data.sha256[:6]}.json"
+        write_text(record / name, report.to_json())
+    for path in finished:
+        path.unlink(missing_ok=True)
+    return report
+
+
+def refuse_meaningless(source: Source, plan: Plan) -> None:
+    """Raises BadRequest where predictions mean nothing: random weights, or a method without its own."""
+    if source.weights.kind == "random":
+        raise _random(source.name)
+    if reason := methods.untrained(plan):
+        raise BadRequest(
+            f"An accuracy of {plan.label} would mean nothing: {reason}", "Give a checkpoint that has them."
+        )
+
+
+def _random(name: str) -> BadRequest:
+    return BadRequest(
+        f"The weights of {name} are random: its accuracy is that of chance and means nothing.",
+        "Give trained ones: --weights path, and build the engine with them.",
+    )
+
+
+def _dense_engine(directory: Path | str, engine: Engine) -> Engine:
+    """The reference engine. Raises BadRequest unless it is dense and of the same weights."""
+    other = find_engine(directory)
+    if other.manifest.plan.stages:
+        raise BadRequest(
+            f"{other.directory} prunes ({other.manifest.plan.label}); the reference must be dense.",
+            "Build one with --method dense.",
+        )
+    if other.manifest.source.weights.sha256 != engine.manifest.source.weights.sha256:
+        raise BadRequest(
+            f"{other.directory} and {engine.directory} have different weights.", "Build both from the same checkpoint."
+        )
+    require_runnable(other)
+    return other
+
+
+def _proved(engine: Engine) -> bool:
+    """Whether the engine's evidence says that it passed the parity gate as it stands."""
+    try:
+        parity = json.loads((engine.evidence / PARITY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(parity.get("passed")) and parity.get("manifest_sha256") == manifest_sha256(engine.directory)
+
+
+def _classes(session: Session) -> int:
+    """How many logits the engine gives an image; its manifest does not say."""
+    wanted, span = session.manifest.input, session.manifest.batch
+    blank = np.zeros((span.min, 3, wanted.size, wanted.size), wanted.dtype)
+    return int(session.run(blank).shape[1])
+
+
+def _read(request: EvalRequest, classes: int, source: Source, clock: Clock) -> Labelled:
+    with clock.step(f"read the labels of {Path(request.data).name}"):
+        data = read_labelled(request.data, classes, source.labels)
+    if "sorted order" in data.mapping:
+        clock.monitor.warn(data.mapping)
+    return data
+
+
+def _run(
+    predictor: Predictor, data: Labelled, classes: int, request: EvalRequest, folder: Path | None, clock: Clock
+) -> tuple[NDArray[np.float32], Speed]:
+    count = len(data.files)
+    with clock.step(f"run {predictor.role} on {count} images ({predictor.runs})", float(count)) as advance:
+        return predict(predictor, data, classes, workers=request.threads, folder=folder, advance=advance)
+
+
+def _batch_size(engine: Engine, batch: int | None) -> int:
+    """What was asked for, or the engine's optimum. Raises BadRequest outside its range."""
+    span = engine.manifest.batch
+    size = span.opt if batch is None else batch
+    if not span.min <= size <= span.max:
+        raise BadRequest(
+            f"--batch {size} is outside the range {span.min} to {span.max} of {engine.directory}.",
+            f"Choose one within, or leave it out for {span.opt}.",
+        )
+    return size
+
+
+def _engine_predictor(
+    session: Session, engine: Engine, role: Literal["dense", "pruned"], batch: int | None
+) -> Predictor:
+    manifest = session.manifest
+    span = manifest.batch
+
+    def forward(pictures: NDArray[Any]) -> NDArray[Any]:
+        fill = max(0, span.min - len(pictures))
+        padded = np.concatenate([pictures, np.repeat(pictures[-1:], fill, axis=0)]) if fill else pictures
+        return session.run(padded)[: len(pictures)]
+
+    return Predictor(
+        role=role,
+        runs=f"{manifest.backend} {manifest.backend_version} {manifest.precision}",
+        identity={"manifest": manifest_sha256(session.directory)},
+        transform=transform_for(manifest.source.preprocessing, manifest.input.dtype),
+        batch=_batch_size(engine, batch),
+        forward=forward,
+    )
+
+
+def _eager_predictor(
+    model: nn.Module,
+    source: Source,
+    plan: Plan | None,
+    role: Literal["dense", "pruned"],
+    request: EvalRequest,
+    device: Device,
+) -> Predictor:
+    torch_device.prepare(device.provider)
+    model = model.to(device.provider).eval()
+
+    def forward(pictures: NDArray[Any]) -> NDArray[Any]:
+        with torch.inference_mode():
+            logits: torch.Tensor = model(torch.from_numpy(pictures).to(device.provider))
+        return logits.float().cpu().numpy()
+
+    return Predictor(
+        role=role,
+        runs=f"eager PyTorch {torch.__version__.partition('+')[0]} fp32 on {device.name}",
+        identity={
+            "weights": source.weights.sha256,
+            "plan": plan.to_json() if plan else "dense",
+            "preprocessing": source.preprocessing.model_dump_json(),
+            "torch": torch.__version__,
+            "device": device.slug,
+        },
+        transform=transform_for(source.preprocessing, "float32"),
+        batch=request.batch or EAGER_BATCH,
+        forward=forward,
+    )
+
+
+@contextmanager
+def _dense_predictor(source: Source, engine: Engine | None, request: EvalRequest, clock: Clock) -> Iterator[Predictor]:
+    if engine is not None:
+        with load_engine(engine.directory) as session:
+            yield _engine_predictor(session, engine, "dense", request.batch)
+        return
+    device = torch_device.resolve(request.device, "Eager PyTorch")
+    with clock.step(f"load {source.name}, dense"):
+        model = models.reload_model(source)
+    yield _eager_predictor(model, source, None, "dense", request, device)
+
+
+def _report(
+    subject: _Subject,
+    data: Labelled,
+    logits: NDArray[np.float32],
+    reference: _Reference | None,
+    speeds: list[Speed],
+    notes: list[str],
+    request: EvalRequest,
+) -> AccuracyReport:
+    before = None if reference is None else reference.logits
+    return AccuracyReport(
+        command=request.command or shlex.join(sys.argv),
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        model=subject.source.name,
+        plan=subject.plan.label,
+        runs=subject.runs,
+        precision=subject.precision,
+        manifest_sha256=subject.manifest_sha256,
+        weights=_shown(subject.source),
+        weights_sha256=subject.source.weights.sha256,
+        reference=None if reference is None else reference.name,
+        reference_manifest_sha256=None if reference is None else reference.manifest_sha256,
+        data=data.origin,
+        data_sha256=data.sha256,
+        images=len(data.files),
+        classes=logits.shape[1],
+        mapping=data.mapping,
+        accuracy=accuracy(logits, data.labels),
+        comparison=None if before is None else compare(before, logits, data.labels),
+        per_class=class_rows(logits, data.labels, before, subject.source.labels),
+        speed=tuple(speeds),
+        notes=tuple(notes),
+        environment=environment.snapshot(),
+    )
+
+
+def _shown(source: Source) -> str:
+    """Where the weights came from, a file by its name alone."""
+    weights = source.weights
+    return f"{weights.kind}: {Path(weights.origin).name if weights.kind == 'file' else weights.origin}"

@@ -1,0 +1,265 @@
+"""Labelled pictures: a folder with one sub-folder a class, or a CSV file; and how labels become class indices."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ztp_deploy.errors import BadRequest, nearest
+from ztp_deploy.evidence.images import Transform, open_image
+
+HEADER = ["file", "label"]
+_AHEAD = 2
+"""Batches that are decoded while one runs."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Pictures and their class indices. `mapping` says how labels became indices, `origin` is the data's own name."""
+
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    mapping: str
+    origin: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over names, sizes in bytes and labels: the data, wherever it lies."""
+        sha = hashlib.sha256()
+        for file, name, label in zip(self.files, self.names, self.labels.tolist(), strict=True):
+            sha.update(f"{name}|{file.stat().st_size}|{label}\n".encode())
+        return sha.hexdigest()
+
+
+def read_labelled(data: Path | str, classes: int, labels: Sequence[str] | None) -> Labelled:
+    """The pictures of a folder with a sub-folder a class, or of a CSV file with the columns file,label.
+
+    `classes` and `labels` are the model's: how many, and their names where it has any. Paths in a CSV file are
+    relative to its folder; a first line `file,label` is its header, and optional. Raises BadRequest for what is
+    missing, no image, listed twice or of no class.
+    """
+    path = Path(data)
+    if path.is_dir():
+        files, given = _from_folder(path)
+    elif path.is_file():
+        files, given = _from_csv(path)
+    else:
+        raise BadRequest(
+            f"--data {str(path)!r} is neither a folder nor a file.",
+            "Give a folder with one sub-folder a class, or a CSV file with the columns file,label.",
+        )
+    index, mapping = class_indices(sorted(set(given)), classes, labels)
+    root = path if path.is_dir() else path.parent
+    return Labelled(
+        files=tuple(files),
+        names=tuple(_name(file, root) for file in files),
+        labels=np.array([index[label] for label in given], np.int64),
+        mapping=mapping,
+        origin=f"{len(files)} images of {len(index)} classes in {path.name or path.resolve().name}",
+    )
+
+
+def _name(file: Path, root: Path) -> str:
+    """The path below the data's folder; above it, the file's own name."""
+    return str(file.relative_to(root)) if file.is_relative_to(root) else file.name
+
+
+def _from_folder(root: Path) -> tuple[list[Path], list[str]]:
+    known = Image.registered_extensions()
+    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    loose = [path for path in entries if not path.is_dir()]
+    if loose:
+        raise BadRequest(
+            f"{_first(loose)} in --data belong{'s' if len(loose) == 1 else ''} to no class: only sub-folders do.",
+            "Put pictures into one sub-folder a class, and other files elsewhere.",
+        )
+    if not entries:
+        raise BadRequest(f"--data {str(root)!r} holds no sub-folders.", "Give a folder with one sub-folder a class.")
+    files: list[Path] = []
+    given: list[str] = []
+    for folder in entries:
+        found = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        )
+        strange = [path for path in found if path.suffix.lower() not in known]
+        if strange:
+            raise BadRequest(f"{_first(strange)} in --data: no image's name.", "Keep only pictures in the folder.")
+        if not found:
+            raise BadRequest(f"{folder} holds no images.", "Fill it, or take it away.")
+        files += found
+        given += [folder.name] * len(found)
+    return files, given
+
+
+def _from_csv(path: Path) -> tuple[list[Path], list[str]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = [(number, [cell.strip() for cell in row]) for number, row in enumerate(csv.reader(stream), 1) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadRequest(f"{path} is no CSV file in UTF-8.", "Write it with the columns file,label.") from error
+    first = [cell.lower() for cell in rows[0][1]] if rows else []
+    if first == HEADER[::-1]:
+        raise BadRequest(f"{path} has the columns label,file.", "Write them as file,label.")
+    rows = rows[1:] if first == HEADER else rows
+    if not rows:
+        raise BadRequest(f"{path} lists no images.", "Write one line file,label an image.")
+    for number, row in rows:
+        if len(row) != 2 or not all(row):
+            raise BadRequest(
+                f"Line {number} of {path} is {','.join(row)!r}.", "Write file,label with one comma between them."
+            )
+    files = [path.parent / row[0] for _, row in rows]
+    missing = [f"{file} (line {number})" for file, (number, _) in zip(files, rows, strict=True) if not file.is_file()]
+    if missing:
+        raise BadRequest(
+            f"There is no file {_first(missing)}.",
+            f"Paths are relative to {path.name}'s folder; a header can only be file,label.",
+        )
+    seen: set[Path] = set()
+    for file, (number, _) in zip(files, rows, strict=True):
+        if file in seen:
+            raise BadRequest(f"{file} is listed twice, again in line {number} of {path}.", "List every image once.")
+        seen.add(file)
+    return files, [row[1] for _, row in rows]
+
+
+def _first(things: Sequence[object]) -> str:
+    return f"{things[0]}{f' (and {len(things) - 1} more)' if len(things) > 1 else ''}"
+
+
+def class_indices(names: Sequence[str], classes: int, labels: Sequence[str] | None) -> tuple[dict[str, int], str]:
+    """Labels as they were given → class indices, and a sentence on how that was decided.
+
+    The first of these that fits decides, and it must fit every name: whole numbers are the indices themselves;
+    the model's own labels, whole or by their first synonym, in any case and with `_` for a space; WordNet ids
+    (n01440764) where the model has ImageNet's classes; sorted order, where there are exactly as many names as
+    classes. Raises BadRequest where a name fits by halves, by two classes, or not at all.
+    """
+    numbers = [name for name in names if re.fullmatch(r"[0-9]+", name)]
+    ours = _by_label(labels or ())
+    known = [name for name in names if _plain(name) in ours]
+    ids = [name for name in names if re.fullmatch(r"n[0-9]{8}", name)]
+    synsets = _synsets(labels)
+    if numbers:
+        found = {name: [int(name)] for name in numbers}
+        mapping, hint = "Labels are class indices.", "Class indices are whole numbers, counted from 0"
+    elif known:
+        found = {name: ours[_plain(name)] for name in known}
+        mapping, hint = "Labels are the model's own.", f"Nearest: {_nearest(names, known, ours)}"
+    elif ids and synsets:
+        found = {name: [synsets[name]] for name in ids if name in synsets}
+        mapping, hint = "Labels are WordNet ids of ImageNet's classes.", f"The model's first is {next(iter(synsets))}"
+    elif len(names) == classes:
+        found = {name: [index] for index, name in enumerate(sorted(names))}
+        mapping, hint = "Labels were no name of the model's: in sorted order they were taken as its classes.", ""
+    else:
+        raise BadRequest(
+            f"{_first([repr(name) for name in names])}: no class of the model's ({classes} classes; {len(names)} came).",
+            "Name them by class index, "
+            + (
+                "by the model's labels or WordNet ids."
+                if synsets
+                else "by the model's labels."
+                if labels
+                else "from 0."
+            ),
+        )
+    strange = [repr(name) for name in names if name not in found]
+    if strange:
+        raise BadRequest(f"{mapping.removesuffix('.')}, but {_first(strange)} is none of them.", f"{hint}.")
+    several = [name for name in names if len(found[name]) > 1]
+    if several:
+        raise BadRequest(
+            f"{several[0]!r} may be any of the classes {', '.join(map(str, found[several[0]]))}.",
+            "Use class indices or the whole label.",
+        )
+    index = {name: choice[0] for name, choice in found.items()}
+    outside = [name for name in names if index[name] >= classes]
+    if outside:
+        raise BadRequest(
+            f"Label {_first(outside)} is out of range: the classes are 0 to {classes - 1}.",
+            "Class indices count from 0.",
+        )
+    owner: dict[int, str] = {}
+    for name, one in index.items():
+        if one in owner:
+            raise BadRequest(f"{owner[one]!r} and {name!r} are the same class, {one}.", "Give every class one name.")
+        owner[one] = name
+    return index, mapping
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ").strip().lower()
+
+
+def _by_label(labels: Sequence[str]) -> dict[str, list[int]]:
+    """Classes by whole label, else by its first synonym; ImageNet has two cranes, so that there may be several."""
+    synonyms: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        synonyms.setdefault(_plain(label.split(",")[0]), []).append(index)
+    whole: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        if "," in label:
+            whole.setdefault(_plain(label), []).append(index)
+    return {**synonyms, **whole}
+
+
+def _nearest(names: Sequence[str], known: Sequence[str], ours: dict[str, list[int]]) -> str:
+    strange = next((name for name in names if name not in known), "")
+    return nearest(_plain(strange), ours)
+
+
+def _synsets(labels: Sequence[str] | None) -> dict[str, int]:
+    """WordNet id → class index where the labels are those of one of ImageNet's sets; else empty."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": len(labels)}) if labels else None
+    if subset is None or labels is None:
+        return {}
+    info = ImageNetInfo(subset)
+    if tuple(info.label_descriptions()) != tuple(labels):
+        return {}
+    return {name: index for index, name in enumerate(info.label_names())}
+
+
+def batches(data: Labelled, transform: Transform, batch: int, workers: int, first: int = 0) -> Iterator[NDArray[Any]]:
+    """Prepared pictures [≤ batch, 3, H, W] from picture `first` on, decoded by several threads ahead of their use.
+
+    Raises BadRequest for a file that is no readable image.
+    """
+    starts = iter(range(first, len(data.files), batch))
+    waiting: deque[list[Future[NDArray[Any]]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+
+    def prepare(file: Path) -> NDArray[Any]:
+        return transform(open_image(file))
+
+    def ask() -> None:
+        start = next(starts, None)
+        if start is not None:
+            waiting.append([pool.submit(prepare, file) for file in data.files[start : start + batch]])
+
+    try:
+        for _ in range(_AHEAD + 1):
+            ask()
+        while waiting:
+            pictures = [future.result() for future in waiting.popleft()]
+            ask()
+            yield np.stack(pictures)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
