@@ -104,7 +104,8 @@ def _placed(scan: Floats, scale: float, random: np.random.Generator, reach: floa
     padded[2:10, 2:10] = scan
     data = (*matrix[0], shift[0] + 2, *matrix[1], shift[1] + 2)
     drawn = Image.fromarray(padded).transform((SIDE, SIDE), Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
-    return ((np.asarray(drawn) - 0.35) / 0.3).clip(0, 1).astype(np.float32)
+    ink: Floats = ((np.asarray(drawn) - 0.35) / 0.3).clip(0, 1).astype(np.float32)
+    return ink
 
 
 def _strokes(random: np.random.Generator, scale: float) -> Floats:
@@ -121,8 +122,8 @@ def _strokes(random: np.random.Generator, scale: float) -> Floats:
         points = (1 - steps) ** 2 * start + 2 * steps * (1 - steps) * middle + steps**2 * end
         width = max(2, round(_GRID * scale * random.uniform(0.05, 0.13)))
         pen.line([tuple(point) for point in points * _GRID], fill=255, width=width, joint="curve")
-    small = sheet.reduce(_GRID)
-    return np.asarray(small, np.float32) / 255
+    drawn: Floats = np.asarray(sheet.reduce(_GRID), np.float32) / 255
+    return drawn
 
 
 def _fragments(random: np.random.Generator, members: tuple[int, ...], scale: float) -> Floats:
@@ -167,4 +168,5 @@ def _noise(random: np.random.Generator, cells: int) -> Floats:
 def _near(mask: Floats) -> Floats:
     """1 on the digit and around it, falling off: clutter fades there, so that the digit stays readable."""
     small = Image.fromarray(mask).reduce(8)
-    return np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32).clip(0, 1) ** 0.5
+    near: Floats = np.sqrt(np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).clip(0, 1))
+    return near

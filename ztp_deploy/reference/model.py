@@ -31,7 +31,7 @@ CONFIG: dict[str, Any] = {
 """What timm calls a pretrained configuration; the weights lie beside this file."""
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def vit_digits(pretrained: bool = False, **settings: Any) -> VisionTransformer:
     """A ViT of DeiT's shape: 196 patch tokens and a class token, 8 blocks of width 144 with 3 heads, 10 classes.
 
@@ -41,5 +41,5 @@ def vit_digits(pretrained: bool = False, **settings: Any) -> VisionTransformer:
     sizes = {name: value for name, value in settings.items() if name not in own and value is not None}
     shape = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 144, "depth": 8, "num_heads": 3, "num_classes": 10}
     model = VisionTransformer(**(shape | sizes))
-    model.pretrained_cfg = model.default_cfg = CONFIG  # type: ignore[assignment]
+    model.pretrained_cfg = model.default_cfg = CONFIG
     return model

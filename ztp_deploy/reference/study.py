@@ -141,7 +141,8 @@ def sheet(part: canvases.Part, count: int, first: int = 0) -> Sheet:
     drawn = [canvases.draw(part, index) for index in range(first, first + count)]
     pixels = np.stack([canvas.pixels for canvas in drawn]).astype(np.float32).transpose(0, 3, 1, 2) / 255
     labels = np.array([canvas.label for canvas in drawn])
-    return Sheet((pixels - MEAN) / np.float32(STD), labels, np.array([canvas.digit for canvas in drawn]))
+    images = ((pixels - MEAN) / STD).astype(np.float32)
+    return Sheet(images, labels, np.array([canvas.digit for canvas in drawn]))
 
 
 def logits_of(model: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -163,9 +163,9 @@ def train(recipe: Recipe, out: Path) -> nn.Module:
     On two processors of one kind the runs agree; on others rounding in bfloat16 takes them apart.
     """
     torch.manual_seed(recipe.seed)
-    model = vit_digits()
+    model: nn.Module = vit_digits()
     initialise(model)
-    patch_head = nn.Linear(model.embed_dim, NO_DIGIT + 1)
+    patch_head = nn.Linear(model.head.in_features, NO_DIGIT + 1)
     optims = optimisers(model, patch_head, recipe)
     rates = [group["lr"] for optimiser in optims for group in optimiser.param_groups]
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -191,7 +191,7 @@ def train(recipe: Recipe, out: Path) -> nn.Module:
             chosen = windows(batch[2], generator) if windowed else None
             with torch.autocast("cpu", torch.bfloat16):
                 loss, correct = loss_of(model, patch_head, recipe, batch, chosen)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimiser in optims:
                 optimiser.step()
@@ -206,7 +206,8 @@ def train(recipe: Recipe, out: Path) -> nn.Module:
             if step % SAVE_EVERY == 0:
                 save_file(model.state_dict(), out)
     save_file(model.state_dict(), out)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def main() -> None:
