@@ -122,8 +122,7 @@ def _strokes(random: np.random.Generator, scale: float) -> Floats:
         points = (1 - steps) ** 2 * start + 2 * steps * (1 - steps) * middle + steps**2 * end
         width = max(2, round(_GRID * scale * random.uniform(0.05, 0.13)))
         pen.line([tuple(point) for point in points * _GRID], fill=255, width=width, joint="curve")
-    drawn: Floats = np.asarray(sheet.reduce(_GRID), np.float32) / 255
-    return drawn
+    return np.asarray(sheet.reduce(_GRID), np.float32) / np.float32(255)
 
 
 def _fragments(random: np.random.Generator, members: tuple[int, ...], scale: float) -> Floats:
@@ -139,12 +138,11 @@ def _fragments(random: np.random.Generator, members: tuple[int, ...], scale: flo
 
 
 def _colours(random: np.random.Generator) -> tuple[Floats, Floats]:
-    """Ground and ink, [3] each, a random contrast apart, either one the lighter."""
+    """Ground and lighter ink, [3] each, a random contrast apart."""
     contrast = random.uniform(0.22, 0.7)
     middle = random.uniform(contrast / 2 + 0.1, 0.9 - contrast / 2)
-    sign = random.choice([-1.0, 1.0])
     tints = random.normal(0, 0.05, (2, 3))
-    ground, ink = middle - sign * contrast / 2 + tints[0], middle + sign * contrast / 2 + tints[1]
+    ground, ink = middle - contrast / 2 + tints[0], middle + contrast / 2 + tints[1]
     return ground.astype(np.float32), ink.astype(np.float32)
 
 

@@ -13,6 +13,7 @@ from ztp_deploy.reference.canvases import PATCH, SIDE
 WEIGHTS = Path(__file__).with_name("vit_digits.safetensors")
 LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MEAN, STD = 0.5, 0.25
+WIDTH = 144
 
 CONFIG: dict[str, Any] = {
     "file": str(WEIGHTS),
@@ -39,7 +40,7 @@ def vit_digits(pretrained: bool = False, **settings: Any) -> VisionTransformer:
     """
     own = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     sizes = {name: value for name, value in settings.items() if name not in own and value is not None}
-    shape = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": 144, "depth": 8, "num_heads": 3, "num_classes": 10}
+    shape = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": 8, "num_heads": 3, "num_classes": 10}
     model = VisionTransformer(**(shape | sizes))
     model.pretrained_cfg = model.default_cfg = CONFIG
     return model

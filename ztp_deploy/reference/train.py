@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from ztp_deploy.reference import canvases
-from ztp_deploy.reference.model import MEAN, STD, vit_digits
+from ztp_deploy.reference.model import MEAN, STD, WIDTH, vit_digits
 
 GRID = canvases.SIDE // canvases.PATCH
 WINDOW = 7
@@ -41,12 +43,13 @@ class Recipe:
     """What decides a training, with the defaults that made the weights shipped."""
 
     seed: int = 0
-    canvases: int = 40_000
-    window_images: int = 90_000
-    canvas_images: int = 70_000
+    processes: int = 2
+    canvases: int = 20_000
+    window_images: int = 150_000
+    canvas_images: int = 30_000
     window_batch: int = 64
     canvas_batch: int = 64
-    muon_rate: float = 0.03
+    muon_rate: float = 0.02
     adam_rate: float = 1e-3
     warm_up: float = 0.02
     weight_decay: float = 0.05
@@ -69,15 +72,13 @@ class Canvases:
                 self.pixels[index], self.plain[index] = canvas.pixels, canvas.plain
                 self.labels[index], self.coverage[index] = canvas.label, canvas.coverage
 
-    def batch(self, chosen: NDArray[np.int64], ease: float, random: np.random.Generator) -> Batch:
-        """Those canvases, `ease` of the way to plain. Colours are swapped and inverted, since they mean nothing."""
+    def batch(self, chosen: NDArray[np.int64], ease: float) -> Batch:
+        """Those canvases, `ease` of the way to plain."""
         pixels = torch.from_numpy(self.pixels[chosen]).float()
         if ease:
             pixels.lerp_(torch.from_numpy(self.plain[chosen]).float(), ease)
-        pixels = pixels[..., torch.from_numpy(random.permutation(3))].div_(255)
-        pixels = (1 - pixels if random.random() < 0.5 else pixels).sub_(MEAN).div_(STD)
-        labels, coverage = torch.from_numpy(self.labels[chosen]), torch.from_numpy(self.coverage[chosen])
-        return pixels.permute(0, 3, 1, 2).contiguous(), labels, coverage
+        images = pixels.div_(255).sub_(MEAN).div_(STD).permute(0, 3, 1, 2).contiguous()
+        return images, torch.from_numpy(self.labels[chosen]), torch.from_numpy(self.coverage[chosen])
 
 
 class Ease:
@@ -157,70 +158,96 @@ def optimisers(model: nn.Module, patch_head: nn.Module, recipe: Recipe) -> list[
     ]
 
 
-def train(recipe: Recipe, out: Path) -> nn.Module:
+def train(recipe: Recipe, out: Path) -> None:
     """Trains from the recipe's seed and writes the weights to `out`, every so often and at the end.
 
-    On two processors of one kind the runs agree; on others rounding in bfloat16 takes them apart.
+    Each of `recipe.processes` computes its part of every batch on one thread. Runs on processors of one kind agree;
+    on others rounding in bfloat16 takes them apart.
     """
-    torch.manual_seed(recipe.seed)
-    model: nn.Module = vit_digits()
-    initialise(model)
-    patch_head = nn.Linear(model.head.in_features, NO_DIGIT + 1)
-    optims = optimisers(model, patch_head, recipe)
-    rates = [group["lr"] for optimiser in optims for group in optimiser.param_groups]
-    generator = torch.Generator().manual_seed(recipe.seed)
-    random = np.random.default_rng(recipe.seed)
     begin = time.monotonic()
     drawn = Canvases(recipe.canvases)
     print(f"{recipe.canvases} canvases drawn in {time.monotonic() - begin:.0f} s", flush=True)
+    if recipe.processes == 1:
+        _train(0, recipe, drawn, out, None)
+        return
+    with tempfile.TemporaryDirectory() as meeting:
+        multiprocessing.spawn(_train, (recipe, drawn, out, f"file://{meeting}/rank"), recipe.processes)
+
+
+def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str | None) -> None:
+    begin = time.monotonic()
+    torch.manual_seed(recipe.seed)
+    if meeting:
+        torch.set_num_threads(1)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        distributed.init_process_group("gloo", meeting, world_size=recipe.processes, rank=rank)
+    model: nn.Module = vit_digits()
+    initialise(model)
+    patch_head = nn.Linear(WIDTH, NO_DIGIT + 1)
+    weights = [*model.parameters(), *patch_head.parameters()]
+    optims = optimisers(model, patch_head, recipe)
+    groups = [group for optimiser in optims for group in optimiser.param_groups]
+    rates = [group["lr"] for group in groups]
+    generator = torch.Generator().manual_seed(recipe.seed * recipe.processes + rank)
+    random = np.random.default_rng(recipe.seed)
     # Progress is counted in work: a window costs about a quarter of a canvas.
     total = recipe.window_images / 4 + recipe.canvas_images
-    done, right, seen, step = 0.0, 0, 0, 0
+    done, right, seen, step = 0.0, 0.0, 0, 0
     for windowed in (True, False):
         if windowed:
             images, size, ease = recipe.window_images, recipe.window_batch, Ease(1.0, recipe.enough, recipe.ease_step)
         else:
             images, size, ease = recipe.canvas_images, recipe.canvas_batch, Ease(0.4, recipe.enough, recipe.ease_step)
         for numbers in orders(recipe.canvases, images, size, random):
-            batch = drawn.batch(numbers, ease.value, random)
+            batch = drawn.batch(numbers[rank :: recipe.processes], ease.value)
             share = done / total
             scale = min(1.0, share / recipe.warm_up + 1e-2) * (0.5 + 0.5 * math.cos(math.pi * share))
-            groups = [group for optimiser in optims for group in optimiser.param_groups]
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
             chosen = windows(batch[2], generator) if windowed else None
             with torch.autocast("cpu", torch.bfloat16):
                 loss, correct = loss_of(model, patch_head, recipe, batch, chosen)
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            accuracy = share_gradients(weights, correct / len(batch[1]))
+            nn.utils.clip_grad_norm_(weights, 1.0)
             for optimiser in optims:
                 optimiser.step()
                 optimiser.zero_grad()
-            ease.update(int(correct) / size)
+            ease.update(accuracy)
             done += size / (4 if windowed else 1)
-            right, seen, step = right + int(correct), seen + size, step + 1
-            if step % SAY_EVERY == 0:
+            right, seen, step = right + accuracy * size, seen + size, step + 1
+            if rank == 0 and step % SAY_EVERY == 0:
                 found = f"loss {loss.item():.3f}, accuracy {right / seen:.3f}, ease {ease.value:.2f}"
                 print(f"{share:6.1%} step {step}: {found}, {time.monotonic() - begin:.0f} s", flush=True)
-                right = seen = 0
-            if step % SAVE_EVERY == 0:
+                right, seen = 0.0, 0
+            if rank == 0 and step % SAVE_EVERY == 0:
                 save_file(model.state_dict(), out)
-    save_file(model.state_dict(), out)
-    model.eval()
-    return model
+    if rank == 0:
+        save_file(model.state_dict(), out)
+    if meeting:
+        distributed.destroy_process_group()
+
+
+def share_gradients(weights: Sequence[nn.Parameter], accuracy: Tensor) -> float:
+    """Averages the gradients of all processes in place, where there are several, and gives their mean accuracy."""
+    if not distributed.is_initialized():
+        return float(accuracy)
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), accuracy.float()[None]])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for gradient, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return float(flat[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the reference classifier.")
     parser.add_argument("--out", type=Path, required=True, help="Where the weights go (.safetensors).")
-    parser.add_argument("--threads", type=int, default=None, help="Threads; by default torch's own choice.")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     given = vars(parser.parse_args())
-    out, threads = given.pop("out"), given.pop("threads")
-    if threads:
-        torch.set_num_threads(threads)
-    train(Recipe(**given), out)
+    train(out=given.pop("out"), recipe=Recipe(**given))
 
 
 if __name__ == "__main__":
