@@ -36,7 +36,7 @@ engine: $(READY)  ## Plan, export, build, prove and measure an engine: make engi
 	@$(ZTP) engine $(WANTED) $(BUILT) $(call flag,IMAGES,--images)
 
 demo: $(READY)  ## The reference classifier, offline: engine, parity, speed-up, accuracy, pictures
-	@$(ZTP) demo
+	@$(ZTP) demo $(if $(filter-out auto,$(WEIGHTS)),--weights "$(WEIGHTS)")
 
 export: $(READY)  ## Export a pruned model only
 	@$(ZTP) export $(WANTED)

@@ -419,6 +419,9 @@ def engine(
 
 @app.command()
 def demo(
+    weights: Annotated[
+        str, typer.Option(help="pretrained, or the path of weights that the training wrote.")
+    ] = "pretrained",
     profile: Profile = None,
     backend: BackendName = None,
     device: DeviceName = None,
@@ -436,7 +439,7 @@ def demo(
 
     if ratio is None and flops is None:
         ratio = RATIO
-    wanted = plan_request(MODEL, method, ratio, flops, None, None, None, "pretrained", None)
+    wanted = plan_request(MODEL, method, ratio, flops, None, None, None, weights, None)
     request = build_request(profile, backend, device, precision, None, None, Path("export"), Path("engines"))
     made = demonstrate(request, Bars(), wanted=wanted, directory=directory, count=count, command=_command())
     if as_json:

@@ -269,6 +269,11 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
         )
     config: dict[str, Any] = getattr(model, "pretrained_cfg", {})
     if shipped := config.get("file"):
+        if not Path(shipped).is_file():
+            raise MissingSoftware(
+                f"No trained weights of {architecture} lie in this installation.",
+                "Train it (python -m ztp_deploy.reference.train --out FILE) and give their path: WEIGHTS=FILE.",
+            )
         weights_module.load_given(model, weights_module.read_file(Path(shipped)), architecture, family(key).translate)
         return Weights(
             kind="pretrained",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
-from ztp_deploy import evaluate, workflow
+from ztp_deploy import evaluate, models, workflow
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import LABELS
@@ -17,6 +18,7 @@ from ztp_deploy.show import Shown, show
 
 MODEL, RATIO = "vit_digits", 0.7
 CANVASES, SHOWN, SECONDS = 1194, 4, 8.0
+DEFAULT = workflow.PlanRequest(MODEL, ratio=RATIO, weights="pretrained")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def demonstrate(
     build: workflow.BuildRequest,
     monitor: workflow.Monitor,
     *,
-    wanted: workflow.PlanRequest | None = None,
+    wanted: workflow.PlanRequest = DEFAULT,
     directory: Path = Path("pictures"),
     count: int = CANVASES,
     seconds: float = SECONDS,
@@ -59,7 +61,9 @@ def demonstrate(
     """
     clock = workflow.Clock(monitor)
     line = command or shlex.join(sys.argv)
-    wanted = replace(wanted or workflow.PlanRequest(MODEL, ratio=RATIO), weights="pretrained")
+    if wanted.weights in ("auto", "random"):
+        raise BadRequest("The demonstration shows accuracy: it needs trained weights.", "Give pretrained, or a path.")
+    models.check_request(wanted.model, wanted.weights)
     folder = directory / "canvases"
     with clock.step(f"draw {count} test canvases"):
         paths = write_canvases(folder, count)

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save_file
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import start_processes
 
 from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import MEAN, STD, WIDTH, vit_digits
@@ -171,7 +172,7 @@ def train(recipe: Recipe, out: Path) -> None:
         _train(0, recipe, drawn, out, None)
         return
     with tempfile.TemporaryDirectory() as meeting:
-        multiprocessing.spawn(_train, (recipe, drawn, out, f"file://{meeting}/rank"), recipe.processes)
+        start_processes(_train, (recipe, drawn, out, f"file://{meeting}/rank"), recipe.processes)  # type: ignore[no-untyped-call]
 
 
 def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str | None) -> None:
@@ -236,7 +237,7 @@ def share_gradients(weights: Sequence[nn.Parameter], accuracy: Tensor) -> float:
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), accuracy.float()[None]])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()
-    for gradient, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+    for gradient, part in zip(gradients, torch.split(flat[:-1], [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
     return float(flat[-1])
 

@@ -1,0 +1,64 @@
+"""The demonstration from start to end on a machine without a network, with weights that a file holds."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from ztp_deploy import models, workflow
+from ztp_deploy.console import Bars
+from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.reference import canvases, demo, model
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(models.load_model("vit_digits", weights="random").state_dict(), path)
+    return str(path)
+
+
+def test_vit_digits_is_a_model_like_any_other():
+    classifier = models.load_model("vit_digits", weights="random")
+    source = models.source_of(classifier)
+    assert source.labels == model.LABELS
+    assert source.preprocessing.input_size == (3, 112, 112)
+    assert (source.preprocessing.mean, source.preprocessing.std) == ((0.5,) * 3, (0.25,) * 3)
+    _, geometry = models.describe("vit_digits")
+    assert (geometry.patch_tokens, geometry.special_tokens, geometry.depth, geometry.num_heads) == (196, 1, 8, 3)
+
+
+@pytest.mark.skipif(model.WEIGHTS.exists(), reason="the weights are there")
+def test_weights_that_are_not_there_are_said_to_be_missing():
+    with pytest.raises(MissingSoftware, match=r"No trained weights of vit_digits .*reference\.train"):
+        models.load_model("vit_digits", weights="pretrained")
+
+
+def test_canvases_are_written_once_and_by_class(tmp_path):
+    paths = demo.write_canvases(tmp_path, 5)
+    assert [path.parent.name for path in paths] == [model.LABELS[canvases.draw("test", i).label] for i in range(5)]
+    assert Image.open(paths[2]).convert("RGB").tobytes() == canvases.draw("test", 2).pixels.tobytes()
+    before = [path.stat().st_mtime_ns for path in paths]
+    assert [path.stat().st_mtime_ns for path in demo.write_canvases(tmp_path, 5)] == before
+    assert len(list(tmp_path.rglob("*.*"))) == 5
+
+
+def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = workflow.PlanRequest("vit_digits", ratio=0.7, weights=weights)
+    build = workflow.BuildRequest(backend="torchscript", device="cpu", batch="1:8:16")
+    made = demo.demonstrate(build, Bars(), wanted=wanted, count=12, seconds=1.0, command="ztp demo")
+    assert made.result.parity.passed
+    assert made.result.engine.manifest.plan.counts == [137, 95, 66]
+    assert made.accuracy.images == 12
+    # Random weights read digits as chance does; what matters is that the engine agrees with what it was made from.
+    assert made.accuracy.comparison.agreement.images == 12
+    assert len(made.pictures.drawn) == 4
+    assert all(drawn.picture.is_file() for drawn in made.pictures.drawn)
+
+
+def test_an_accuracy_needs_trained_weights():
+    wanted = workflow.PlanRequest("vit_digits", ratio=0.7, weights="random")
+    with pytest.raises(BadRequest, match="needs trained weights"):
+        demo.demonstrate(workflow.BuildRequest(), Bars(), wanted=wanted)
