@@ -130,7 +130,7 @@ def measure_blocks(model: nn.Module, method: str, timer: Timer) -> BlockTimes:
 def take_apart(geometry: Geometry, times: Mapping[str, Timing], stages: int) -> BlockTimes:
     """Blocks, ends and selection from the times of "dense", token counts, "pruned" with so many stages, and "twin".
 
-    Of T(n) = ends + (1 − m)·b(all) + m·b(n) + (depth − 1)·b(n), where m is the MLP's share, b(n) is the unknown.
+    Times are the dense one over paired speed-ups: a machine that drifts drifts for both. Of T(n) = ends + (1 − m)·b(all) + m·b(n) + (depth − 1)·b(n), where m is the MLP's share, b(n) is the unknown.
     """
     whole = geometry.patch_tokens + geometry.special_tokens
     mlp_macs = whole * geometry.mlp_macs_per_token
@@ -140,14 +140,15 @@ def take_apart(geometry: Geometry, times: Mapping[str, Timing], stages: int) -> 
     blocks_share = geometry.depth * (mlp_macs + attention_macs) / count_flops(geometry, ()).dense
     full = dense.median * blocks_share / geometry.depth
     ends = dense.median * (1 - blocks_share)
+    paired = {role: dense.median / timing.over_dense for role, timing in times.items()}
     measured = {geometry.patch_tokens: full}
-    for role, timing in times.items():
+    for role, milliseconds in paired.items():
         if role.isdecimal():
-            measured[int(role)] = (timing.median - ends - (1 - mlp) * full) / (geometry.depth - 1 + mlp)
+            measured[int(role)] = (milliseconds - ends - (1 - mlp) * full) / (geometry.depth - 1 + mlp)
     tokens = tuple(sorted(measured))
     # Noise must not make fewer tokens look slower: fitting a factor needs a cost that rises with tokens.
     block = np.maximum.accumulate([max(0.0, measured[count]) for count in tokens])
-    selection = max(0.0, times["pruned"].median - times["twin"].median) / stages
+    selection = max(0.0, paired["pruned"] - paired["twin"]) / stages
     return BlockTimes(
         tokens=tokens, block=tuple(map(float, block)), ends=ends, selection=selection, mlp=mlp, dense=dense
     )

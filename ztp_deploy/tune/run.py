@@ -21,7 +21,7 @@ from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import image_files, load_images
 from ztp_deploy.evidence.latency import check_seconds
 from ztp_deploy.manifest import write_bytes, write_text
-from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.plan import make_plan
 from ztp_deploy.recipes import read_recipe
 from ztp_deploy.tune import rounds, space
 from ztp_deploy.tune.cost import BlockTimes, Budget, Timer, engine_timer, flop_share, measure_blocks
@@ -345,7 +345,7 @@ def _conclude(budget: Budget, winner: Chosen | None, compared: HeldOut | None, a
     return _Verdict(
         "no better than uniform",
         f"On {compared.images} held-out images the uniform plan's KL less the winner's is {numbers}: "
-        "the gain on the search images is not seen there.",
+        "these images cannot tell them apart, or the uniform plan is the better one.",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -64,7 +65,7 @@ class Space:
     method: str
     enough: Mapping[int, int]
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         """The model's."""
         return models.describe(self.model)[1]
@@ -145,11 +146,15 @@ class Space:
         if plan is not None:
             return plan
         sites = methods.get(self.method).default_sites(self.geometry.depth, None)
-        least = make_plan(self.model, self.method, keep=[1] * len(sites), sites=sites)
+        least = cost(make_plan(self.model, self.method, keep=[1] * len(sites), sites=sites).stages)
+        if least > limit:
+            raise BadRequest(
+                f"The budget {limit:g} cannot be met: at the default sites {sites} one token a stage still costs {least:.4g}.",
+                "Ask for more than that.",
+            )
         raise BadRequest(
-            f"The default sites {sites} cannot meet {limit:g}: whole tokens leave gaps, and one token a stage "
-            f"still costs {cost(least.stages):.4g}.",
-            "Ask for a slightly larger budget.",
+            f"The budget {limit:g} is in a gap between the plans that whole tokens allow at the default sites {sites}.",
+            "Ask for a slightly larger one.",
         )
 
     def _cost_of(
