@@ -23,7 +23,7 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo export check bench compare eval gpu-report classify show list doctor cpp test matrix lint lock clean
+.PHONY: help setup engine demo export check bench compare eval tune gpu-report classify show list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -53,6 +53,10 @@ compare: $(READY)  ## Pruning methods against each other at one FLOP share: make
 
 eval: $(READY)  ## What pruning costs in accuracy: make eval ENGINE=engines/… DATA=imagenet/val (or MODEL=… WEIGHTS=…)
 	@$(ZTP) eval $(if $(ENGINE),--engine "$(ENGINE)",$(WANTED)) $(call flag,DATA,--data)
+
+tune: $(READY)  ## Search the plan that changes predictions least: make tune IMAGES=photos/ BUDGET=flops=0.65
+	@$(ZTP) tune --model "$(MODEL)" --method "$(METHOD)" --weights "$(WEIGHTS)" --budget "$(or $(BUDGET),flops=0.65)" \
+	    $(call flag,IMAGES,--images) $(call flag,TRIALS,--trials) $(if $(filter latency%,$(BUDGET)),$(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)")
 
 gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a call; the next call goes on
 	@$(ZTP) gpu-report

@@ -1,4 +1,4 @@
-"""The command line: `ztp plan | export | build | check | bench | compare | engine | eval | show | demo | …` (`ztp --help`).
+"""The command line: `ztp plan | export | build | check | bench | compare | engine | eval | tune | show | demo | …` (`ztp --help`).
 
 Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device,
 130 interrupted.
@@ -534,6 +534,65 @@ def eval_(
         print_json(report.model_dump(mode="json"))
         return
     show_accuracy(report, out)
+
+
+@app.command()
+def tune(
+    model: Model,
+    budget: Annotated[
+        str, typer.Option(help="flops=0.65 (share of dense), or latency=12ms@batch8 (time of one run of 8 images).")
+    ],
+    images: Annotated[Path, typer.Option(help="Folder of your own pictures; no labels are needed.")],
+    method: Method = None,
+    weights: Annotated[
+        str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
+    ] = "auto",
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    trials: Annotated[int, typer.Option(help="Plans to try; a larger number goes on where a smaller one ended.")] = 60,
+    count: Annotated[int, typer.Option(help="How many images; half of them only judge the outcome.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seconds: Annotated[float, typer.Option(help="With a latency budget: seconds of a measurement.")] = 10.0,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the search and its outcome go.  \\[default: tuned/model--method--budget]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search for the plan that changes predictions least within a budget, on pictures without labels; resumable."""
+    from ztp_deploy.tune.report import show_tune
+    from ztp_deploy.tune.run import TuneRequest
+    from ztp_deploy.tune.run import tune as search
+
+    idle = {"--profile": profile, "--backend": backend, "--precision": precision}
+    given = [name for name, value in idle.items() if value is not None]
+    if given and budget.startswith("flops"):
+        raise BadRequest(
+            f"{given[0]} makes no sense with --budget {budget}: multiply-accumulates are counted, nothing is built.",
+            "Leave it out, or give a latency budget.",
+        )
+    request = TuneRequest(
+        model=model,
+        images=images,
+        budget=budget,
+        method=method or "zero_tprune",
+        weights=weights,
+        build=build_request(profile, backend, device, precision, None, None, Path("export"), Path("engines")),
+        trials=trials,
+        count=count,
+        seed=seed,
+        seconds=seconds,
+        device=device or "auto",
+        directory=directory,
+        command=_command(),
+    )
+    report = search(request, Bars())
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        show_tune(report, request.folder, out)
+    report.require()
 
 
 @app.command("gpu-report")

@@ -1,0 +1,378 @@
+"""`ztp tune` from start to end: load, split the images, search, choose, measure, say what came out."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from torch import nn
+
+from ztp_deploy import backends, environment, models
+from ztp_deploy.backends import torch_device
+from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.evaluate import refuse_meaningless
+from ztp_deploy.evidence.images import image_files, load_images
+from ztp_deploy.evidence.latency import check_seconds
+from ztp_deploy.manifest import write_bytes, write_text
+from ztp_deploy.plan import make_plan
+from ztp_deploy.recipes import read_recipe
+from ztp_deploy.tune import rounds, space
+from ztp_deploy.tune.cost import BlockTimes, Budget, Timer, engine_timer, flop_share, measure_blocks
+from ztp_deploy.tune.damage import HeldOut, Judge, Split, held_out, split
+from ztp_deploy.tune.report import (
+    PICTURE_FILE,
+    PLAN_FILE,
+    RECIPE_FILE,
+    TUNE_FILE,
+    Attempt,
+    Chosen,
+    TrialRecord,
+    TuneReport,
+    Verdict,
+    picture,
+    recipe_of,
+    recipe_toml,
+)
+from ztp_deploy.tune.search import Trial, finalists, open_study, run_trials
+from ztp_deploy.tune.space import Cost, Space
+from ztp_deploy.workflow import BuildRequest, Clock, Monitor, check_runnable, load
+
+DEFAULT_TRIALS = 60
+DEFAULT_COUNT = 256
+ATTEMPTS = 3
+"""Plans that are built and measured, at most, until one meets a latency budget."""
+
+
+@dataclass(frozen=True)
+class TuneRequest:
+    """What was asked of a search.
+
+    `images` is a folder without labels, of which `count` are used; `build` says what engines a latency budget is
+    measured in, each for `seconds`; `device` is where eager PyTorch runs.
+    """
+
+    model: str
+    images: Path | str
+    budget: str
+    method: str = "zero_tprune"
+    weights: str = "auto"
+    build: BuildRequest = field(default_factory=BuildRequest)
+    trials: int = DEFAULT_TRIALS
+    count: int = DEFAULT_COUNT
+    seed: int = 0
+    seconds: float = 10.0
+    device: str = "auto"
+    directory: Path | None = None
+    command: str | None = None
+
+    def check(self) -> Budget:
+        """The budget. Raises BadRequest for what can be refused before anything is loaded."""
+        budget = Budget.parse(self.budget)
+        space.check_method(self.method)
+        if self.trials < 1 or self.seed < 0:
+            raise BadRequest(
+                f"--trials {self.trials} and --seed {self.seed} were asked for.", "Give at least 1 and at least 0."
+            )
+        if self.weights == "random":
+            raise BadRequest(
+                f"The weights of {self.model} are random: what pruning changes in its predictions means nothing.",
+                "Give trained ones: --weights path.",
+            )
+        split(self.count)
+        check_seconds(self.seconds)
+        models.check_request(self.model, self.weights)
+        make_plan(self.model, self.method, ratio=0.5)
+        image_files(Path(self.images))
+        if budget.kind == "latency":
+            check_runnable(self.build)
+        return budget
+
+    @property
+    def folder(self) -> Path:
+        """Where the search and its outcome lie."""
+        return self.directory or Path("tuned", f"{self.model}--{self.method}--{self.budget}".replace("=", ""))
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    verdict: Verdict
+    because: str
+
+
+def tune(request: TuneRequest, monitor: Monitor, *, timer: Timer | None = None) -> TuneReport:
+    """Searches for the least damaging plan within the budget and writes plan, recipe, record and picture.
+
+    All trials see a subset of the search images; the best few and the uniform plan see all of these, and the best
+    there wins. The held-out images choose nothing. Under a latency budget the winner is built and measured; where
+    it misses, the next best is, at most `ATTEMPTS` in all. Interrupted, the same request goes on. `timer` measures
+    plans in place of real engines. Raises BadRequest, MissingSoftware and GateFailed.
+    """
+    budget = request.check()
+    device = torch_device.resolve(request.device, "Eager PyTorch")
+    torch_device.prepare(device.provider)
+    clock = Clock(monitor)
+    model = _load(request, clock)
+    source = models.source_of(model)
+    with clock.step(f"prepare the images of {Path(request.images).name}"):
+        images = load_images(request.images, source.preprocessing, "float32", request.count)
+    rows = split(len(images.names))
+    fingerprint = _fingerprint(request, budget, source.weights.sha256, images.sha256)
+    study = open_study(request.folder, fingerprint)
+    command = request.command or shlex.join(sys.argv)
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    def report(verdict: _Verdict, **found: Any) -> TuneReport:
+        nothing = {"trials": (), "finalists": (), "winner": None, "uniform": None, "held_out": None}
+        made = TuneReport(
+            command=command,
+            started=started,
+            model=request.model,
+            method=request.method,
+            weights=f"{source.weights.kind}: {Path(source.weights.origin).name}",
+            images=images.origin,
+            subset_images=len(rows.subset),
+            search_images=len(rows.search),
+            held_out_images=len(rows.held_out),
+            budget=budget,
+            seed=request.seed,
+            fingerprint=fingerprint,
+            verdict=verdict.verdict,
+            because=verdict.because,
+            environment=environment.snapshot(),
+            **({**nothing, "rounds": (), "blocks": None, "attempts": ()} | found),
+        )
+        _write(made, request.folder, model)
+        return made
+
+    geometry = models.describe(model)[1]
+    blocks = None
+    cost: Cost = flop_share(geometry)
+    if budget.kind == "latency":
+        assert budget.batch is not None
+        timer = timer or _timer(request, model, budget.batch, clock, command)
+        blocks = _blocks(study, model, request.method, timer)
+        cost = lambda stages: blocks.predict(geometry, stages)  # noqa: E731
+        if early := _hopeless(model, request.method, blocks, budget, cost):
+            return report(early, blocks=blocks)
+    with clock.step("run the dense model"):
+        judge = Judge(model, images, device.provider)
+    some = torch.from_numpy(images.pixels[list(rows.subset[: rounds.IMAGES])]).to(device.provider)
+    enough = rounds.by_block(model, some) if rounds.has_rounds(request.method) else {}
+    choices = Space(model, request.method, enough)
+    uniform = choices.uniform(cost, budget.limit, budget.limit if budget.kind == "flops" else None)
+    with clock.step(f"try plans on {len(rows.subset)} images", float(request.trials)) as advance:
+        trials = run_trials(
+            study,
+            choices,
+            uniform,
+            cost,
+            budget.limit,
+            lambda plan: judge.damage(plan, rows.subset),
+            trials=request.trials,
+            seed=request.seed,
+            advance=advance,
+        )
+    best = finalists(trials)
+    with clock.step(f"judge the best on {len(rows.search)} images", float(len(best))) as advance:
+        ranked, reports = _judge(judge, best, rows, advance)
+    attempts: tuple[Attempt, ...] = ()
+    winner: Chosen | None = ranked[0]
+    if budget.kind == "latency":
+        assert timer is not None
+        attempts, winner = _verify(model, ranked, budget, timer)
+    compared = None
+    if winner is not None:
+        kl = {
+            chosen.trial: judge.kl(judge.logits(chosen.plan, rows.held_out), rows.held_out)
+            for chosen in (winner, reports)
+        }
+        compared = held_out(kl[reports.trial], kl[winner.trial], request.seed)
+    return report(
+        _conclude(budget, winner, compared, attempts),
+        trials=tuple(map(_record, trials)),
+        finalists=tuple(trial.number for trial in best),
+        winner=winner,
+        uniform=reports,
+        held_out=compared,
+        rounds=() if winner is None else rounds.of_plan(model, winner.plan, some),
+        blocks=blocks,
+        attempts=attempts,
+    )
+
+
+def _load(request: TuneRequest, clock: Clock) -> nn.Module:
+    """The model with trained weights, or a refusal: damage to random ones means nothing."""
+    try:
+        model = load(request.model, "pretrained" if request.weights == "auto" else request.weights, clock)
+    except MissingSoftware as error:
+        raise MissingSoftware(error.problem, "Give a checkpoint: --weights path.") from error
+    refuse_meaningless(models.source_of(model), make_plan(model, request.method, ratio=0.5))
+    return model
+
+
+def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str) -> dict[str, Any]:
+    """All that decides what a trial gives; the number of trials is not among it, so that a search can be prolonged."""
+    found: dict[str, Any] = {
+        "model": request.model,
+        "weights": weights,
+        "images": images,
+        "budget": str(budget),
+        "method": request.method,
+        "seed": request.seed,
+        "space": space.VERSION,
+    }
+    if budget.kind == "latency":
+        name = backends.choose(request.build.backend)
+        module = backends.usable(name)
+        found["engine"] = (
+            f"{name} {module.version()} on {module.resolve_device(request.build.device).slug}, "
+            f"{request.build.precision}"
+        )
+    return found
+
+
+def _timer(request: TuneRequest, model: nn.Module, batch: int, clock: Clock, command: str) -> Timer:
+    build = replace(
+        request.build,
+        batch=str(batch),
+        export_root=request.folder / "export",
+        engines_root=request.folder / "engines",
+    )
+    return engine_timer(model, build, batch, request.seconds, clock, command, request.images)
+
+
+def _blocks(study: optuna.Study, model: nn.Module, method: str, timer: Timer) -> BlockTimes:
+    """Measured once a study: a second measurement would move every prediction under trials already made."""
+    stored = study.user_attrs.get("blocks")
+    if stored is not None:
+        return BlockTimes.model_validate(stored)
+    measured = measure_blocks(model, method, timer)
+    study.set_user_attr("blocks", measured.model_dump(mode="json"))
+    return measured
+
+
+def _hopeless(model: nn.Module, method: str, blocks: BlockTimes, budget: Budget, cost: Cost) -> _Verdict | None:
+    """Where there is nothing to search: dense is within the budget, or nothing is faster than dense."""
+    if blocks.dense.median <= budget.limit:
+        return _Verdict(
+            "pruning does not pay here",
+            f"The dense model already meets {budget}: it takes {blocks.dense.median:.3f} ms a run.",
+        )
+    geometry = models.describe(model)[1]
+    sites = Space(model, method, {}).uniform_params()
+    least = make_plan(model, method, keep=[1], sites=[sites["site_1"]])
+    if cost(least.stages) >= blocks.dense.median:
+        return _Verdict(
+            "pruning does not pay here",
+            f"Even one token of {geometry.patch_tokens} after block {sites['site_1']} is predicted to take "
+            f"{cost(least.stages):.3f} ms a run; the dense model takes {blocks.dense.median:.3f}.",
+        )
+    return None
+
+
+def _judge(
+    judge: Judge, best: Sequence[Trial], rows: Split, advance: Callable[[float], None]
+) -> tuple[list[Chosen], Chosen]:
+    """The finalists by damage on all search images, ties to the earlier trial, and the uniform plan among them."""
+    found = []
+    for trial in best:
+        assert trial.plan is not None
+        assert trial.cost is not None
+        found.append(
+            Chosen(
+                trial=trial.number,
+                plan=trial.plan,
+                cost=trial.cost,
+                search=judge.damage(trial.plan, rows.search),
+                held_out=judge.damage(trial.plan, rows.held_out),
+            )
+        )
+        advance(1)
+    return sorted(found, key=lambda chosen: (chosen.search.mean_kl, chosen.trial)), found[0]
+
+
+def _verify(
+    model: nn.Module, ranked: Sequence[Chosen], budget: Budget, timer: Timer
+) -> tuple[tuple[Attempt, ...], Chosen | None]:
+    """Builds and measures the best plans in turn against dense until one's median meets the budget."""
+    attempts: list[Attempt] = []
+    dense = make_plan(model, "dense")
+    for chosen in ranked[:ATTEMPTS]:
+        times = timer({"dense": dense, "winner": chosen.plan}, "winner")
+        meets = times["winner"].median <= budget.limit
+        attempts.append(
+            Attempt(
+                trial=chosen.trial,
+                predicted=chosen.cost,
+                measured=times["winner"],
+                dense=times["dense"],
+                meets=meets,
+            )
+        )
+        if meets:
+            return tuple(attempts), chosen
+    return tuple(attempts), None
+
+
+def _conclude(budget: Budget, winner: Chosen | None, compared: HeldOut | None, attempts: Sequence[Attempt]) -> _Verdict:
+    if winner is None or compared is None:
+        measured = ", ".join(f"{attempt.measured.median:.3f}" for attempt in attempts)
+        return _Verdict(
+            "misses the budget", f"The best {len(attempts)} plans take {measured} ms a run when measured: {budget}."
+        )
+    if attempts and attempts[-1].measured.over_dense_low <= 1:
+        last = attempts[-1].measured
+        return _Verdict(
+            "pruning does not pay here",
+            f"The winner is not measurably faster than the dense model: × {last.over_dense:.2f} "
+            f"({last.over_dense_low:.2f} to {last.over_dense_high:.2f}).",
+        )
+    numbers = f"{compared.difference:.4g} nats an image ({compared.low:.4g} to {compared.high:.4g}, 95 % interval)"
+    if winner.trial == 0:
+        return _Verdict("no better than uniform", "No plan that was tried beats the uniform one on the search images.")
+    if compared.low > 0:
+        return _Verdict(
+            "better than uniform",
+            f"On {compared.images} held-out images the winner's KL is lower than the uniform plan's by {numbers}.",
+        )
+    return _Verdict(
+        "no better than uniform",
+        f"On {compared.images} held-out images the uniform plan's KL less the winner's is {numbers}: "
+        "these images cannot tell them apart, or the uniform plan is the better one.",
+    )
+
+
+def _record(trial: Trial) -> TrialRecord:
+    if trial.plan is None:
+        return TrialRecord(number=trial.number, params=trial.params)
+    return TrialRecord(
+        number=trial.number,
+        params=trial.params,
+        sites=[stage.block for stage in trial.plan.stages],
+        counts=trial.plan.counts,
+        static=[stage.static for stage in trial.plan.stages],
+        flop_share=trial.plan.flops.share,
+        cost=trial.cost,
+        subset=trial.damage,
+    )
+
+
+def _write(report: TuneReport, folder: Path, model: nn.Module) -> None:
+    """The record, and, where there is a winner, its plan, a recipe that was read back, and the picture."""
+    if report.winner is not None:
+        plan = report.winner.plan
+        path = folder / RECIPE_FILE
+        write_text(folder / PLAN_FILE, plan.to_json())
+        write_text(path, recipe_toml(recipe_of(plan), report.budget))
+        read = read_recipe(str(path))
+        again = make_plan(model, read.method, keep=read.keep, sites=read.sites, options=read.options)
+        assert again.stages == plan.stages, f"{path} does not make the plan it was written for"
+        write_bytes(folder / PICTURE_FILE, picture(report))
+    write_text(folder / TUNE_FILE, report.to_json())
