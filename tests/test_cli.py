@@ -67,7 +67,7 @@ def test_engine_from_a_name(made):
     assert "Random weights" in done.stdout + done.stderr
     [engine] = folder.glob("engines/*/deit_t--zero_tprune-0.7--fp32--b1-2-4--random")
     assert {p.name for p in (engine / "evidence").iterdir()} == {
-        *("parity.json", "latency.json", "report.json", "report.md", "selftest.safetensors")
+        *("parity.json", "latency.json", "report.json", "report.md", "report.html", "selftest.safetensors")
     }
     report = json.loads((engine / "evidence" / "report.json").read_text())
     assert report["schema"] == "ztp.report/1"
@@ -82,6 +82,11 @@ def test_engine_from_a_name(made):
     assert "| 1 | pruned |" in markdown
     assert "Selection costs" in markdown
     assert str(Path.home()) not in markdown
+    page = (engine / "evidence" / "report.html").read_text()
+    assert "parity holds" in page
+    assert str(Path.home()) not in page
+    assert "evidence/report.html" in done.stdout
+    assert report["manifest_sha256"] in page
     assert not list(folder.rglob("*.partial"))
 
 
