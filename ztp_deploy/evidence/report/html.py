@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -377,7 +378,7 @@ def _commands(evidence: Evidence) -> list[tuple[str, str]]:
     found = [("Make and measure it again", evidence.summary.command)] if evidence.summary.command else []
     if evidence.latency and evidence.latency.command != evidence.summary.command:
         found.append(("Measure latency again", evidence.latency.command))
-    found.append(("Prove it again", f"ztp check --engine {evidence.summary.engine}"))
+    found.append(("Prove it again", f"ztp check --engine {shlex.quote(evidence.summary.engine)}"))
     if evidence.accuracy:
         found.append(("Measure accuracy again", evidence.accuracy.command))
     return found
