@@ -93,9 +93,13 @@ def test_engine_from_a_name(made):
 def test_check_and_classify_the_engine(made, ztp):
     folder, _ = made
     [engine] = folder.glob("engines/*/deit_t--zero_tprune*")
+    page = engine / "evidence" / "report.html"
+    assert "64/64" in page.read_text()
     code, out, err = ztp("check", "--engine", engine, "--count", 8)
     assert code == 0, err
     assert "holds" in out
+    assert "8/8" in page.read_text()
+    assert "64/64" not in page.read_text()
     code, out, _ = ztp("check", "--engine", engine, "--count", 8, "--json")
     assert (code, json.loads(out)["passed"]) == (0, True)
     names = []

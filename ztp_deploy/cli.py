@@ -500,6 +500,7 @@ def eval_(
     """What pruning costs in accuracy, on labelled pictures; interrupted, the same command goes on."""
     from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
     from ztp_deploy.evidence.report.accuracy import show_accuracy
+    from ztp_deploy.evidence.report.html import HTML_FILE
 
     if (engine is None) == (model is None):
         raise BadRequest(
@@ -533,6 +534,8 @@ def eval_(
         print_json(report.model_dump(mode="json"))
         return
     show_accuracy(report, out)
+    if engine is not None:
+        out.print(f"Report: {engine}/evidence/{HTML_FILE}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -344,6 +344,20 @@ def test_random_weights_and_engines_that_were_not_run_are_said_loudly(folder):
     assert "made in" in page.words
 
 
+def test_a_dense_engine_has_no_stages_and_no_speed_up(folder, model):
+    shutil.rmtree(folder / "evidence")
+    tiny.reseal(folder, plan=ztp.make_plan(model, "dense"))
+    report = measured(manifest_sha256(folder))
+    alone = {"samples": [s for s in report.samples if s.role == "pruned"], "ratios": []}
+    (folder / "evidence").mkdir()
+    (folder / "evidence" / "latency.json").write_text(report.model_copy(update=alone).to_json())
+    text, page = page_of(folder)
+    assert "the dense model keeps all" in page.words
+    assert "this is the dense model" in page.words
+    assert "Speed-up: not measured" in page.words
+    assert text.count('class="mark median"') == 2 + 2  # two batches and their legends
+
+
 def test_trained_weights_raise_no_alarm(full, tmp_path):
     folder = Path(shutil.copytree(full, tmp_path / "trained"))
     source = read_manifest(folder, EngineManifest).source

@@ -78,7 +78,8 @@ def distribution_figure(latency: LatencyReport, batch: int) -> tuple[Markup, lis
     # A handful of runs that the system held up would press all others into one bin.
     furthest = max(max(_marks(sample).values()) for sample in rows)
     high = min(max(float(values.max()) for values in times.values()), low + (furthest - low) * 1.15)
-    high = max(high, low + 1e-6)
+    pad = max((high - low) * 0.02, 1e-6)
+    low, high = low - pad, high + pad
 
     def x(value: float) -> float:
         return 100 * (value - low) / (high - low)
