@@ -272,10 +272,12 @@ def _key_figures(evidence: Evidence) -> list[tuple[str, str, str]]:
         number, interval = _parted(speedup_text(gain.speedup))
         unsure = "; inconclusive" if gain.speedup.verdict == "inconclusive" else ""
         reached = f"{percent(gain.flop_limit_reached, 0)} of the FLOP limit"
-        found.append((f"faster than dense, batch {gain.batch}", number, f"95 % interval {interval}{unsure}; {reached}"))
+        found.append(
+            (f"the speed of dense, batch {gain.batch}", number, f"95 % interval {interval}{unsure}; {reached}")
+        )
     if not summary.gains:
         found.append(
-            ("faster than dense", NOT_MEASURED, "" if evidence.manifest.plan.stages else "this is the dense model")
+            ("the speed of dense", NOT_MEASURED, "" if evidence.manifest.plan.stages else "this is the dense model")
         )
     found.append(
         (
