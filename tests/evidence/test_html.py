@@ -361,7 +361,8 @@ def test_a_dense_engine_has_no_stages_and_no_speed_up(folder, model):
 def test_trained_weights_raise_no_alarm(full, tmp_path):
     folder = Path(shutil.copytree(full, tmp_path / "trained"))
     source = read_manifest(folder, EngineManifest).source
-    trained = source.model_copy(update={"weights": source.weights.model_copy(update={"kind": "file"})})
+    weights = source.weights.model_copy(update={"kind": "file", "origin": "/home/me/mine.pth"})
+    trained = source.model_copy(update={"weights": weights})
     tiny.reseal(folder, source=trained)
     sha = manifest_sha256(folder)
     requote(folder, "parity.json", manifest_sha256=sha)
@@ -369,8 +370,18 @@ def test_trained_weights_raise_no_alarm(full, tmp_path):
     (folder / "evidence" / "latency.json").write_text(measured(sha).to_json())
     text, page = page_of(folder)
     assert "RANDOM" not in page.words
+    assert "file (mine.pth)" in page.words
+    assert "/home/me" not in text
     assert 'class="alarms' not in text
     assert "ztp eval measures it" in page.words
+
+
+def test_the_page_names_the_engine_as_it_was_made_not_where_it_lies(folder):
+    requote(folder, "report.json", engine="engines/here/deit t")
+    text, page = page_of(folder)
+    assert "ztp check --engine 'engines/here/deit t'" in page.words
+    assert str(folder) not in text
+    assert "made in 15.5 s (3.0 s of them measuring latency), peak memory 1.25 GiB" in page.words
 
 
 @pytest.mark.parametrize("name", ["parity.json", "latency.json", "accuracy.json", "report.json"])

@@ -121,9 +121,10 @@ def read_evidence(directory: Path) -> Evidence:
     accuracy, stored = take(ACCURACY_FILE, AccuracyReport), take(SUMMARY_FILE, Summary)
     listed = take(PICTURES_FILE, Pictures)
     machine = latency or parity or accuracy
+    # Where it was made, as it was typed: the page is to be mailed, and whoever renders it may sit elsewhere.
     summary = summarise(
         manifest,
-        directory,
+        Path(stored.engine) if stored else directory,
         parity,
         latency,
         command=stored.command if stored else latency.command if latency else "",
@@ -358,14 +359,19 @@ def _machine(evidence: Evidence) -> list[tuple[str, str]]:
 
 def _hashes(evidence: Evidence) -> list[tuple[str, str, str]]:
     """(what, sha256, size or origin)."""
-    manifest = evidence.manifest
+    manifest, weights = evidence.manifest, evidence.manifest.source.weights
+    of_file = weights.kind == "file"
     found = [
         ("manifest.json", evidence.manifest_sha256, "quoted by every evidence file"),
         *(
             (name, record.sha256, f"{record.bytes:,} bytes".replace(",", " "))
             for name, record in manifest.files.items()
         ),
-        ("weights", manifest.source.weights.sha256, evidence.summary.weights),
+        (
+            "weights",
+            weights.sha256,
+            f"{weights.kind} ({Path(weights.origin).name})" if of_file else evidence.summary.weights,
+        ),
         ("exported graph's manifest", manifest.artifact_sha256, manifest.format),
     ]
     if evidence.parity:
