@@ -23,7 +23,7 @@ WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(ca
 BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo export check bench compare eval tune gpu-report classify show list doctor cpp test matrix lint lock clean
+.PHONY: help setup engine demo export check bench compare eval tune gpu-report classify show report list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -66,6 +66,9 @@ classify: $(READY)  ## Classify pictures: make classify ENGINE=engines/… IMAGE
 
 show: $(READY)  ## Draw what an engine kept, and why: make show ENGINE=engines/… IMAGES="cat.jpg dog.png"
 	@$(ZTP) show $(IMAGES) $(if $(ENGINE),--engine "$(ENGINE)",$(WANTED))
+
+report: $(READY)  ## Render an engine's HTML report again: make report ENGINE=engines/… IMAGES="cat.jpg dog.png"
+	@$(ZTP) report --engine "$(ENGINE)" $(foreach image,$(IMAGES),--pictures "$(image)")
 
 list: $(READY)  ## Models, methods, formats, back ends
 	@$(ZTP) list

@@ -67,7 +67,7 @@ def test_engine_from_a_name(made):
     assert "Random weights" in done.stdout + done.stderr
     [engine] = folder.glob("engines/*/deit_t--zero_tprune-0.7--fp32--b1-2-4--random")
     assert {p.name for p in (engine / "evidence").iterdir()} == {
-        *("parity.json", "latency.json", "report.json", "report.md", "selftest.safetensors")
+        *("parity.json", "latency.json", "report.json", "report.md", "report.html", "selftest.safetensors")
     }
     report = json.loads((engine / "evidence" / "report.json").read_text())
     assert report["schema"] == "ztp.report/1"
@@ -82,15 +82,24 @@ def test_engine_from_a_name(made):
     assert "| 1 | pruned |" in markdown
     assert "Selection costs" in markdown
     assert str(Path.home()) not in markdown
+    page = (engine / "evidence" / "report.html").read_text()
+    assert "parity holds" in page
+    assert str(Path.home()) not in page
+    assert "evidence/report.html" in done.stdout
+    assert report["manifest_sha256"] in page
     assert not list(folder.rglob("*.partial"))
 
 
 def test_check_and_classify_the_engine(made, ztp):
     folder, _ = made
     [engine] = folder.glob("engines/*/deit_t--zero_tprune*")
+    page = engine / "evidence" / "report.html"
+    assert "64/64" in page.read_text()
     code, out, err = ztp("check", "--engine", engine, "--count", 8)
     assert code == 0, err
     assert "holds" in out
+    assert "8/8" in page.read_text()
+    assert "64/64" not in page.read_text()
     code, out, _ = ztp("check", "--engine", engine, "--count", 8, "--json")
     assert (code, json.loads(out)["passed"]) == (0, True)
     names = []

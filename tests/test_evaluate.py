@@ -82,7 +82,10 @@ def test_an_engine_against_the_dense_model(engines, trained, pictures):
     written = engine.evidence / "accuracy.json"
     assert AccuracyReport.model_validate_json(written.read_bytes()) == report
     assert json.loads(written.read_text())["schema"] == "ztp.accuracy/1"
-    assert [path.name for path in engine.evidence.iterdir()] == ["accuracy.json"]
+    assert {path.name for path in engine.evidence.iterdir()} == {"accuracy.json", "report.html"}
+    page = (engine.evidence / "report.html").read_text()
+    assert "accuracy measured" in page
+    assert f"{report.accuracy.top1.share * 100:.2f} %" in page
     data = read_labelled(pictures, 10, None)
     assert (report.images, report.data_sha256) == (22, data.sha256)
     assert report.mapping == "Labels are class indices."

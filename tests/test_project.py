@@ -232,5 +232,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     [wheel] = tmp_path.glob("ztp_deploy-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"ztp_deploy/py.typed", "ztp_deploy/cli.py", "ztp_deploy/evidence/report/summary.py"} <= set(names)
+    assert "ztp_deploy/evidence/report/report.html.jinja" in names
     assert {"ztp_deploy/cpp/CMakeLists.txt", "ztp_deploy/cpp/include/ztp/session.h"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ztp_deploy"}

@@ -1,4 +1,4 @@
-"""The command line: `ztp plan | export | build | check | bench | compare | engine | eval | tune | show | demo | …` (`ztp --help`).
+"""The command line: `ztp plan | export | build | check | bench | compare | engine | eval | tune | show | report | …` (`ztp --help`).
 
 Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device,
 130 interrupted.
@@ -191,6 +191,7 @@ def check(
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
     from ztp_deploy import models, workflow
     from ztp_deploy.backends import find_engine, require_runnable
+    from ztp_deploy.evidence.report.html import write_report
 
     found = find_engine(engine)
     require_runnable(found)
@@ -198,6 +199,7 @@ def check(
     with clock.step(f"load {found.manifest.source.name}"):
         model = models.reload_model(found.manifest.source)
     report = workflow.check(found, model, images, clock, count)
+    write_report(found.directory)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
@@ -501,6 +503,7 @@ def eval_(
     """What pruning costs in accuracy, on labelled pictures; interrupted, the same command goes on."""
     from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
     from ztp_deploy.evidence.report.accuracy import show_accuracy
+    from ztp_deploy.evidence.report.html import HTML_FILE
 
     if (engine is None) == (model is None):
         raise BadRequest(
@@ -534,6 +537,38 @@ def eval_(
         print_json(report.model_dump(mode="json"))
         return
     show_accuracy(report, out)
+    if engine is not None:
+        out.print(f"Report: {engine}/evidence/{HTML_FILE}", soft_wrap=True, markup=False)
+
+
+@app.command()
+def report(
+    engine: EngineDir,
+    pictures: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="An image to draw as `ztp show` does and put into the page; repeatable, in place of earlier ones."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render an engine's HTML report again, from the evidence in its folder; without --pictures with those it has."""
+    from ztp_deploy.evidence.report.html import read_evidence, write_report
+
+    evidence = read_evidence(engine)
+    if pictures:
+        from ztp_deploy import workflow
+        from ztp_deploy.show import picture_report
+
+        picture_report(pictures, engine, workflow.Clock(Bars()))
+        evidence = read_evidence(engine)
+    path = write_report(engine)
+    if as_json:
+        print_json({"report": str(path), "pictures": len(evidence.pictures), "left_out": list(evidence.left_out)})
+        return
+    for line in evidence.left_out:
+        warn(line)
+    out.print(f"Report: {path}", soft_wrap=True, markup=False)
 
 
 @app.command()

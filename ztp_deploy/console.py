@@ -57,22 +57,14 @@ def show_result(result: Any, as_json: bool) -> None:
 
 
 def show_parity(report: Any) -> None:
+    from ztp_deploy.evidence.report.parity import EDGE_HEAD, edge_rows
+
     table = Table(title=f"parity of {report.engine} on {report.images}", title_justify="left", title_style="bold")
-    for name in ("edge", "kept sets agree (tokens)", "worst logit", "top-1", "near-ties", "verdict"):
+    for name in EDGE_HEAD:
         table.add_column(name)
-    for edge in report.edges:
-        kept = ", ".join(
-            f"stage {stage.stage}: {stage.images_agreeing}/{edge.images} ({stage.token_agreement:.1%})"
-            for stage in edge.stages
-        )
-        table.add_row(
-            f"{edge.reference} → {edge.candidate}",
-            kept or "no stages",
-            f"{edge.worst_logit:.1e} σ (≤ {edge.tolerance.logits:g})",
-            f"{edge.top1_equal}/{edge.compared_logits}",
-            str(len(edge.near_ties)),
-            "[green]holds[/green]" if edge.holds else f"[bold red]{len(edge.faults)} faults[/bold red]",
-        )
+    for row, edge in zip(edge_rows(report), report.edges, strict=True):
+        style = "green" if edge.holds else "bold red"
+        table.add_row(*row[:-1], f"[{style}]{row[-1]}[/{style}]")
     out.print(table)
     for note in report.notes:
         warn(note)

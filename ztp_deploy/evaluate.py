@@ -26,6 +26,7 @@ from ztp_deploy.evidence.images import transform_for
 from ztp_deploy.evidence.labelled import Labelled, read_labelled
 from ztp_deploy.evidence.parity import PARITY_FILE
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
+from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.manifest import manifest_sha256, write_text
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
@@ -90,7 +91,7 @@ class _Reference:
 def evaluate_engine(
     directory: Path | str, request: EvalRequest, monitor: Monitor, *, dense_engine: Path | str | None = None
 ) -> AccuracyReport:
-    """An engine on labelled pictures, against the dense model; writes `evidence/accuracy.json`.
+    """An engine on labelled pictures, against the dense model; writes `evidence/accuracy.json` and renders the report again.
 
     The reference is `dense_engine` where one is given, else the dense model that the manifest names, in eager
     PyTorch. Raises BadRequest for random weights, data that does not fit and an engine that is no dense one of the
@@ -142,6 +143,7 @@ def evaluate_engine(
         finished.append(partial_file(engine.evidence, pruned, data))
     report = _report(subject, data, logits, reference, speeds, notes, request)
     write_text(engine.evidence / ACCURACY_FILE, report.to_json())
+    write_report(engine.directory)
     for path in finished:
         path.unlink(missing_ok=True)
     return report

@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from ztp_deploy import methods, models
-from ztp_deploy.backends import find_engine, load_engine
+from ztp_deploy.backends import EVIDENCE, find_engine, load_engine
 from ztp_deploy.backends.base import Session
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.images import open_image, transform_for
+from ztp_deploy.evidence.report.html import PICTURES_FILE, PICTURES_FOLDER, PictureFile, Pictures
 from ztp_deploy.evidence.selection import Observation, replayed
 from ztp_deploy.exporters.graph import merges
-from ztp_deploy.manifest import write_bytes
+from ztp_deploy.manifest import hash_file, manifest_sha256, write_bytes, write_text
 from ztp_deploy.methods.base import Replay
 from ztp_deploy.models.base import Source
 from ztp_deploy.painting import CONTRARY, SIMILARITY, UNKNOWN, UNSCORED, StagePicture, photograph, render_strip
@@ -421,6 +422,28 @@ def show(
             drawn.append(Drawn(image, path, stages, notes))
             advance(1)
     return Shown(origin, source, plan, drawn)
+
+
+def picture_report(images: Sequence[Path], engine: Path, clock: Clock) -> Shown:
+    """Draws what an engine does with images into its own evidence, for its HTML report; earlier pictures go.
+
+    Raises as `show`.
+    """
+    folder = engine / EVIDENCE / PICTURES_FOLDER
+    shown = show(images, folder, clock, engine=engine)
+    listed = [
+        PictureFile(
+            file=one.picture.name,
+            sha256=hash_file(one.picture).sha256,
+            caption=f"{one.image.name}: tokens kept by {shown.origin}.{''.join(f' {note}' for note in one.notes)}",
+        )
+        for one in shown.drawn
+    ]
+    record = Pictures(manifest_sha256=manifest_sha256(engine), pictures=listed)
+    write_text(engine / EVIDENCE / PICTURES_FILE, record.to_json())
+    for path in set(folder.glob("*.png")) - {one.picture for one in shown.drawn}:
+        path.unlink()
+    return shown
 
 
 def write_picture(picture: Any, path: Path) -> None:

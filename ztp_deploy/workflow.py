@@ -21,15 +21,22 @@ from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evidence.images import DEFAULT_COUNT, image_files, load_images
-from ztp_deploy.evidence.latency import DEFAULT_SECONDS, LatencyReport, check_seconds, measure_latency
+from ztp_deploy.evidence.latency import (
+    DEFAULT_SECONDS,
+    LATENCY_FILE,
+    LatencyReport,
+    check_seconds,
+    measure_latency,
+)
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, twin_role
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
+from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise, unproved_line
 from ztp_deploy.evidence.reproducer import write_reproducer
 from ztp_deploy.evidence.selftest import write_selftest
 from ztp_deploy.exporters import Artifact
-from ztp_deploy.manifest import BatchRange, folder_tags, write_text
+from ztp_deploy.manifest import BatchRange, folder_tags, manifest_sha256, write_text
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.plan import Plan, make_plan
@@ -37,7 +44,6 @@ from ztp_deploy.pruning.prune import build_stages, prune
 
 EXPORT_ROOT = Path("export")
 ENGINES_ROOT = Path("engines")
-LATENCY_FILE = "latency.json"
 REPORT_FILE = "report.md"
 
 
@@ -304,7 +310,10 @@ def make_engine(
     }
     parity = None
     if runs_here:
-        parity = check(engines["pruned"], model, images, clock).require()
+        parity = check(engines["pruned"], model, images, clock)
+        if not parity.passed:
+            write_report(engines["pruned"].directory)
+        parity.require()
     del model
     latency = None
     line = command or shlex.join(sys.argv)
@@ -321,9 +330,11 @@ def make_engine(
         steps=[step.model_dump() for step in clock.steps],
         peak_gib=round(clock.peak_gib(), 2),
         machine=environment.snapshot(),
+        manifest_sha256=manifest_sha256(engines["pruned"].directory),
     )
     write_text(engines["pruned"].evidence / SUMMARY_FILE, summary.to_json())
     write_text(engines["pruned"].evidence / REPORT_FILE, render_markdown(summary))
+    write_report(engines["pruned"].directory)
     engine = engines.pop("pruned")
     return Result(engine, engines, parity, latency, summary)
 

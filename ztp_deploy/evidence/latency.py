@@ -24,6 +24,7 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import manifest_sha256
 
+LATENCY_FILE = "latency.json"
 SITTINGS = 5
 WARM_UP_SECONDS = 0.4
 MIN_ROUNDS, MAX_ROUNDS = 4, 100

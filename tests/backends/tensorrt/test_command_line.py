@@ -62,7 +62,10 @@ def test_an_engine_is_built_and_said_not_to_have_run(report):
     engine = Path(summary["engine"])
     assert engine.parent.name.startswith("tensorrt_rtx-")
     assert engine.parent.name.endswith("-portable")
-    assert {path.name for path in (engine / "evidence").iterdir()} == {"report.json", "report.md"}
+    assert {path.name for path in (engine / "evidence").iterdir()} == {"report.json", "report.md", "report.html"}
+    page = (engine / "evidence" / "report.html").read_text()
+    assert "BUILT, NOT RUN: no NVIDIA GPU was found" in page
+    assert "None" not in page
     text = (engine / "evidence" / "report.md").read_text()
     assert "BUILT, NOT RUN" in text
     assert "was not checked" in text

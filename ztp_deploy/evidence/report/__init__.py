@@ -1,1 +1,1 @@
-"""The report: one summary, shown in the terminal and as Markdown."""
+"""The report: one summary, shown in the terminal, as Markdown and as one HTML page."""

@@ -19,15 +19,20 @@ def accuracy_rows(report: AccuracyReport) -> list[list[str]]:
     speed = {one.role: one.images_per_second for one in report.speed}
 
     def row(name: str, found: Accuracy, rate: float | None) -> list[str]:
-        top5 = "" if found.top5 is None else _share(found.top5)
-        return [name, _share(found.top1), top5, "" if rate is None else f"{rate:.1f}"]
+        top5 = "" if found.top5 is None else share_text(found.top5)
+        return [name, share_text(found.top1), top5, "" if rate is None else f"{rate:.1f}"]
 
     if comparison is None:
         return [row("dense" if report.plan == "dense" else "pruned", report.accuracy, speed["pruned"])]
     return [
         row("dense", comparison.dense, speed["dense"]),
         row("engine" if report.plan == "dense" else "pruned", report.accuracy, speed["pruned"]),
-        ["difference", _change(comparison.top1), "" if comparison.top5 is None else _change(comparison.top5), ""],
+        [
+            "difference",
+            change_text(comparison.top1),
+            "" if comparison.top5 is None else change_text(comparison.top5),
+            "",
+        ],
     ]
 
 
@@ -39,7 +44,7 @@ def accuracy_lines(report: AccuracyReport) -> list[str]:
         lines += [
             f"The difference is in percentage points. {top1.lost} images are right in the dense model alone, "
             f"{top1.gained} in the other alone: p = {top1.p_value:.2g} (McNemar's exact test).",
-            f"Both say the same best class, right or wrong, on {_share(agreement)}; "
+            f"Both say the same best class, right or wrong, on {share_text(agreement)}; "
             f"KL(dense ‖ pruned) is {report.comparison.mean_kl:.4f} nats an image.",
         ]
         if losers := _losers(report):
@@ -83,11 +88,13 @@ def show_accuracy(report: AccuracyReport, console: Console) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def _share(part: Proportion) -> str:
+def share_text(part: Proportion) -> str:
+    """79.34 % with its interval."""
     return f"{percent(part.share, 2)} ({part.low * 100:.2f}–{part.high * 100:.2f})"
 
 
-def _change(change: Change) -> str:
+def change_text(change: Change) -> str:
+    """Percentage points with their interval: "-0.46 (-0.71 to -0.20)"."""
     return f"{change.difference * 100:+.2f} ({change.low * 100:+.2f} to {change.high * 100:+.2f})"
 
 

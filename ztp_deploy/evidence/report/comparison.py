@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ztp_deploy.evidence.latency import LatencyReport
+from ztp_deploy.evidence.report.markdown import speedup_text
 
 
 def render_comparison(report: LatencyReport) -> str:
@@ -33,7 +34,7 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
         gain = ""
         if sample.role != first:
             ratio = report.ratio(sample.role, first, sample.batch)
-            gain = f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})"
+            gain = speedup_text(ratio)
             gain += " inconclusive" if ratio.verdict == "inconclusive" else ""
         median, p90 = sample.median / sample.batch, sample.p90 / sample.batch
         cells = [str(sample.batch), _short(sample.role), f"{median:.2f}", f"{p90:.2f}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ztp_deploy.evidence.gpu_report import GpuReport, Row
+from ztp_deploy.evidence.report.markdown import speedup_text
 
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
@@ -27,7 +28,7 @@ def _gain(row: Row | None) -> str:
         return ""
     if row.speedup is None:
         return f"{row.images_per_second:.0f} images/s" if row.images_per_second else ""
-    text = f"**{row.speedup.speedup:.2f} ×** ({row.speedup.low:.2f}–{row.speedup.high:.2f})"
+    text = speedup_text(row.speedup)
     return text if row.speedup.verdict == "measured" else f"{text} inconclusive"
 
 

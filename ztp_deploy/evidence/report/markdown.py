@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jinja2 import Environment
 
+from ztp_deploy.evidence.latency import Ratio
 from ztp_deploy.evidence.report.summary import Summary
 
 _TEMPLATE = """\
@@ -29,13 +30,9 @@ _TABLES = """\
 |---:|---|---:|---:|---:|---|---:|
 {% for row in rows %}| {{ row | join(' | ') }} |
 {% endfor %}
-{% for gain in s.gains if gain.selection_cost is not none -%}
-- Selection costs {{ percent(gain.selection_cost) }} of the pruned engine's time at batch {{ gain.batch }} \
-(interval {{ percent(gain.selection_cost_low) }} to {{ percent(gain.selection_cost_high) }}), measured against the slice twin.
+{% for line in lines -%}
+- {{ line }}
 {% endfor -%}
-- Multiply-accumulates an image: dense {{ giga(s.dense_macs) }} G, plan {{ giga(s.planned_macs) }} G \
-({{ percent(s.flop_share) }}), executed {{ giga(s.executed_macs) }} G: the FLOP limit is × {{ '%.2f' | format(s.flop_limit) }}.
-- {{ s.machine.cpu }}, {{ s.machine.cores }} cores, {{ s.machine.system }}. {{ s.gpu }}.
 """
 
 
@@ -46,7 +43,8 @@ def render_markdown(summary: Summary) -> str:
 
 def render_tables(summary: Summary) -> str:
     """The latency table and its footnotes: what the README shows."""
-    return _render(_TABLES, summary, rows=table_rows(summary))
+    lines = [*selection_lines(summary), macs_line(summary), machine_line(summary)]
+    return _render(_TABLES, summary, rows=table_rows(summary), lines=lines)
 
 
 def table_rows(summary: Summary) -> list[list[str]]:
@@ -57,23 +55,68 @@ def table_rows(summary: Summary) -> list[list[str]]:
         gain = gains.get(timing.batch) if timing.role == "pruned" else None
         speedup = limit = ""
         if gain:
-            ratio = gain.speedup
-            speedup = f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})"
-            if ratio.verdict == "inconclusive":
-                speedup += f" inconclusive: {ratio.reason}"
+            speedup = speedup_text(gain.speedup)
+            if gain.speedup.verdict == "inconclusive":
+                speedup += f" inconclusive: {gain.speedup.reason}"
             limit = percent(gain.flop_limit_reached, 0)
         rows.append(
             [
                 str(timing.batch),
-                {"slice": "slice twin"}.get(timing.role, timing.role),
-                f"{timing.median:.2f}",
-                f"{timing.p90:.2f}",
+                role_name(timing.role),
+                milliseconds(timing.median),
+                milliseconds(timing.p90),
                 f"{timing.images_per_second:.1f}",
                 speedup,
                 limit,
             ]
         )
     return rows
+
+
+def selection_lines(summary: Summary) -> list[str]:
+    """What selection costs at each batch where a slice twin was measured, a sentence each."""
+    return [
+        f"Selection costs {percent(gain.selection_cost)} of the pruned engine's time at batch {gain.batch} "
+        f"(interval {percent(gain.selection_cost_low or 0.0)} to {percent(gain.selection_cost_high or 0.0)}), "
+        "measured against the slice twin."
+        for gain in summary.gains
+        if gain.selection_cost is not None
+    ]
+
+
+def macs_line(summary: Summary) -> str:
+    """The multiply-accumulates and the speed-up that they would allow."""
+    return (
+        f"Multiply-accumulates an image: dense {giga(summary.dense_macs)} G, plan {giga(summary.planned_macs)} G "
+        f"({percent(summary.flop_share)}), executed {giga(summary.executed_macs)} G: "
+        f"the FLOP limit is {limit_text(summary.flop_limit)}."
+    )
+
+
+def machine_line(summary: Summary) -> str:
+    """Where latency was measured."""
+    machine = summary.machine
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}. {summary.gpu}."
+
+
+def role_name(role: str) -> str:
+    """What tables call the role of an engine."""
+    return {"slice": "slice twin"}.get(role, role)
+
+
+def speedup_text(ratio: Ratio) -> str:
+    """A speed-up, bold, and its interval: "**1.48 ×** (1.47–1.49)"."""
+    return f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
+def limit_text(limit: float) -> str:
+    """1.694944 → "× 1.69"."""
+    return f"× {limit:.2f}"
+
+
+def milliseconds(value: float) -> str:
+    """25.67002 → "25.67"."""
+    return f"{value:.2f}"
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, twin_role
+from ztp_deploy.evidence.report.markdown import speedup_text
 
 HEAD = (
     "batch",
@@ -55,7 +56,7 @@ def methods_rows(report: MethodsReport) -> list[list[str]]:
                     _percent(row.planned_share),
                     _percent(row.executed_share),
                     f"{report.latency.sample(row.method, batch).median / batch:.2f}",
-                    f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})",
+                    speedup_text(ratio),
                     "fastest" if row.method == best else _interval(report.behind(row.method, best, batch)),
                     _interval(report.behind(row.method, twin_role(row.method), batch)),
                 ]

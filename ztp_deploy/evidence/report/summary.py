@@ -48,11 +48,12 @@ class Gain(BaseModel):
 class Summary(EvidenceFile):
     """Everything a reader of the report needs (`evidence/report.json`).
 
-    `unproved` says why the engine was built but not run here; whatever parity would have said is then None.
+    `manifest_sha256` is None in reports of older versions. `unproved` says why the engine was built but not run here; whatever parity would have said is then None.
     """
 
     schema_: Literal["ztp.report/1"] = Field(default="ztp.report/1", alias="schema")
     engine: str
+    manifest_sha256: str | None = None
     model: str
     method: str
     label: str
@@ -100,6 +101,7 @@ def summarise(
     steps: list[dict[str, Any]],
     peak_gib: float,
     machine: dict[str, Any],
+    manifest_sha256: str | None = None,
 ) -> Summary:
     """Draws the numbers together; `steps` hold {step, seconds}. `parity` is None for an engine that was not run."""
     from ztp_deploy import environment, methods
@@ -117,6 +119,7 @@ def summarise(
         notes.insert(0, unproved_line(unproved))
     return Summary(
         engine=str(directory),
+        manifest_sha256=manifest_sha256,
         model=manifest.source.name,
         method=plan.method,
         label=plan.label,

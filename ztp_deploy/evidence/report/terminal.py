@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from ztp_deploy.evidence.report.html import HTML_FILE
 from ztp_deploy.evidence.report.markdown import giga, percent, table_rows
 from ztp_deploy.evidence.report.summary import Summary
 
@@ -55,4 +56,4 @@ def show_summary(summary: Summary, console: Console) -> None:
         highlight=False,
     )
     console.print(f"Engine: {summary.engine}", highlight=False, soft_wrap=True)
-    console.print(f"Report: {summary.engine}/evidence/report.md", highlight=False, soft_wrap=True)
+    console.print(f"Report: {summary.engine}/evidence/{HTML_FILE} (and report.md)", highlight=False, soft_wrap=True)

@@ -1,0 +1,198 @@
+"""Drawings of the HTML report as inline SVG.
+
+Places along x are percentages and sizes along y pixels, so that a drawing fits any width and its text never shrinks.
+Colours come from the page's style sheet by class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from ztp_deploy.evidence.latency import LatencyReport, Ratio, Samples
+from ztp_deploy.evidence.report.markdown import limit_text, milliseconds, percent, role_name, speedup_text
+
+BINS = 60
+_ROW = 26
+_STRIP = 72
+_AXIS = 26
+_LABELS = 24.0
+"""Percent of the width that names at the left take."""
+
+
+def tokens_figure(tokens: Sequence[int], blocks: Sequence[int]) -> Markup:
+    """A bar a stage: the patch tokens that go on; `tokens` hold one more than `blocks`, what enters first."""
+    names = ["enter", *(f"block {block}" for block in blocks)]
+    parts = []
+    for row, (name, count) in enumerate(zip(names, tokens, strict=True)):
+        width = (100 - _LABELS - 32) * count / tokens[0]
+        y = row * _ROW
+        share = "" if row == 0 else f" · {percent(count / tokens[0])}"
+        parts += [
+            _text(0, y + 17, name, "name"),
+            _rect(_LABELS, y + 4, width, _ROW - 8, "bar pruned" if row else "bar dense"),
+            _text(_LABELS + width, y + 17, f"{count}{share}", "value", shift=8),
+        ]
+    said = ", then ".join(f"{count}" for count in tokens)
+    return _svg(len(tokens) * _ROW, f"Patch tokens: {said}", parts)
+
+
+def gains_figure(ratios: Sequence[Ratio], limit: float) -> Markup:
+    """Reached speed-ups with their intervals, against 1 × and the one that multiply-accumulates would allow."""
+    values = [limit, 1.0, *(value for ratio in ratios for value in (ratio.low, ratio.high, ratio.speedup))]
+    low, high = min(values), max(values)
+    pad = max(high - low, 0.1) * 0.12
+    low, high = max(0.0, low - pad), high + pad
+
+    def x(value: float) -> float:
+        return _LABELS + (100 - _LABELS) * (value - low) / (high - low)
+
+    bottom = 22 + len(ratios) * 32
+    parts = [
+        _line(x(1.0), 20, x(1.0), bottom, "grid"),
+        _line(x(limit), 20, x(limit), bottom, "limit"),
+        _text(x(1.0), 13, "1 ×", "tick", anchor=_anchor(x(1.0))),
+        _text(x(limit), 13, f"FLOP limit {limit_text(limit)}", "tick strong", anchor=_anchor(x(limit), 70)),
+    ]
+    for row, ratio in enumerate(ratios):
+        y = 22 + row * 32 + 16
+        unsure = " unsure" if ratio.verdict == "inconclusive" else ""
+        parts += [
+            _text(0, y + 4, f"batch {ratio.batch}", "name"),
+            _line(x(ratio.low), y, x(ratio.high), y, f"whisker{unsure}"),
+            _dot(x(ratio.speedup), y, f"dot{unsure}"),
+        ]
+    parts += _axis(_ticks(low, high, 5), x, bottom)
+    said = "; ".join(f"batch {one.batch}: {speedup_text(one).replace('**', '')}" for one in ratios)
+    return _svg(bottom + _AXIS, f"Speed-up over dense, {said}; FLOP limit {limit_text(limit)}", parts)
+
+
+def distribution_figure(latency: LatencyReport, batch: int) -> tuple[Markup, list[str]]:
+    """Histograms of all runs at a batch, an engine a row, with median, p90, p95 and p99; and what lies off the axis."""
+    rows = [sample for sample in latency.samples if sample.batch == batch]
+    times = {sample.role: np.concatenate([np.array(part) for part in sample.milliseconds]) / batch for sample in rows}
+    low = min(float(values.min()) for values in times.values())
+    # A handful of runs that the system held up would press all others into one bin.
+    furthest = max(max(_marks(sample).values()) for sample in rows)
+    high = min(max(float(values.max()) for values in times.values()), low + (furthest - low) * 1.15)
+    pad = max((high - low) * 0.02, 1e-6)
+    low, high = low - pad, high + pad
+
+    def x(value: float) -> float:
+        return 100 * (value - low) / (high - low)
+
+    parts, beyond = [], []
+    bottom = len(rows) * _STRIP
+    ticks = _ticks(low, high, 5)
+    parts += [_line(x(tick), 0, x(tick), bottom, "grid") for tick in ticks]
+    for row, sample in enumerate(rows):
+        top, base = row * _STRIP + 26, row * _STRIP + _STRIP - 4
+        values = times[sample.role]
+        counts, edges = np.histogram(values, BINS, (low, high))
+        for count, left, right in zip(counts, edges[:-1], edges[1:], strict=True):
+            if count:
+                height = (base - top) * float(count) / float(counts.max())
+                parts.append(_rect(x(left), base - height, x(right) - x(left), height, f"bin {_hue(sample.role)}"))
+        parts.append(_line(0, base, 100, base, "base"))
+        for name, value in _marks(sample).items():
+            parts.append(_line(x(value), top - (4 if name == "median" else 0), x(value), base, f"mark {name}"))
+        parts.append(_text(0, row * _STRIP + 14, _heading(sample), "name"))
+        if off := int((values > high).sum()):
+            slowest = milliseconds(float(values.max()))
+            beyond.append(
+                f"{role_name(sample.role)}: {off} of {sample.runs} runs beyond the axis, slowest {slowest} ms"
+            )
+    parts += _axis(ticks, x, bottom)
+    said = ", ".join(f"{role_name(one.role)} median {milliseconds(one.median / batch)} ms" for one in rows)
+    return _svg(bottom + _AXIS, f"Milliseconds an image at batch {batch}: {said}", parts), beyond
+
+
+def interval_figure(rows: Sequence[tuple[str, float, float, float]]) -> Markup:
+    """Shares with their intervals on one axis: (name, share, low, high)."""
+    low, high = min(row[2] for row in rows), max(row[3] for row in rows)
+    pad = max(high - low, 0.005) * 0.15
+    low, high = max(0.0, low - pad), min(1.0, high + pad)
+
+    def x(value: float) -> float:
+        return _LABELS + (100 - _LABELS) * (value - low) / (high - low)
+
+    ticks = _ticks(low * 100, high * 100, 4)
+    bottom = len(rows) * 30
+    parts = [_line(x(tick / 100), 0, x(tick / 100), bottom, "grid") for tick in ticks]
+    for index, (name, share, least, most) in enumerate(rows):
+        y = index * 30 + 15
+        hue = _hue(name)
+        parts += [
+            _text(0, y + 4, name, "name"),
+            _line(x(least), y, x(most), y, f"whisker {hue}"),
+            _dot(x(share), y, f"dot {hue}"),
+        ]
+    parts += _axis(ticks, lambda value: x(value / 100), bottom)
+    said = ", ".join(f"{name} {percent(share, 2)}" for name, share, _, _ in rows)
+    return _svg(bottom + _AXIS, f"Shares with 95 % intervals: {said}", parts)
+
+
+def _marks(sample: Samples) -> dict[str, float]:
+    """Milliseconds an image by the name of the quantile, those that are known."""
+    known = {"median": sample.median, "p90": sample.p90, "p95": sample.p95, "p99": sample.p99}
+    return {name: value / sample.batch for name, value in known.items() if value is not None}
+
+
+def _heading(sample: Samples) -> str:
+    return f"{role_name(sample.role)}, median {milliseconds(_marks(sample)['median'])} ms"
+
+
+def _hue(role: str) -> str:
+    return role if role in ("dense", "slice") else "pruned"
+
+
+def _ticks(low: float, high: float, count: int) -> list[float]:
+    """Round numbers within a range, about `count` of them."""
+    rough = (high - low) / count
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = min((size * factor for factor in (1, 2, 2.5, 5, 10)), key=lambda one: abs(one - rough))
+    first = math.ceil(low / step - 1e-9)
+    return [round(step * number, 10) for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _axis(ticks: Sequence[float], x: Callable[[float], float], bottom: float) -> list[Markup]:
+    return [_text(x(tick), bottom + 17, f"{tick:g}", "tick", anchor=_anchor(x(tick), 98)) for tick in ticks]
+
+
+def _anchor(x: float, wide: float = 94) -> str:
+    return "start" if x < 4 else "end" if x > wide else "middle"
+
+
+def _svg(height: float, said: str, parts: Sequence[Markup]) -> Markup:
+    head = Markup('<svg class="figure" width="100%" height="{}" role="img" aria-label="{}">').format(_n(height), said)
+    return head + Markup("").join(parts) + Markup("</svg>")
+
+
+def _rect(x: float, y: float, width: float, height: float, kind: str) -> Markup:
+    return Markup('<rect class="{}" x="{}%" y="{}" width="{}%" height="{}"></rect>').format(
+        kind, _n(x), _n(y), _n(width), _n(height)
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return Markup('<line class="{}" x1="{}%" y1="{}" x2="{}%" y2="{}"></line>').format(
+        kind, _n(x1), _n(y1), _n(x2), _n(y2)
+    )
+
+
+def _dot(x: float, y: float, kind: str) -> Markup:
+    return Markup('<circle class="{}" cx="{}%" cy="{}" r="5"></circle>').format(kind, _n(x), _n(y))
+
+
+def _text(x: float, y: float, words: str, kind: str, anchor: str = "start", shift: float = 0) -> Markup:
+    moved = Markup(' dx="{}"').format(_n(shift)) if shift else ""
+    return Markup('<text class="{}" x="{}%" y="{}"{} text-anchor="{}">{}</text>').format(
+        kind, _n(x), _n(y), moved, anchor, escape(words)
+    )
+
+
+def _n(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")

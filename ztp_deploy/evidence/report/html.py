@@ -1,0 +1,435 @@
+"""The report as one HTML page that needs nothing but itself: no network, no scripts, no fonts of its own.
+
+Numbers are formatted by the functions of the Markdown report; what is not known is called "not measured".
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+from pydantic import BaseModel, Field, ValidationError
+
+from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, ClassRow
+from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport
+from ztp_deploy.evidence.parity import PARITY_FILE, ParityReport
+from ztp_deploy.evidence.report import figures
+from ztp_deploy.evidence.report.accuracy import HEAD as ACCURACY_HEAD
+from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows, change_text, share_text
+from ztp_deploy.evidence.report.markdown import (
+    giga,
+    limit_text,
+    macs_line,
+    milliseconds,
+    percent,
+    selection_lines,
+    speedup_text,
+    table_rows,
+)
+from ztp_deploy.evidence.report.parity import EDGE_HEAD, STAGE_HEAD, edge_name, edge_rows, stage_rows, tolerance_line
+from ztp_deploy.evidence.report.summary import SUMMARY_FILE, Summary, summarise
+from ztp_deploy.evidence.schema import EvidenceFile
+from ztp_deploy.manifest import EngineManifest, hash_file, manifest_sha256, read_manifest, write_text
+
+HTML_FILE = "report.html"
+PICTURES_FILE = "pictures.json"
+PICTURES_FOLDER = "pictures"
+NOT_MEASURED = "not measured"
+_TEMPLATE = "report.html.jinja"
+_LISTED = 50
+"""Faults and near-ties that are listed one by one; parity.json holds all."""
+
+LATENCY_HEAD = (
+    *("batch", "engine", "ms an image: median", "p90", "p95", "p99", "images/s"),
+    *("speed-up over dense (95 % interval)", "of the FLOP limit"),
+)
+
+
+class PictureFile(BaseModel):
+    """One picture that `ztp report --pictures` had drawn, and the words beneath it."""
+
+    file: str
+    sha256: str
+    caption: str
+
+
+class Pictures(EvidenceFile):
+    """The pictures that a page shows (`evidence/pictures.json`)."""
+
+    schema_: Literal["ztp.pictures/1"] = Field(default="ztp.pictures/1", alias="schema")
+    manifest_sha256: str
+    pictures: list[PictureFile]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file's bytes and the words beneath it."""
+
+    png: bytes
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        """The picture as a data URI."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What an engine folder says of its engine as it stands.
+
+    `made` says whether a finished run wrote its command and times (else those of `summary` mean nothing);
+    `left_out` holds a sentence for each file that was not taken, and why.
+    """
+
+    manifest: EngineManifest
+    manifest_sha256: str
+    summary: Summary
+    made: bool
+    parity: ParityReport | None
+    latency: LatencyReport | None
+    accuracy: AccuracyReport | None
+    pictures: tuple[Picture, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+E = TypeVar("E", bound=EvidenceFile)
+
+
+def read_evidence(directory: Path) -> Evidence:
+    """Reads an engine folder; evidence of another build and files that cannot be read are left out, and it says so.
+
+    Raises BadRequest where the folder holds no engine, DamagedFiles where its manifest was edited.
+    """
+    manifest = read_manifest(directory, EngineManifest)
+    sha = manifest_sha256(directory)
+    folder = directory / "evidence"
+    left_out: list[str] = []
+
+    def take(name: str, kind: type[E]) -> E | None:
+        return _take(folder / name, kind, sha, left_out)
+
+    parity, latency = take(PARITY_FILE, ParityReport), take(LATENCY_FILE, LatencyReport)
+    accuracy, stored = take(ACCURACY_FILE, AccuracyReport), take(SUMMARY_FILE, Summary)
+    listed = take(PICTURES_FILE, Pictures)
+    machine = latency or parity or accuracy
+    # Where it was made, as it was typed: the page is to be mailed, and whoever renders it may sit elsewhere.
+    summary = summarise(
+        manifest,
+        Path(stored.engine) if stored else directory,
+        parity,
+        latency,
+        command=stored.command if stored else latency.command if latency else "",
+        steps=stored.steps if stored else [],
+        peak_gib=stored.peak_gib if stored else 0.0,
+        machine=machine.environment if machine else stored.machine if stored else {},
+        manifest_sha256=sha,
+    )
+    # The GPU of the machine that measured, not of the one that renders.
+    gpu = latency.gpu if latency else stored.gpu if stored else ""
+    return Evidence(
+        manifest=manifest,
+        manifest_sha256=sha,
+        summary=summary.model_copy(update={"gpu": gpu}),
+        made=stored is not None,
+        parity=parity,
+        latency=latency,
+        accuracy=accuracy,
+        pictures=_pictures(folder, listed, left_out),
+        left_out=tuple(left_out),
+    )
+
+
+def write_report(directory: Path | str) -> Path:
+    """Renders `evidence/report.html` of an engine folder from what lies there and returns its path.
+
+    Raises what `read_evidence` raises, and WriteFailed.
+    """
+    path = Path(directory) / "evidence" / HTML_FILE
+    write_text(path, render_html(read_evidence(Path(directory))))
+    return path
+
+
+def render_html(evidence: Evidence) -> str:
+    """The page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"bold": _bold, "percent": percent, "ms": milliseconds, "giga": giga, "limit": limit_text}
+    summary, parity, latency, accuracy = evidence.summary, evidence.parity, evidence.latency, evidence.accuracy
+    template = environment.from_string(files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
+    batches = sorted({sample.batch for sample in latency.samples}) if latency else []
+    return template.render(
+        e=evidence,
+        s=summary,
+        manifest=evidence.manifest,
+        not_measured=NOT_MEASURED,
+        badges=_badges(evidence),
+        alarms=_alarms(evidence),
+        figures=_key_figures(evidence),
+        tokens=figures.tokens_figure(summary.tokens, summary.blocks),
+        macs_line=macs_line(summary),
+        parity=parity,
+        edge_head=EDGE_HEAD,
+        edges=[(edge_name(edge), edge) for edge in parity.edges] if parity else [],
+        edge_rows=edge_rows(parity) if parity else [],
+        stage_rows=[row for edge in parity.edges for row in stage_rows(edge)] if parity else [],
+        stage_head=STAGE_HEAD,
+        tolerance=tolerance_line(parity.tolerance) if parity else "",
+        listed=_LISTED,
+        latency=latency,
+        latency_head=LATENCY_HEAD,
+        latency_rows=latency_rows(summary),
+        selection_lines=selection_lines(summary),
+        distributions=[(batch, *figures.distribution_figure(latency, batch)) for batch in batches] if latency else [],
+        gains=figures.gains_figure([gain.speedup for gain in summary.gains], summary.flop_limit)
+        if summary.gains
+        else None,
+        accuracy=accuracy,
+        accuracy_head=ACCURACY_HEAD,
+        accuracy_rows=_accuracy_rows(accuracy) if accuracy else [],
+        accuracy_lines=accuracy_lines(accuracy) if accuracy else [],
+        accuracy_figure=_accuracy_figure(accuracy) if accuracy else None,
+        classes=worst_first(accuracy.per_class) if accuracy else [],
+        machine=_machine(evidence),
+        hashes=_hashes(evidence),
+        commands=_commands(evidence),
+    )
+
+
+def latency_rows(summary: Summary) -> list[list[str]]:
+    """The Markdown report's rows with p95 and p99 put in, and words where those have nothing."""
+    rows = []
+    for row, timing in zip(table_rows(summary), summary.timings, strict=True):
+        p99 = "too few runs" if timing.p99 is None else milliseconds(timing.p99)
+        gain = row[5] or {"dense": "the reference", "slice": "the yardstick of selection"}.get(
+            timing.role, NOT_MEASURED
+        )
+        limit = row[6] or ("–" if timing.role in ("dense", "slice") else NOT_MEASURED)
+        rows.append([*row[:4], milliseconds(timing.p95), p99, row[4], gain, limit])
+    return rows
+
+
+def worst_first(rows: Sequence[ClassRow]) -> list[ClassRow]:
+    """Classes by the share of their images that pruning lost, most first; without a reference by the share right."""
+
+    def key(row: ClassRow) -> tuple[float, float, int]:
+        lost = 0 if row.dense is None else row.dense - row.pruned
+        return -lost / row.images, row.pruned / row.images, row.label
+
+    return sorted(rows, key=key)
+
+
+# --- what is said at the top -------------------------------------------------------------------
+
+
+def _badges(evidence: Evidence) -> list[tuple[str, str]]:
+    """(kind, words) for each thing a reader asks first."""
+    summary = evidence.summary
+    if summary.unproved:
+        badges = [("bad", "BUILT, NOT RUN")]
+    elif summary.parity_passed is None:
+        badges = [("open", f"parity {NOT_MEASURED}")]
+    else:
+        badges = [("good", "parity holds")] if summary.parity_passed else [("bad", "PARITY FAILS")]
+    if summary.gains:
+        unsure = any(gain.speedup.verdict == "inconclusive" for gain in summary.gains)
+        badges.append(("unsure", "speed-up inconclusive") if unsure else ("good", "speed-up measured"))
+    else:
+        badges.append(("open", f"speed-up {NOT_MEASURED}"))
+    if evidence.accuracy:
+        badges.append(("good", "accuracy measured"))
+    else:
+        badges.append(("open", f"accuracy {NOT_MEASURED}"))
+    if summary.random_weights:
+        badges.append(("bad", "RANDOM WEIGHTS"))
+    return badges
+
+
+def _alarms(evidence: Evidence) -> list[str]:
+    """The summary's notes and what was left out; then the faults of the gate's first failing edge."""
+    alarms = [*evidence.summary.notes, *evidence.left_out]
+    if evidence.parity and not evidence.parity.passed:
+        failing = next(edge for edge in evidence.parity.edges if edge.faults)
+        fault = failing.faults[0]
+        alarms.insert(
+            0,
+            f"PARITY FAILS between {edge_name(failing)}: {fault.kind} fault, {fault.detail}. Do not ship this engine.",
+        )
+    return alarms
+
+
+def _key_figures(evidence: Evidence) -> list[tuple[str, str, str]]:
+    """(name, number, what goes with it) of the numbers that matter most."""
+    summary = evidence.summary
+    found: list[tuple[str, str, str]] = []
+    for gain in summary.gains:
+        number, interval = _parted(speedup_text(gain.speedup))
+        unsure = "; inconclusive" if gain.speedup.verdict == "inconclusive" else ""
+        reached = f"{percent(gain.flop_limit_reached, 0)} of the FLOP limit"
+        found.append(
+            (f"the speed of dense, batch {gain.batch}", number, f"95 % interval {interval}{unsure}; {reached}")
+        )
+    if not summary.gains:
+        found.append(
+            ("the speed of dense", NOT_MEASURED, "" if evidence.manifest.plan.stages else "this is the dense model")
+        )
+    found.append(
+        (
+            "of the multiply-accumulates",
+            percent(summary.flop_share),
+            f"{giga(summary.planned_macs)} G of {giga(summary.dense_macs)} G; {giga(summary.executed_macs)} G executed, "
+            f"limit {limit_text(summary.flop_limit)}",
+        )
+    )
+    if evidence.parity:
+        agreeing = min((s.images_agreeing for edge in evidence.parity.edges for s in edge.stages), default=None)
+        worst = evidence.parity.edges[-1]
+        same = "no stages" if agreeing is None else f"same tokens on {agreeing} of {worst.images} images"
+        number = f"{worst.worst_logit:.1e} σ"
+        found.append(("largest logit difference", number, f"at most {evidence.parity.tolerance.logits:g} σ; {same}"))
+    else:
+        found.append(("parity", NOT_MEASURED, "ztp check proves it"))
+    if evidence.accuracy and evidence.accuracy.comparison:
+        number, interval = _parted(change_text(evidence.accuracy.comparison.top1))
+        found.append(
+            ("points of top-1 accuracy", number, f"95 % interval {interval}; {evidence.accuracy.images} images")
+        )
+    elif evidence.accuracy:
+        number, interval = _parted(share_text(evidence.accuracy.accuracy.top1))
+        found.append(("top-1 accuracy", number, f"95 % interval {interval}; change against dense {NOT_MEASURED}"))
+    else:
+        why = "weights are random" if summary.random_weights else "ztp eval measures it"
+        found.append(("accuracy change", NOT_MEASURED, why))
+    return found
+
+
+def _parted(text: str) -> tuple[str, str]:
+    """`**1.48 ×** (1.47–1.49)` → `1.48 ×`, `1.47–1.49`."""
+    number, _, interval = text.replace("**", "").partition(" (")
+    return number, interval.rstrip(")")
+
+
+def _bold(text: str) -> Markup:
+    """Markdown's bold as HTML, all else escaped."""
+    return Markup(re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", str(escape(text))))
+
+
+# --- accuracy, machine, hashes, commands -------------------------------------------------------
+
+
+def _accuracy_rows(report: AccuracyReport) -> list[list[str]]:
+    """The rows of the other reports, with words where those have nothing."""
+    rows = []
+    for name, top1, top5, rate in accuracy_rows(report):
+        few = "no more than five classes" if report.accuracy.top5 is None else NOT_MEASURED
+        rows.append([name, top1, top5 or few, rate or ("–" if name == "difference" else NOT_MEASURED)])
+    return rows
+
+
+def _accuracy_figure(report: AccuracyReport) -> Markup:
+    name = "pruned" if report.plan != "dense" else "engine" if report.comparison else "dense"
+    rows = [(name, report.accuracy.top1)]
+    if report.comparison:
+        rows.insert(0, ("dense", report.comparison.dense.top1))
+    return figures.interval_figure([(name, one.share, one.low, one.high) for name, one in rows])
+
+
+def _machine(evidence: Evidence) -> list[tuple[str, str]]:
+    machine: dict[str, Any] = evidence.summary.machine
+    if not machine:
+        return []
+    facts = [
+        ("processor", f"{machine['cpu']}, {machine['cores']} cores"),
+        ("instructions", ", ".join(machine.get("cpu_features") or []) or "not recorded"),
+        ("memory", f"{machine['memory_gib']} GiB" if "memory_gib" in machine else "not recorded"),
+        ("GPU", evidence.summary.gpu.removeprefix("GPU: ") or "not recorded"),
+        ("system", f"{machine['system']}, Python {machine.get('python', 'not recorded')}"),
+        ("latency measured", evidence.latency.started if evidence.latency else NOT_MEASURED),
+    ]
+    packages = ", ".join(f"{name} {version}" for name, version in machine.get("packages", {}).items())
+    return [*facts, ("packages", packages or "not recorded")]
+
+
+def _hashes(evidence: Evidence) -> list[tuple[str, str, str]]:
+    """(what, sha256, size or origin)."""
+    manifest, weights = evidence.manifest, evidence.manifest.source.weights
+    of_file = weights.kind == "file"
+    found = [
+        ("manifest.json", evidence.manifest_sha256, "quoted by every evidence file"),
+        *(
+            (name, record.sha256, f"{record.bytes:,} bytes".replace(",", " "))
+            for name, record in manifest.files.items()
+        ),
+        (
+            "weights",
+            weights.sha256,
+            f"{weights.kind} ({Path(weights.origin).name})" if of_file else evidence.summary.weights,
+        ),
+        ("exported graph's manifest", manifest.artifact_sha256, manifest.format),
+    ]
+    if evidence.parity:
+        found.append(("parity images", evidence.parity.images_sha256, evidence.parity.images))
+    if evidence.accuracy:
+        found.append(("labelled pictures", evidence.accuracy.data_sha256, evidence.accuracy.data))
+    return found
+
+
+def _commands(evidence: Evidence) -> list[tuple[str, str]]:
+    """(what it does, command) to make the engine and its evidence again."""
+    found = [("Make and measure it again", evidence.summary.command)] if evidence.summary.command else []
+    if evidence.latency and evidence.latency.command != evidence.summary.command:
+        found.append(("Measure latency again", evidence.latency.command))
+    found.append(("Prove it again", f"ztp check --engine {shlex.quote(evidence.summary.engine)}"))
+    if evidence.accuracy:
+        found.append(("Measure accuracy again", evidence.accuracy.command))
+    return found
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def _take(path: Path, kind: type[E], sha: str, left_out: list[str]) -> E | None:
+    """An evidence file where it is there, readable and of this manifest; else a sentence unless it is not there."""
+    if not path.is_file():
+        return None
+    try:
+        found = kind.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError):
+        left_out.append(f"{path.name} cannot be read and is left out: make it again.")
+        return None
+    quoted = _quoted(found)
+    if quoted != sha:
+        of = f"quotes manifest {quoted[:12]}…" if quoted else "names no manifest"
+        left_out.append(
+            f"{path.name} {of}, this engine's is {sha[:12]}…: it is of another build and left out. Make it again."
+        )
+        return None
+    return found
+
+
+def _quoted(found: EvidenceFile) -> str | None:
+    """The manifest that a file is about."""
+    if isinstance(found, LatencyReport):
+        return next((sample.manifest_sha256 for sample in found.samples if sample.role == "pruned"), None)
+    quoted: str | None = getattr(found, "manifest_sha256", None)
+    return quoted
+
+
+def _pictures(folder: Path, listed: Pictures | None, left_out: list[str]) -> tuple[Picture, ...]:
+    found = []
+    for one in listed.pictures if listed else ():
+        path = folder / PICTURES_FOLDER / one.file
+        if Path(one.file).name != one.file or not path.is_file() or hash_file(path).sha256 != one.sha256:
+            left_out.append(
+                f"The picture {one.file} is missing or was changed, and left out: ztp report draws it again."
+            )
+            continue
+        found.append(Picture(path.read_bytes(), one.caption))
+    return tuple(found)
