@@ -228,8 +228,8 @@ def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
 
 
 COMMANDS = [
-    *("plan", "export", "build", "check", "bench", "compare", "engine", "eval", "demo"),
-    *("gpu-report", "classify", "show", "list", "doctor"),
+    *("plan", "export", "build", "check", "bench", "compare", "engine", "eval", "tune", "demo"),
+    *("gpu-report", "classify", "show", "report", "list", "doctor"),
 ]
 
 
