@@ -15,13 +15,19 @@ from ztp_deploy.evidence.accuracy import image_kl, mean_kl
 from ztp_deploy.options import plan_request
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.recipes import Recipe, read_recipe
-from ztp_deploy.tune import run
+from ztp_deploy.tune import rounds, run
 from ztp_deploy.tune.cost import Budget, Timing
 from ztp_deploy.tune.damage import HeldOut, held_out, split
 from ztp_deploy.tune.report import TuneReport, recipe_of, recipe_toml
 from ztp_deploy.tune.run import _conclude, tune
 
 from .conftest import NAME, Silent
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    """Voting is tried up to 4 rounds, so that the tests take no longer than they must."""
+    monkeypatch.setattr(rounds, "GRID", (1, 2, 4))
 
 
 def test_every_other_image_is_held_out():
@@ -73,8 +79,8 @@ def test_a_search_writes_plan_recipe_record_and_picture(request_):
 
 def test_a_search_that_is_prolonged_equals_one_in_one_go(request_, tmp_path):
     tune(request_(trials=2), Silent())
-    longer = tune(request_(trials=4), Silent())
-    whole = tune(request_(trials=4, directory=tmp_path / "whole"), Silent())
+    longer = tune(request_(trials=3), Silent())
+    whole = tune(request_(trials=3, directory=tmp_path / "whole"), Silent())
     assert longer.trials == whole.trials
     assert longer.winner == whole.winner
     with pytest.raises(BadRequest, match="other budget"):
@@ -204,7 +210,7 @@ def same_time(plans):
 
 
 def test_verdicts(request_):
-    report = tune(request_(trials=2), Silent())
+    report = tune(request_(trials=1), Silent())
     flops, latency = Budget.parse("flops=0.65"), Budget.parse("latency=7ms@batch2")
     other = report.uniform.model_copy(update={"trial": 1})
 
@@ -264,18 +270,18 @@ def test_the_command_line(weights, photographs, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     asked = ["tune", "--model", NAME, "--weights", weights, "--images", photographs, "--budget", "flops=0.65"]
-    code, printed, progress = ztp(*asked, "--trials", 3, "--device", "cpu")
+    code, printed, progress = ztp(*asked, "--trials", 2, "--device", "cpu")
     assert code == 0, progress
     folder = "tuned/vit_digits--zero_tprune--flops0.65"
     assert "Verdict: " in printed
     assert "uniform" in printed
     assert f"--recipe {folder}/recipe.toml" in printed
     assert (tmp_path / folder / "plan.json").is_file()
-    code, printed, _ = ztp(*asked, "--trials", 3, "--device", "cpu", "--json")
+    code, printed, _ = ztp(*asked, "--trials", 2, "--device", "cpu", "--json")
     report = json.loads(printed)
     assert code == 0
     assert report["schema"] == "ztp.tune/1"
-    assert len(report["trials"]) == 3
+    assert len(report["trials"]) == 2
     # What `ztp engine --recipe` would plan.
     again = plan_request(NAME, None, None, None, None, None, None, "auto", f"{folder}/recipe.toml").plan(NAME)
     assert again.counts == [stage["tokens_out"] for stage in report["winner"]["plan"]["stages"]]

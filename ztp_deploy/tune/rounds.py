@@ -31,7 +31,7 @@ class StageRounds(BaseModel):
     block: int
     rounds: int
     enough: int
-    most: int = GRID[-1]
+    most: int
     share: float = SHARE
 
 
@@ -101,7 +101,7 @@ def of_plan(model: nn.Module, plan: Plan, images: Tensor) -> tuple[StageRounds, 
             for index, stage in enumerate(plan.stages):
                 kept[index][rounds] = top_k(scores[index]["score"], stage.tokens_out).cpu().numpy()
     return tuple(
-        StageRounds(block=stage.block, rounds=stage.static["rounds"], enough=rounds_needed(kept[index]))
+        StageRounds(block=stage.block, rounds=stage.static["rounds"], enough=rounds_needed(kept[index]), most=GRID[-1])
         for index, stage in enumerate(plan.stages)
     )
 

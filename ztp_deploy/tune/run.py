@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ztp_deploy import backends, environment, models
@@ -21,11 +23,11 @@ from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import image_files, load_images
 from ztp_deploy.evidence.latency import check_seconds
 from ztp_deploy.manifest import write_bytes, write_text
-from ztp_deploy.plan import make_plan
+from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.recipes import read_recipe
 from ztp_deploy.tune import rounds, space
 from ztp_deploy.tune.cost import BlockTimes, Budget, Timer, engine_timer, flop_share, measure_blocks
-from ztp_deploy.tune.damage import HeldOut, Judge, Split, held_out, split
+from ztp_deploy.tune.damage import Damage, HeldOut, Judge, Split, held_out, split
 from ztp_deploy.tune.report import (
     PICTURE_FILE,
     PLAN_FILE,
@@ -106,6 +108,16 @@ class _Verdict:
     because: str
 
 
+@dataclass(frozen=True)
+class _Ranked:
+    """A finalist and its damage on all search images."""
+
+    number: int
+    plan: Plan
+    cost: float
+    search: Damage
+
+
 def tune(request: TuneRequest, monitor: Monitor, *, timer: Timer | None = None) -> TuneReport:
     """Searches for the least damaging plan within the budget and writes plan, recipe, record and picture.
 
@@ -181,25 +193,24 @@ def tune(request: TuneRequest, monitor: Monitor, *, timer: Timer | None = None) 
         )
     best = finalists(trials)
     with clock.step(f"judge the best on {len(rows.search)} images", float(len(best))) as advance:
-        ranked, reports = _judge(judge, best, rows, advance)
+        ranked = _rank(judge, best, rows, advance)
     attempts: tuple[Attempt, ...] = ()
-    winner: Chosen | None = ranked[0]
+    first: _Ranked | None = ranked[0]
     if budget.kind == "latency":
         assert timer is not None
-        attempts, winner = _verify(model, ranked, budget, timer)
-    compared = None
-    if winner is not None:
-        kl = {
-            chosen.trial: judge.kl(judge.logits(chosen.plan, rows.held_out), rows.held_out)
-            for chosen in (winner, reports)
-        }
-        compared = held_out(kl[reports.trial], kl[winner.trial], request.seed)
+        attempts, first = _verify(model, ranked, budget, timer)
+    yardstick = next(one for one in ranked if one.number == 0)
+    reference, base = _held_out(judge, yardstick, rows)
+    winner = compared = None
+    if first is not None:
+        winner, kl = _held_out(judge, first, rows)
+        compared = held_out(base, kl, request.seed)
     return report(
         _conclude(budget, winner, compared, attempts),
         trials=tuple(map(_record, trials)),
         finalists=tuple(trial.number for trial in best),
         winner=winner,
-        uniform=reports,
+        uniform=reference,
         held_out=compared,
         rounds=() if winner is None else rounds.of_plan(model, winner.plan, some),
         blocks=blocks,
@@ -277,30 +288,28 @@ def _hopeless(model: nn.Module, method: str, blocks: BlockTimes, budget: Budget,
     return None
 
 
-def _judge(
-    judge: Judge, best: Sequence[Trial], rows: Split, advance: Callable[[float], None]
-) -> tuple[list[Chosen], Chosen]:
-    """The finalists by damage on all search images, ties to the earlier trial, and the uniform plan among them."""
+def _rank(judge: Judge, best: Sequence[Trial], rows: Split, advance: Callable[[float], None]) -> list[_Ranked]:
+    """The finalists by damage on all search images, ties to the earlier trial."""
     found = []
     for trial in best:
         assert trial.plan is not None
         assert trial.cost is not None
-        found.append(
-            Chosen(
-                trial=trial.number,
-                plan=trial.plan,
-                cost=trial.cost,
-                search=judge.damage(trial.plan, rows.search),
-                held_out=judge.damage(trial.plan, rows.held_out),
-            )
-        )
+        found.append(_Ranked(trial.number, trial.plan, trial.cost, judge.damage(trial.plan, rows.search)))
         advance(1)
-    return sorted(found, key=lambda chosen: (chosen.search.mean_kl, chosen.trial)), found[0]
+    return sorted(found, key=lambda one: (one.search.mean_kl, one.number))
+
+
+def _held_out(judge: Judge, one: _Ranked, rows: Split) -> tuple[Chosen, NDArray[np.float64]]:
+    """A finalist with its damage on the held-out images, and the KL of each of them."""
+    logits = judge.logits(one.plan, rows.held_out)
+    damage = judge.compare(logits, rows.held_out)
+    chosen = Chosen(trial=one.number, plan=one.plan, cost=one.cost, search=one.search, held_out=damage)
+    return chosen, judge.kl(logits, rows.held_out)
 
 
 def _verify(
-    model: nn.Module, ranked: Sequence[Chosen], budget: Budget, timer: Timer
-) -> tuple[tuple[Attempt, ...], Chosen | None]:
+    model: nn.Module, ranked: Sequence[_Ranked], budget: Budget, timer: Timer
+) -> tuple[tuple[Attempt, ...], _Ranked | None]:
     """Builds and measures the best plans in turn against dense until one's median meets the budget."""
     attempts: list[Attempt] = []
     dense = make_plan(model, "dense")
@@ -309,7 +318,7 @@ def _verify(
         meets = times["winner"].median <= budget.limit
         attempts.append(
             Attempt(
-                trial=chosen.trial,
+                trial=chosen.number,
                 predicted=chosen.cost,
                 measured=times["winner"],
                 dense=times["dense"],
