@@ -21,9 +21,10 @@ from ztp_deploy.pruning.tokens import initial_state
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_has_a_timm_architecture_of_the_right_shape(name):
     _, geometry = models.describe(name)
-    assert geometry.image_size == (384 if name.endswith("_384") else 224)
+    side = 112 if name == "vit_digits" else 384 if name.endswith("_384") else 224
+    assert geometry.image_size == side
     assert geometry.special_tokens == (2 if "distilled" in name else 1)
-    assert geometry.num_classes == 1000
+    assert geometry.num_classes == (10 if name == "vit_digits" else 1000)
 
 
 def test_random_weights_are_the_same_everywhere_and_spread_attention():
