@@ -1,4 +1,4 @@
-"""Trains the reference classifier: `python -m ztp_deploy.reference.train`, about 75 minutes on two CPU cores.
+"""Trains the reference classifier: `python -m ztp_deploy.reference.train --out FILE`.
 
 Two stages of one schedule: windows of a canvas around the digit, 64 patches and four times as fast, in which the
 model learns to read; then whole canvases, in which it learns to find. A second head, thrown away afterwards, says
@@ -41,7 +41,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What decides a training, with the defaults that made the weights shipped."""
+    """What decides a training."""
 
     seed: int = 0
     processes: int = 2
