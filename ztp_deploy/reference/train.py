@@ -1,6 +1,6 @@
 """Trains the reference classifier: `python -m ztp_deploy.reference.train --out FILE`.
 
-Two stages of one schedule: windows of a canvas around the digit, 64 patches and four times as fast, in which the
+Two stages of one schedule: windows of a canvas around the digit, 49 patches and about four times as fast, in which the
 model learns to read; then whole canvases, in which it learns to find. A second head, thrown away afterwards, says
 of every patch which digit it belongs to or that it belongs to none (token labelling, Jiang et al. 2021).
 """
