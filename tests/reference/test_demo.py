@@ -29,8 +29,8 @@ def test_vit_digits_is_a_model_like_any_other():
     assert (geometry.patch_tokens, geometry.special_tokens, geometry.depth, geometry.num_heads) == (196, 1, 8, 3)
 
 
-@pytest.mark.skipif(model.WEIGHTS.exists(), reason="the weights are there")
-def test_weights_that_are_not_there_are_said_to_be_missing():
+def test_weights_that_are_not_there_are_said_to_be_missing(monkeypatch, tmp_path):
+    monkeypatch.setitem(model.CONFIG, "file", str(tmp_path / "none.safetensors"))
     with pytest.raises(MissingSoftware, match=r"No trained weights of vit_digits .*reference\.train"):
         models.load_model("vit_digits", weights="pretrained")
 
