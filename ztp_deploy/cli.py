@@ -59,6 +59,7 @@ from ztp_deploy.options import (
     build_request,
     integers,
     plan_request,
+    refuse_idle,
 )
 
 app = typer.Typer(
@@ -272,13 +273,12 @@ def bench(
         "--keep": keep,
         "--sites": sites,
         "--method": method,
+        "--fresh": fresh or None,
     }
-    given = [name for name, value in idle.items() if value is not None]
-    if given or fresh or len(set(engine)) < len(engine):
-        raise BadRequest(
-            f"{given[0] if given else '--fresh' if fresh else 'The same engine twice'} makes no sense with --engine.",
-            "Give each folder once, or --model.",
-        )
+    fix = "Give each folder once, or --model."
+    refuse_idle(idle, "--engine", fix)
+    if len(set(engine)) < len(engine):
+        raise BadRequest("The same engine twice makes no sense with --engine.", fix)
     from ztp_deploy.backends import find_engine
 
     # The folder above names back end, version and device.
@@ -510,17 +510,15 @@ def eval_(
             "Give either an engine folder (--engine) or a model (--model).",
             "For example: ztp eval --engine engines/… --data imagenet/val.",
         )
-    idle: dict[str, object] = {"--dense-engine": dense_engine}
-    if engine is not None:
-        idle = {"--method": method, "--ratio": ratio, "--flops": flops, "--keep": keep, "--sites": sites}
-        idle |= {"--option": option, "--recipe": recipe, "--record": record}
-        idle |= {"--weights": None if weights == "auto" else weights}
-    given = [name for name, value in idle.items() if value is not None]
-    if no_dense and dense_engine is not None:
-        given.append("--dense-engine")
-    if given:
-        beside = "--no-dense" if no_dense and dense_engine is not None else "--engine" if engine else "--model"
-        raise BadRequest(f"{given[0]} makes no sense with {beside}.", "Leave one of them out.")
+    fix = "Leave one of them out."
+    if engine is None:
+        refuse_idle({"--dense-engine": dense_engine}, "--model", fix)
+    else:
+        idle: dict[str, object] = {"--method": method, "--ratio": ratio, "--flops": flops, "--keep": keep}
+        idle |= {"--sites": sites, "--option": option, "--recipe": recipe, "--record": record}
+        refuse_idle(idle | {"--weights": None if weights == "auto" else weights}, "--engine", fix)
+    if no_dense:
+        refuse_idle({"--dense-engine": dense_engine}, "--no-dense", fix)
     request = EvalRequest(data, not no_dense, batch, workers, device, _command())
     try:
         if engine is not None:
@@ -600,11 +598,10 @@ def tune(
     from ztp_deploy.tune.run import TuneRequest
     from ztp_deploy.tune.run import tune as search
 
-    idle = {"--profile": profile, "--backend": backend, "--precision": precision}
-    given = [name for name, value in idle.items() if value is not None]
-    if given and budget.startswith("flops"):
-        raise BadRequest(
-            f"{given[0]} makes no sense with --budget {budget}: multiply-accumulates are counted, nothing is built.",
+    if budget.startswith("flops"):
+        refuse_idle(
+            {"--profile": profile, "--backend": backend, "--precision": precision},
+            f"--budget {budget}: multiply-accumulates are counted, nothing is built",
             "Leave it out, or give a latency budget.",
         )
     request = TuneRequest(
@@ -768,8 +765,7 @@ def show(
             "--weights": weights,
             "--recipe": recipe,
         }
-        if given := [name for name, value in idle.items() if value is not None]:
-            raise BadRequest(f"{given[0]} makes no sense with --engine.", "The engine has its plan; or give --model.")
+        refuse_idle(idle, "--engine", "The engine has its plan; or give --model.")
     from ztp_deploy import workflow
     from ztp_deploy.show import show as draw
 

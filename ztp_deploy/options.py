@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,6 +135,13 @@ def _numbers(text: str | None) -> list[int | float] | None:
         return [float(part) if "." in part else int(part) for part in text.replace(" ", "").split(",")]
     except ValueError as error:
         raise BadRequest(f"--keep {text!r} is no list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
+
+
+def refuse_idle(options: Mapping[str, object], beside: str, fix: str) -> None:
+    """Raises BadRequest for the first of these options that was given, since it would change nothing there."""
+    for name, value in options.items():
+        if value is not None:
+            raise BadRequest(f"{name} makes no sense with {beside}.", fix)
 
 
 def integers(name: str, text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ztp_deploy import models
 from ztp_deploy.evidence.accuracy import paired_bootstrap
@@ -72,5 +73,25 @@ def test_a_study_is_written_and_read_back(made, tmp_path):
     assert study.read_study(path) == made
     table = path.with_suffix(".md").read_text(encoding="utf-8")
     assert f"| {made.rows[1].comparison.pruned.top1.share:.2%} |" in table
-    assert table.count("\n| ") + 1 == 2 + len(made.rows) - 1 + 1 - 1
+    assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(made.rows)
     assert np.isfinite([row.comparison.mean_kl for row in made.rows]).all()
+
+
+def test_the_command_writes_what_it_measured(classifier, tmp_path, monkeypatch, capsys):
+    save_file(classifier.state_dict(), tmp_path / "weights.safetensors")
+    line = ["study", "ladder", "--canvases", "3", "--shares", "0.55", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*line, "--weights", str(tmp_path / "weights.safetensors")])
+    study.main()
+    written = study.read_study(tmp_path / "out" / "vit_digits--ladder--train.json")
+    assert [row.name for row in written.rows] == [entry.name for entry in study.LADDER]
+    assert {row.asked_share for row in written.rows} == {0.55}
+    assert written.command.endswith("ladder --part train --canvases 3 --shares 0.55")
+    assert str(tmp_path) not in written.to_json()
+    assert "+ S-stage" in capsys.readouterr().out
+
+
+def test_the_command_refuses_weights_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["study", "ladder", "--weights", str(tmp_path / "none"), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is no file"):
+        study.main()
+    assert list(tmp_path.iterdir()) == []

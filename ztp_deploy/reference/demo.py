@@ -63,7 +63,7 @@ def demonstrate(
     line = command or shlex.join(sys.argv)
     if wanted.weights in ("auto", "random"):
         raise BadRequest("The demonstration shows accuracy: it needs trained weights.", "Give pretrained, or a path.")
-    models.check_request(wanted.model, wanted.weights)
+    models.load_model(wanted.model, wanted.weights)  # what cannot be had is refused before anything is drawn
     folder = directory / "canvases"
     with clock.step(f"draw {count} test canvases"):
         paths = write_canvases(folder, count)

@@ -6,7 +6,10 @@ Intervals resample source digits, since canvases of one scan are no independent 
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from ztp_deploy import environment, models
+from ztp_deploy.errors import ZtpError
 from ztp_deploy.evidence.accuracy import Comparison, compare, hits, paired_bootstrap, wilson
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import write_text
@@ -259,3 +263,35 @@ def record_study(study: Study, folder: Path) -> Path:
 def read_study(path: Path) -> Study:
     """A recorded study."""
     return Study.model_validate(json.loads(path.read_text(encoding="utf-8")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what pruning costs the reference classifier.")
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument(
+        "--part", choices=("train", "test"), default="train", help="Canvases; choices are made on train."
+    )
+    parser.add_argument("--canvases", type=int, default=2388, help="How many.")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="FLOP shares.")
+    parser.add_argument("--weights", default="pretrained", help="pretrained, or a path that the training wrote.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for JSON and Markdown.")
+    given = parser.parse_args()
+    told = ["python", "-m", "ztp_deploy.reference.study", given.study, "--part", given.part]
+    told += ["--canvases", str(given.canvases), "--shares", *map(str, given.shares)]
+    try:
+        study = run_study(
+            given.study,
+            given.part,
+            given.canvases,
+            shares=given.shares,
+            model=models.load_model(MODEL, weights=given.weights),
+            command=shlex.join(told),  # without the paths of this machine
+            advance=lambda line: print(line, flush=True),
+        )
+        print(record_study(study, given.out))
+    except ZtpError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

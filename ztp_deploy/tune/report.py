@@ -203,7 +203,7 @@ def show_tune(report: TuneReport, directory: Path, out: Console) -> None:
         )
     for stage in report.rounds:
         out.print(
-            f"Voting at block {stage.block}: {stage.rounds} rounds planned; from {stage.enough} on, {stage.share:.0%} of "
+            f"Voting at block {stage.block}: {stage.rounds} {'round' if stage.rounds == 1 else 'rounds'} planned; from {stage.enough} on, {stage.share:.0%} of "
             f"the kept tokens are those of {stage.most} rounds.",
             soft_wrap=True,
         )
