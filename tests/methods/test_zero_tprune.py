@@ -164,6 +164,44 @@ def test_vote_survives_a_row_that_attends_to_dropped_tokens_only():
     assert torch.isfinite(zt.vote(attention, torch.ones(4), 3, survivors)).all()
 
 
+def test_votes_of_dropped_tokens_are_lost_without_renormalising():
+    """The submatrix as it is, scores scaled back to mean 1 over the survivors; without survivors nothing changes."""
+    attention = random_attention()
+    survivors = torch.ones(2, 17, dtype=torch.float64)
+    survivors[:, [3, 8, 14]] = 0
+    start = zt.start_scores(17, 14, class_token=0).double()
+    lost = zt.vote(attention, start, 7, survivors, renormalise=False)
+    keep = survivors[0].nonzero().squeeze(1)
+    score = start[keep].expand(2, 3, 1, -1)
+    for _ in range(7):
+        score = score @ attention[:, :, keep][..., keep]
+    torch.testing.assert_close(lost[..., keep], (score / score.mean(-1, keepdim=True)).squeeze(2))
+    assert lost[..., [3, 8, 14]].abs().max() == 0
+    assert (lost - zt.vote(attention, start, 7, survivors)).abs().max() > 1e-3
+    start = zt.start_scores(17, 17, class_token=0).double()
+    whole = zt.vote(attention, start, 7, torch.ones(2, 17), renormalise=False)
+    torch.testing.assert_close(whole, zt.vote(attention, start, 7))
+
+
+def test_hundreds_of_rounds_do_not_underflow_without_renormalising():
+    survivors = torch.zeros(2, 17)
+    survivors[:, :5] = 1
+    scores = zt.vote(random_attention().float(), torch.ones(17), 500, survivors, renormalise=False)
+    torch.testing.assert_close(scores.sum(-1), torch.full((2, 3), 5.0))
+
+
+def test_features_of_heads_are_joined():
+    features = torch.randn(2, 3, 17, 4, generator=torch.Generator().manual_seed(0))
+    side_by_side = zt.join_heads(features, "concatenated")
+    assert torch.equal(side_by_side[1, 5], torch.cat([features[1, head, 5] for head in range(3)]))
+    torch.testing.assert_close(zt.join_heads(features, "averaged"), features.mean(1))
+    # Heads of equal length: their cosines count equally.
+    one, other = zt.join_heads(features, "normalised")[0, :2]
+    by_head = torch.nn.functional.cosine_similarity(features[0, :, 0], features[0, :, 1], dim=-1)
+    assert (one @ other / one.norm() / other.norm()).item() == pytest.approx(by_head.mean().item(), abs=1e-6)
+    assert torch.isfinite(zt.join_heads(torch.zeros(1, 1, 2, 3), "normalised")).all()
+
+
 def test_heads_out_of_bounds_are_left_out_and_all_count_when_none_qualifies():
     variance = torch.tensor([[0.0099, 0.0101, 0.699, 0.701], [0.0, 0.001, 5.0, 9.0]]).unsqueeze(-1)
     spread = (variance * 197).sqrt()

@@ -17,25 +17,25 @@ def drawn():
 
 
 def test_canvases_become_normalised_batches(drawn):
-    chosen = np.array([3, 9])
+    chosen = torch.tensor([3, 9])
     images, labels, coverage = drawn.batch(chosen, 0.0)
     assert images.shape == (2, 3, 112, 112)
     assert labels.tolist() == drawn.labels[chosen].tolist()
     assert coverage.shape == (2, 196)
     back = images.numpy().transpose(0, 2, 3, 1) * 0.25 + 0.5
-    assert np.abs(back - drawn.pixels[chosen] / 255).max() < 1e-5
+    assert np.abs(back - drawn.pixels[chosen].numpy() / 255).max() < 1e-5
     half = drawn.batch(chosen, 0.5)[0].numpy().transpose(0, 2, 3, 1) * 0.25 + 0.5
-    assert np.abs(half - (drawn.pixels[chosen] / 255 + drawn.plain[chosen] / 255) / 2).max() < 1e-5
+    assert np.abs(half - (drawn.pixels[chosen].float() + drawn.plain[chosen].float()).numpy() / 510).max() < 1e-5
 
 
-def test_windows_are_square_and_hold_the_digit(drawn):
-    coverage = torch.from_numpy(drawn.coverage)
-    chosen = train.windows(coverage, torch.Generator().manual_seed(0))
-    assert chosen.shape == (48, train.WINDOW**2)
+@pytest.mark.parametrize("side", [7, 10])
+def test_windows_are_square_and_hold_the_digit(drawn, side):
+    chosen = train.windows(drawn.coverage, side, torch.Generator().manual_seed(0))
+    assert chosen.shape == (48, side**2)
     rows, columns = chosen // train.GRID, chosen % train.GRID
-    assert torch.equal(rows.amax(1) - rows.amin(1), torch.full((48,), train.WINDOW - 1))
-    assert torch.equal(columns.amax(1) - columns.amin(1), torch.full((48,), train.WINDOW - 1))
-    held = coverage.gather(1, chosen).sum(1) / coverage.sum(1)
+    assert torch.equal(rows.amax(1) - rows.amin(1), torch.full((48,), side - 1))
+    assert torch.equal(columns.amax(1) - columns.amin(1), torch.full((48,), side - 1))
+    held = drawn.coverage.gather(1, chosen).sum(1) / drawn.coverage.sum(1)
     assert held.min() > 0.8
     assert (held >= 0.95).float().mean() > 0.9
 
@@ -77,10 +77,10 @@ def test_a_short_training_lowers_the_loss_and_writes_weights(processes, tmp_path
     recipe = train.Recipe(
         processes=processes,
         canvases=8,
-        window_images=8 * (20 if processes == 1 else 1),
-        canvas_images=8,
-        window_batch=8,
-        canvas_batch=8,
+        small_windows=8 * (20 if processes == 1 else 1),
+        large_windows=8,
+        whole_canvases=8,
+        batch=8,
         warm_up=1e-6,
     )
     train.train(recipe, tmp_path / "weights.safetensors")
@@ -89,8 +89,35 @@ def test_a_short_training_lowers_the_loss_and_writes_weights(processes, tmp_path
     assert all(torch.isfinite(value).all() for value in written.values())
     if processes == 1:
         losses = [float(line.split("loss ")[1].split(",")[0]) for line in capfd.readouterr().out.splitlines()[1:]]
-        assert len(losses) == 21
+        assert len(losses) == 22
         assert losses[19] < 0.85 * losses[0]
+
+
+def test_muon_takes_the_steps_of_torchs_own():
+    """Both agree up to bfloat16's rounding, over steps with momentum and decay."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((30, 20), (20, 30), (30, 20))]
+    own, theirs = ([torch.nn.Parameter(value.clone()) for value in start] for _ in range(2))
+    optimisers = [
+        train.Muon(own, 0.1, 0.05),
+        torch.optim.Muon(theirs, lr=0.1, weight_decay=0.05, adjust_lr_fn="original"),
+    ]
+    for _ in range(3):
+        for one, other in zip(own, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimiser in optimisers:
+            optimiser.step()
+    for value, one, other in zip(start, own, theirs, strict=True):
+        assert (one - value).norm() > 0.5
+        assert (one - other).norm() < 0.02 * (one - value).norm()
+
+
+def test_orthogonal_matrices_have_singular_values_near_one():
+    matrices = torch.randn(4, 30, 20, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(train.orthogonal(matrices))
+    assert values.min() > 0.6
+    assert values.max() < 1.25
 
 
 def test_one_process_leaves_gradients_as_they_are():

@@ -46,7 +46,7 @@ def best_match(less: Tensor, more: Tensor, metric: Metric = "cosine", apart: boo
     """
     if metric == "cosine":
         # The candidates' own lengths can wait until one product each is left.
-        likeness = less @ (more * _inverse_length(more)).transpose(1, 2)
+        likeness = less @ (more * inverse_length(more)).transpose(1, 2)
     elif metric in ("dot", "euclidean"):
         likeness = less @ more.transpose(1, 2)
         if metric == "euclidean":
@@ -57,15 +57,15 @@ def best_match(less: Tensor, more: Tensor, metric: Metric = "cosine", apart: boo
     if not apart:
         likeness = likeness - _ITSELF * torch.eye(less.shape[1], device=less.device)
     best = likeness.amax(-1)
-    return best * _inverse_length(less).squeeze(-1) if metric == "cosine" else best
+    return best * inverse_length(less).squeeze(-1) if metric == "cosine" else best
 
 
-def _inverse_length(features: Tensor) -> Tensor:
-    """1 / length [B, n, 1] of features [B, n, D], finite for zeros."""
+def inverse_length(features: Tensor) -> Tensor:
+    """1 / length [..., n, 1] of features [..., n, D], finite for zeros."""
     return _squares(features).clamp_min(1e-24).rsqrt()
 
 
 def _squares(features: Tensor) -> Tensor:
-    """Squared lengths [B, n, 1]."""
+    """Squared lengths [..., n, 1]."""
     # A product, not a square: exporters write the latter as Pow, which engines run slowly.
     return (features * features).sum(-1, keepdim=True)

@@ -30,7 +30,15 @@ from ztp_deploy.methods.base import (
     only_drops,
     top_k_margin,
 )
-from ztp_deploy.methods.similarity import PARTITIONS, Metric, Partition, best_match, raster_order, staying
+from ztp_deploy.methods.similarity import (
+    PARTITIONS,
+    Metric,
+    Partition,
+    best_match,
+    inverse_length,
+    raster_order,
+    staying,
+)
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, floor_counts, kept_chain
 from ztp_deploy.plan import default_sites as default_sites
@@ -53,8 +61,11 @@ class Options(MethodOptions):
     1 in the last three, else 8 (paper: 30–50, 1, 5–10). `similar`: share of the removed tokens that
     the S-stage removes, rounded down (0: no S-stage). `start`: "class" gives the class token √N times
     the others, "uniform" does not. `variance_bounds`: heads outside are left out (VHF), null for all heads.
-    `heads`: "rms" (EIR) or "mean". `temperature`: of the softmax whose rows vote. The S-stage's `partition`, `metric`
-    (see `similarity`) and `features`: keys, queries or values of all heads, or the tokens that enter the block.
+    `heads`: "rms" (EIR) or "mean". `temperature`: of the softmax whose rows vote. `renormalise`: whether survivors of
+    the S-stage pass on whole votes or lose what dropped tokens would have got. The S-stage's `partition`, `metric`
+    (see `similarity`) and `features`: keys, queries or values, or the tokens that enter the block; `feature_heads`:
+    heads "concatenated", the same with each at length 1 ("normalised": under the cosine, heads count equally), or
+    "averaged".
     The paper's ladder: WPR alone is heads "mean", no bounds, similar 0; then rms (EIR), bounds (VHF), similar 0.5.
     """
 
@@ -64,9 +75,11 @@ class Options(MethodOptions):
     variance_bounds: tuple[float, float] | None = (0.01, 0.7)
     heads: Literal["rms", "mean"] = "rms"
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    renormalise: bool = True
     partition: Partition = "importance"
     metric: Metric = "cosine"
     features: Literal["keys", "queries", "values", "inputs"] = "keys"
+    feature_heads: Literal["concatenated", "normalised", "averaged"] = "concatenated"
 
     @field_validator("rounds")
     @classmethod
@@ -163,12 +176,15 @@ def start_scores(count: int, participants: int, class_token: int | None) -> Tens
     return start * (participants / total)
 
 
-def vote(attention: Tensor, start: Tensor, rounds: int, survivors: Tensor | None = None) -> Tensor:
+def vote(
+    attention: Tensor, start: Tensor, rounds: int, survivors: Tensor | None = None, renormalise: bool = True
+) -> Tensor:
     """Weighted PageRank: s ← Aᵀs, `rounds` times, on the graph restricted to the survivors.
 
     attention [B, H, N, N] with rows that sum to 1, start [N], survivors [B, N] of 0 and 1 (None: all)
     → scores [B, H, N], 0 outside the survivors. With row sums q = A m over the survivors m, one round is
-    s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered (DESIGN section 5).
+    s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered (DESIGN section 5). Not to `renormalise` leaves out q and
+    scales s back to mean 1 each time, since votes are then lost.
     """
     count = attention.shape[-1]
     score = start.to(attention).reshape(1, 1, 1, count)
@@ -177,6 +193,11 @@ def vote(attention: Tensor, start: Tensor, rounds: int, survivors: Tensor | None
             score = score @ attention
         return score.squeeze(2)
     mask = survivors.to(attention).reshape(-1, 1, 1, count)
+    if not renormalise:
+        for _ in range(rounds):
+            score = (score * mask) @ attention * mask
+            score = score * (mask.sum(-1, keepdim=True) / score.sum(-1, keepdim=True).clamp_min(1e-30))
+        return score.squeeze(2)
     row_sums = mask @ attention.transpose(-1, -2)  # [B, H, 1, N]
     # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
     weight = mask / row_sums.clamp_min(1e-30)
@@ -226,7 +247,7 @@ def importance(
     """WPR, VHF and EIR in one: attention [B, H, N, N] → scores [B, N] and head spreads [B, H, 1]."""
     boosted = class_token if options.start == "class" else None
     start = start_scores(attention.shape[-1], participants, boosted).to(attention.device)
-    per_head = vote(attention, start, rounds, survivors)
+    per_head = vote(attention, start, rounds, survivors, options.renormalise)
     spread = score_spread(per_head, survivors)
     counted = counted_heads(spread, options.variance_bounds, participants)
     return Importance(combine_heads(per_head, counted, options.heads), spread)
@@ -262,8 +283,7 @@ def select(
             scores["position"] = positions.float()
             order = raster_order(positions, options.partition)
         half = staying(stage.tokens_in, options.partition)
-        all_heads = features.float().transpose(1, 2).flatten(2)  # [B, N, H·d]
-        ordered = take(all_heads, order, skip=special_tokens)
+        ordered = take(join_heads(features.float(), options.feature_heads), order, skip=special_tokens)
         others = ordered[:, :half] if half else ordered
         match = best_match(ordered[:, half:], others, options.metric, apart=half > 0)
         least = take(order, top_k(match, similar), skip=half)
@@ -281,6 +301,15 @@ def select(
     score = score[:, special_tokens:]
     scores |= {"score": score, "spread": final.spread}
     return Selection(top_k(score, stage.tokens_out), scores)
+
+
+def join_heads(features: Tensor, how: Literal["concatenated", "normalised", "averaged"]) -> Tensor:
+    """One feature vector a token: [B, H, N, d] → [B, N, H·d], or [B, N, d] averaged."""
+    if how == "averaged":
+        return features.mean(1)
+    if how == "normalised":
+        features = features * inverse_length(features)
+    return features.transpose(1, 2).flatten(2)
 
 
 # --- the stage ---------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def draw(part: Part, index: int) -> Canvas:
     members = split()[part]
     digit = members[index % len(members)] if part == "test" else members[random.integers(len(members))]
     pictures, labels = scans()
-    scale = float(np.exp(random.uniform(np.log(28), np.log(50))))
+    scale = float(np.exp(random.uniform(np.log(32), np.log(56))))
     mask = _placed(pictures[digit], scale, random, reach=1.0)
     clutter = np.maximum(_strokes(random, scale), _fragments(random, members, scale)) * random.uniform(0.7, 1.0)
     ground, ink = _colours(random)
@@ -139,7 +139,7 @@ def _fragments(random: np.random.Generator, members: tuple[int, ...], scale: flo
 
 def _colours(random: np.random.Generator) -> tuple[Floats, Floats]:
     """Ground and lighter ink, [3] each, a random contrast apart."""
-    contrast = random.uniform(0.22, 0.7)
+    contrast = random.uniform(0.25, 0.75)
     middle = random.uniform(contrast / 2 + 0.1, 0.9 - contrast / 2)
     tints = random.normal(0, 0.05, (2, 3))
     ground, ink = middle - contrast / 2 + tints[0], middle + contrast / 2 + tints[1]

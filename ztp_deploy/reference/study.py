@@ -83,9 +83,16 @@ CHOICES = (
     _zero_tprune("rounds 30", rounds=30),
     _zero_tprune("uniform start", start="uniform"),
     _zero_tprune("heads: mean", heads="mean"),
-    _zero_tprune("all heads", variance_bounds=None),
+    _zero_tprune("no head filter", variance_bounds=None),
+    _zero_tprune("head filter on deviations", variance_bounds=(0.0001, 0.49)),
+    _zero_tprune("S features: heads normalised", feature_heads="normalised"),
+    _zero_tprune("S features: heads averaged", feature_heads="averaged"),
+    _zero_tprune("votes not renormalised", renormalise=False),
 )
-"""Where the paper leaves a choice: what the defaults are held against."""
+"""Where the paper leaves a choice: what the defaults are held against.
+
+Bounds "on deviations" are the paper's 0.01 and 0.7 read as bounds of the standard deviation.
+"""
 
 STUDIES: dict[str, tuple[Entry, ...]] = {"ladder": LADDER, "curves": CURVES, "choices": CHOICES}
 

@@ -1,8 +1,9 @@
 """Trains the reference classifier: `python -m ztp_deploy.reference.train --out FILE`.
 
-Two stages of one schedule: windows of a canvas around the digit, 49 patches and about four times as fast, in which the
-model learns to read; then whole canvases, in which it learns to find. A second head, thrown away afterwards, says
-of every patch which digit it belongs to or that it belongs to none (token labelling, Jiang et al. 2021).
+Three stages of one schedule: windows of 49 patches around the digit, which cost a fifth of a canvas and in which the
+model learns to read; windows of 100 patches; then whole canvases, in which it learns to find. A second head, thrown
+away afterwards, says of every patch which digit it belongs to or that it belongs to none (token labelling, Jiang et
+al. 2021).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +32,6 @@ from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import MEAN, STD, WIDTH, vit_digits
 
 GRID = canvases.SIDE // canvases.PATCH
-WINDOW = 7
 NO_DIGIT = 10
 SAY_EVERY, SAVE_EVERY = 50, 200
 
@@ -45,11 +45,11 @@ class Recipe:
 
     seed: int = 0
     processes: int = 2
-    canvases: int = 20_000
-    window_images: int = 150_000
-    canvas_images: int = 30_000
-    window_batch: int = 64
-    canvas_batch: int = 64
+    canvases: int = 40_000
+    small_windows: int = 200_000
+    large_windows: int = 70_000
+    whole_canvases: int = 60_000
+    batch: int = 64
     muon_rate: float = 0.02
     adam_rate: float = 1e-3
     warm_up: float = 0.02
@@ -59,27 +59,52 @@ class Recipe:
     enough: float = 0.7
     ease_step: float = 0.004
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (
+            Stage(7, self.small_windows, ease=1.0),
+            Stage(10, self.large_windows, ease=0.4),
+            Stage(GRID, self.whole_canvases, ease=0.3),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Part of the schedule: so many images, `side` patches wide, and how plain they are at its start."""
+
+    side: int
+    images: int
+    ease: float
+
+    @property
+    def cost(self) -> float:
+        """Of one image, in whole canvases: what a token costs hardly depends on how many there are."""
+        return self.side**2 / GRID**2
+
 
 class Canvases:
-    """Training canvases drawn ahead of time: pixels and plain [N, SIDE, SIDE, 3], labels [N], coverage [N, patches]."""
+    """Training canvases drawn ahead of time: pixels and plain [N, SIDE, SIDE, 3], labels [N], coverage [N, patches].
+
+    The pixels are shared with the processes it is passed to.
+    """
 
     def __init__(self, count: int) -> None:
-        self.pixels = np.empty((count, canvases.SIDE, canvases.SIDE, 3), np.uint8)
-        self.plain = np.empty_like(self.pixels)
-        self.labels = np.empty(count, np.int64)
-        self.coverage = np.empty((count, GRID * GRID), np.float32)
+        self.pixels = torch.empty((count, canvases.SIDE, canvases.SIDE, 3), dtype=torch.uint8).share_memory_()
+        self.plain = torch.empty_like(self.pixels).share_memory_()
+        self.labels = torch.empty(count, dtype=torch.int64)
+        self.coverage = torch.empty((count, GRID * GRID))
         with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for index, canvas in enumerate(pool.map(partial(canvases.draw, "train"), range(count), chunksize=64)):
-                self.pixels[index], self.plain[index] = canvas.pixels, canvas.plain
-                self.labels[index], self.coverage[index] = canvas.label, canvas.coverage
+                self.pixels[index], self.plain[index] = torch.from_numpy(canvas.pixels), torch.from_numpy(canvas.plain)
+                self.labels[index], self.coverage[index] = canvas.label, torch.from_numpy(canvas.coverage)
 
-    def batch(self, chosen: NDArray[np.int64], ease: float) -> Batch:
+    def batch(self, chosen: Tensor, ease: float) -> Batch:
         """Those canvases, `ease` of the way to plain."""
-        pixels = torch.from_numpy(self.pixels[chosen]).float()
+        pixels = self.pixels[chosen].float()
         if ease:
-            pixels.lerp_(torch.from_numpy(self.plain[chosen]).float(), ease)
+            pixels.lerp_(self.plain[chosen].float(), ease)
         images = pixels.div_(255).sub_(MEAN).div_(STD).permute(0, 3, 1, 2).contiguous()
-        return images, torch.from_numpy(self.labels[chosen]), torch.from_numpy(self.coverage[chosen])
+        return images, self.labels[chosen], self.coverage[chosen]
 
 
 class Ease:
@@ -101,14 +126,14 @@ def orders(count: int, images: int, size: int, random: np.random.Generator) -> I
         yield numbers[start : start + size]
 
 
-def windows(coverage: Tensor, generator: torch.Generator) -> Tensor:
-    """Patch indices [B, WINDOW²] of a random window that holds nearly all of the digit."""
+def windows(coverage: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    """Patch indices [B, side²] of a random window that holds nearly all of the digit."""
     grid = coverage.reshape(-1, 1, GRID, GRID)
-    held = F.avg_pool2d(grid, WINDOW, stride=1) * WINDOW**2 / grid.sum((2, 3), keepdim=True)
+    held = F.avg_pool2d(grid, side, stride=1) * side**2 / grid.sum((2, 3), keepdim=True)
     good = (held.flatten(1) >= torch.minimum(held.flatten(1).amax(1, keepdim=True), torch.tensor(0.95))).float()
     corner = torch.multinomial(good, 1, generator=generator)[:, 0]
-    places = GRID - WINDOW + 1
-    offsets = torch.arange(WINDOW)
+    places = GRID - side + 1
+    offsets = torch.arange(side)
     inside = (offsets[:, None] * GRID + offsets).flatten()
     return (corner // places * GRID + corner % places)[:, None] + inside
 
@@ -148,13 +173,50 @@ def initialise(model: nn.Module) -> None:
         vit.pos_embed[0, 1:] = build_sincos2d_pos_embed([GRID, GRID], dim, interleave_sin_cos=False) * 0.5
 
 
+class Muon(torch.optim.Optimizer):
+    """Steps of equal size in every direction of a matrix: momentum made orthogonal by Newton–Schulz (Jordan, 2024).
+
+    As `torch.optim.Muon` with its first rule of step sizes, in float32 and with matrices of one shape together:
+    in bfloat16, which torch's is fixed to, a processor without it takes twenty times as long.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for matrix in group["params"]:
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+            for (rows, columns), matrices in by_shape.items():
+                gradient = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
+                state = self.state[matrices[0]]
+                momentum = state.setdefault("momentum", torch.zeros_like(gradient))
+                momentum.lerp_(gradient, 1 - 0.95)
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                for matrix, update in zip(matrices, orthogonal(gradient.lerp(momentum, 0.95)), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
+
+
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices [N, R, C] with their singular values brought near 1 (about 0.7 to 1.2)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    found = matrices.mT if tall else matrices
+    found = found / found.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = found @ found.mT
+        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), found, beta=3.4445)
+    return found.mT if tall else found
+
+
 def optimisers(model: nn.Module, patch_head: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for all else."""
     matrices = [value for name, value in model.named_parameters() if name.startswith("blocks.") and value.dim() == 2]
     taken = {id(value) for value in matrices}
     rest = [value for value in [*model.parameters(), *patch_head.parameters()] if id(value) not in taken]
     return [
-        torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="original"),
+        Muon(matrices, recipe.muon_rate, recipe.weight_decay),
         torch.optim.AdamW(rest, lr=recipe.adam_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)),
     ]
 
@@ -191,22 +253,19 @@ def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str |
     rates = [group["lr"] for group in groups]
     generator = torch.Generator().manual_seed(recipe.seed * recipe.processes + rank)
     random = np.random.default_rng(recipe.seed)
-    # Progress is counted in work: a window costs about a quarter of a canvas.
-    total = recipe.window_images / 4 + recipe.canvas_images
+    # Progress is counted in work, that of a whole canvas being 1.
+    total = sum(stage.images * stage.cost for stage in recipe.stages)
     done, right, seen, step = 0.0, 0.0, 0, 0
-    for windowed in (True, False):
-        if windowed:
-            images, size, ease = recipe.window_images, recipe.window_batch, Ease(1.0, recipe.enough, recipe.ease_step)
-        else:
-            images, size, ease = recipe.canvas_images, recipe.canvas_batch, Ease(0.4, recipe.enough, recipe.ease_step)
-        for numbers in orders(recipe.canvases, images, size, random):
-            batch = drawn.batch(numbers[rank :: recipe.processes], ease.value)
+    for stage in recipe.stages:
+        ease = Ease(stage.ease, recipe.enough, recipe.ease_step)
+        for numbers in orders(recipe.canvases, stage.images, recipe.batch, random):
+            batch = drawn.batch(torch.from_numpy(numbers[rank :: recipe.processes]), ease.value)
             share = done / total
             scale = min(1.0, share / recipe.warm_up + 1e-2) * (0.5 + 0.5 * math.cos(math.pi * share))
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
-            chosen = windows(batch[2], generator) if windowed else None
-            with torch.autocast("cpu", torch.bfloat16):
+            chosen = windows(batch[2], stage.side, generator) if stage.side < GRID else None
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16_pays()):
                 loss, correct = loss_of(model, patch_head, recipe, batch, chosen)
             loss.backward()  # type: ignore[no-untyped-call]
             accuracy = share_gradients(weights, correct / len(batch[1]))
@@ -215,8 +274,8 @@ def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str |
                 optimiser.step()
                 optimiser.zero_grad()
             ease.update(accuracy)
-            done += size / (4 if windowed else 1)
-            right, seen, step = right + accuracy * size, seen + size, step + 1
+            done += recipe.batch * stage.cost
+            right, seen, step = right + accuracy, seen + 1, step + 1
             if rank == 0 and step % SAY_EVERY == 0:
                 found = f"loss {loss.item():.3f}, accuracy {right / seen:.3f}, ease {ease.value:.2f}"
                 print(f"{share:6.1%} step {step}: {found}, {time.monotonic() - begin:.0f} s", flush=True)
@@ -227,6 +286,11 @@ def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str |
         save_file(model.state_dict(), out)
     if meeting:
         distributed.destroy_process_group()
+
+
+def bfloat16_pays() -> bool:
+    """Whether this processor multiplies in bfloat16; one that does not takes longer over it than over float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def share_gradients(weights: Sequence[nn.Parameter], accuracy: Tensor) -> float:
