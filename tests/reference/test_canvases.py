@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ztp_deploy.reference import canvases
 
@@ -58,3 +59,22 @@ def test_coverage_says_where_the_digit_is(index):
     spread = np.abs(patches[canvas.coverage == 0] - ground).max()
     assert np.abs(ink - ground) > spread
     assert np.abs(canvas.pixels.astype(float) - canvas.plain).mean() > 5
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_canvases_are_written_once_and_by_class(part, tmp_path):
+    paths = list(canvases.write(tmp_path, part, 5, by_class=True))
+    drawn = [canvases.draw(part, index) for index in range(5)]
+    assert [path.parent.name for path in paths] == [canvases.LABELS[canvas.label] for canvas in drawn]
+    with Image.open(paths[2]) as opened:
+        assert opened.convert("RGB").tobytes() == drawn[2].pixels.tobytes()
+    before = [path.stat().st_mtime_ns for path in paths]
+    assert [path.stat().st_mtime_ns for path in canvases.write(tmp_path, part, 5, by_class=True)] == before
+    assert len(list(tmp_path.rglob("*.*"))) == 5
+
+
+def test_the_command_writes_canvases_without_labels(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["canvases", "--part", "train", "--count", "3", "--out", str(tmp_path / "some")])
+    canvases.main()
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == [f"canvas_0000{index}.png" for index in "012"]
+    assert capsys.readouterr().out.startswith("3 canvases")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from PIL import Image
 from safetensors.torch import save_file
 
 from ztp_deploy import models, workflow
 from ztp_deploy.console import Bars
 from ztp_deploy.errors import BadRequest, MissingSoftware
-from ztp_deploy.reference import canvases, demo, model
+from ztp_deploy.reference import demo, model
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +32,6 @@ def test_weights_that_are_not_there_are_said_to_be_missing(monkeypatch, tmp_path
     monkeypatch.setitem(model.CONFIG, "file", str(tmp_path / "none.safetensors"))
     with pytest.raises(MissingSoftware, match=r"No trained weights of vit_digits .*reference\.train"):
         models.load_model("vit_digits", weights="pretrained")
-
-
-def test_canvases_are_written_once_and_by_class(tmp_path):
-    paths = demo.write_canvases(tmp_path, 5)
-    assert [path.parent.name for path in paths] == [model.LABELS[canvases.draw("test", i).label] for i in range(5)]
-    assert Image.open(paths[2]).convert("RGB").tobytes() == canvases.draw("test", 2).pixels.tobytes()
-    before = [path.stat().st_mtime_ns for path in paths]
-    assert [path.stat().st_mtime_ns for path in demo.write_canvases(tmp_path, 5)] == before
-    assert len(list(tmp_path.rglob("*.*"))) == 5
 
 
 def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, weights, monkeypatch):

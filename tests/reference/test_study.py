@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from ztp_deploy import models
-from ztp_deploy.evidence.accuracy import paired_bootstrap
+from ztp_deploy.console import Bars
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.evidence.accuracy import image_kl, paired_bootstrap
 from ztp_deploy.plan import make_plan
 from ztp_deploy.pruning.prune import prune
-from ztp_deploy.reference import study
+from ztp_deploy.reference import canvases, study
+from ztp_deploy.tune.run import TuneRequest, tune
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +28,7 @@ def classifier():
 @pytest.fixture(scope="module")
 def made(classifier):
     entries = (study.LADDER[0], study.LADDER[-1])
-    return study.run_study("ladder", "test", 24, shares=(0.65,), entries=entries, model=classifier, command="study")
+    return study.run_study("ladder", "test", 24, groups=[(0.65, entries)], model=classifier, command="study")
 
 
 def test_the_ladder_adds_one_part_of_the_method_at_a_time():
@@ -47,16 +53,20 @@ def test_rows_are_what_the_models_say(classifier, made):
     dense = classifier(torch.from_numpy(data.images)).argmax(1).numpy()
     assert made.dense_top1 == (dense == data.labels).mean()
     assert made.digits == 24
-    right = []
+    right, kls = [], []
     for row, entry in zip(made.rows, (study.LADDER[0], study.LADDER[-1]), strict=True):
         plan = make_plan(classifier, entry.method, flops=0.65, options=entry.options)
         with torch.inference_mode():
-            best = prune(classifier, plan)(torch.from_numpy(data.images)).argmax(1).numpy()
+            best_logits = prune(classifier, plan)(torch.from_numpy(data.images))
+        best = best_logits.argmax(1).numpy()
         right.append(best == data.labels)
         assert row.comparison.pruned.top1.hits == right[-1].sum()
         assert row.comparison.agreement.hits == (best == dense).sum()
         assert row.tokens == [196, *plan.counts]
-    assert made.rows[0].ahead == (0.0, 0.0, 0.0)
+        kl = image_kl(classifier(torch.from_numpy(data.images)).detach().numpy(), best_logits.numpy())
+        kls.append(kl)
+    assert made.rows[0].ahead == made.rows[0].closer == (0.0, 0.0, 0.0)
+    assert made.rows[1].closer == paired_bootstrap(kls[0] - kls[1], data.digits)
     assert made.rows[1].ahead == paired_bootstrap(right[1].astype(float) - right[0], data.digits)
 
 
@@ -88,6 +98,59 @@ def test_the_command_writes_what_it_measured(classifier, tmp_path, monkeypatch, 
     assert written.command.endswith("ladder --part train --canvases 3 --shares 0.55")
     assert str(tmp_path) not in written.to_json()
     assert "+ S-stage" in capsys.readouterr().out
+
+
+def test_curves_are_drawn_where_there_is_more_than_one_share(classifier, tmp_path):
+    groups = [(share, study.LADDER[:2]) for share in (0.65, 0.55)]
+    made = study.run_study("ladder", "train", 3, groups=groups, model=classifier)
+    drawing = study.record_study(made, tmp_path).with_suffix(".png")
+    with Image.open(drawing) as opened:
+        assert opened.size == (1080, 660)
+
+
+@pytest.fixture(scope="module")
+def search(classifier, tmp_path_factory):
+    """A folder that `ztp tune` wrote, from weights in a file."""
+    root = tmp_path_factory.mktemp("search")
+    save_file(classifier.state_dict(), root / "weights.safetensors")
+    assert len(list(canvases.write(root / "pictures", "train", 16, by_class=False))) == 16
+    request = TuneRequest(
+        "vit_digits",
+        root / "pictures",
+        "flops=0.55",
+        weights=str(root / "weights.safetensors"),
+        trials=3,
+        directory=root / "tuned",
+    )
+    tune(request, Bars())
+    return root
+
+
+def test_a_search_is_held_against_the_uniform_plan(search, tmp_path, monkeypatch):
+    line = ["study", "tuned", "--canvases", "4", "--searches", str(search / "tuned"), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*line, "--weights", str(search / "weights.safetensors")])
+    study.main()
+    written = study.read_study(tmp_path / "vit_digits--tuned--train.json")
+    report = json.loads((search / "tuned" / "tune.json").read_text())
+    assert [row.name for row in written.rows] == ["uniform", "tuned"]
+    assert {row.asked_share for row in written.rows} == {0.55}
+    for row in written.rows:
+        plan = report["uniform" if row.name == "uniform" else "winner"]["plan"]
+        assert row.tokens == [196, *(stage["tokens_out"] for stage in plan["stages"])]
+        assert [stage["block"] for stage in row.stages] == [stage["block"] for stage in plan["stages"]]
+    assert str(search) not in written.to_json()
+
+
+def test_folders_without_a_search_are_refused(tmp_path):
+    with pytest.raises(BadRequest, match=r"holds no tune\.json"):
+        study.tuned_groups([tmp_path])
+
+
+@pytest.mark.parametrize("line", [["tuned"], ["ladder", "--searches", "somewhere"]])
+def test_searches_and_the_tuned_study_go_together(line, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["study", *line, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="belongs to the study tuned"):
+        study.main()
 
 
 def test_the_command_refuses_weights_that_are_not_there(tmp_path, monkeypatch):

@@ -3,12 +3,17 @@
 The digits are the 1,797 scans that scikit-learn ships (the test part of the UCI collection of Alpaydin and Kaynak).
 They are split here by a fixed rule, 1,200 for training and 597 for tests, stratified by class; writers are not
 known, so one writer's digits may lie in both parts.
+
+`python -m ztp_deploy.reference.canvases --part train --count 1200 --out DIR` writes some as PNG files.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,6 +26,7 @@ Floats = NDArray[np.float32]
 SIDE = 112
 PATCH = 8
 TEST_DIGITS = 597
+LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SPLIT_SEED = 20261124
 _SEEDS: dict[Part, int] = {"train": 1, "test": 2}
 _GRID = 2  # strokes are drawn this much larger and then reduced, which smooths their edges
@@ -168,3 +174,37 @@ def _near(mask: Floats) -> Floats:
     small = Image.fromarray(mask).reduce(8)
     near: Floats = np.sqrt(np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC)).clip(0, 1))
     return near
+
+
+def write(directory: Path, part: Part, count: int, *, by_class: bool) -> Iterator[Path]:
+    """The first `count` canvases of a part as PNG files, one at a time; what is there already is kept.
+
+    In a folder for each class, or in one folder that says nothing of labels.
+    """
+    labels, members = scans()[1], split()[part]
+    for index in range(count):
+        path = directory / f"canvas_{index:05}.png"
+        if by_class:
+            # Test canvases are known without drawing them; training canvases are not.
+            label = int(labels[members[index % len(members)]]) if part == "test" else draw(part, index).label
+            path = directory / LABELS[label] / path.name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".part")
+            Image.fromarray(draw(part, index).pixels).save(partial, format="PNG", compress_level=1)
+            partial.replace(path)
+        yield path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write canvases as PNG files.")
+    parser.add_argument("--part", choices=("train", "test"), required=True, help="Whose scans they show.")
+    parser.add_argument("--count", type=int, required=True, help="How many.")
+    parser.add_argument("--by-class", action="store_true", help="A folder for each class; otherwise one for all.")
+    parser.add_argument("--out", type=Path, required=True, help="The folder.")
+    given = parser.parse_args()
+    print(sum(1 for _ in write(given.out, given.part, given.count, by_class=given.by_class)), "canvases in", given.out)
+
+
+if __name__ == "__main__":
+    main()

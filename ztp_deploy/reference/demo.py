@@ -7,13 +7,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from ztp_deploy import evaluate, models, workflow
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.reference import canvases
-from ztp_deploy.reference.model import LABELS
 from ztp_deploy.show import Shown, show
 
 MODEL, RATIO = "vit_digits", 0.7
@@ -28,21 +25,6 @@ class Demo:
     result: workflow.Result
     accuracy: AccuracyReport
     pictures: Shown
-
-
-def write_canvases(directory: Path, count: int) -> list[Path]:
-    """The first `count` test canvases as PNG files, a folder for each class; what is there already is kept."""
-    paths = []
-    for index in range(count):
-        label = int(canvases.scans()[1][canvases.split()["test"][index % canvases.TEST_DIGITS]])
-        path = directory / LABELS[label] / f"canvas_{index:05}.png"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".part")
-            Image.fromarray(canvases.draw("test", index).pixels).save(partial, format="PNG", compress_level=1)
-            partial.replace(path)
-        paths.append(path)
-    return paths
 
 
 def demonstrate(
@@ -66,7 +48,7 @@ def demonstrate(
     models.load_model(wanted.model, wanted.weights)  # what cannot be had is refused before anything is drawn
     folder = directory / "canvases"
     with clock.step(f"draw {count} test canvases"):
-        paths = write_canvases(folder, count)
+        paths = list(canvases.write(folder, "test", count, by_class=True))
     result = workflow.make_engine(wanted, build, monitor, images=folder, seconds=seconds, command=line)
     data = evaluate.EvalRequest(data=folder, command=line)
     dense = result.yardsticks["dense"].directory

@@ -8,10 +8,9 @@ from typing import Any
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from ztp_deploy.reference.canvases import PATCH, SIDE
+from ztp_deploy.reference.canvases import LABELS, PATCH, SIDE
 
 WEIGHTS = Path(__file__).with_name("vit_digits.safetensors")
-LABELS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MEAN, STD = 0.5, 0.25
 WIDTH = 144
 

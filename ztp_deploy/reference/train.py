@@ -89,8 +89,8 @@ class Canvases:
     """
 
     def __init__(self, count: int) -> None:
-        self.pixels = torch.empty((count, canvases.SIDE, canvases.SIDE, 3), dtype=torch.uint8).share_memory_()
-        self.plain = torch.empty_like(self.pixels).share_memory_()
+        shape = (count, canvases.SIDE, canvases.SIDE, 3)
+        self.pixels, self.plain = torch.empty((2, *shape), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
         self.labels = torch.empty(count, dtype=torch.int64)
         self.coverage = torch.empty((count, GRID * GRID))
         with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
