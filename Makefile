@@ -67,8 +67,8 @@ classify: $(READY)  ## Classify pictures: make classify ENGINE=engines/… IMAGE
 show: $(READY)  ## Draw what an engine kept, and why: make show ENGINE=engines/… IMAGES="cat.jpg dog.png"
 	@$(ZTP) show $(IMAGES) $(if $(ENGINE),--engine "$(ENGINE)",$(WANTED))
 
-report: $(READY)  ## Render an engine's HTML report again: make report ENGINE=engines/… IMAGES="cat.jpg dog.png"
-	@$(ZTP) report --engine "$(ENGINE)" $(foreach image,$(IMAGES),--pictures "$(image)")
+report: $(READY)  ## Render an engine's HTML report again: make report ENGINE=engines/… IMAGES="cat.jpg dog.png" BESIDE=engines/…
+	@$(ZTP) report --engine "$(ENGINE)" $(foreach image,$(IMAGES),--pictures "$(image)") $(foreach other,$(BESIDE),--beside "$(other)")
 
 list: $(READY)  ## Models, methods, formats, back ends
 	@$(ZTP) list

@@ -548,6 +548,10 @@ def report(
             help="An image to draw as `ztp show` does and put into the page; repeatable, in place of earlier ones."
         ),
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another engine of these weights to draw with this one, accuracy against speed; repeatable."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Render an engine's HTML report again, from the evidence in its folder; without --pictures with those it has."""
@@ -560,7 +564,7 @@ def report(
 
         picture_report(pictures, engine, workflow.Clock(Bars()))
         evidence = read_evidence(engine)
-    path = write_report(engine)
+    path = write_report(engine, beside or ())
     if as_json:
         print_json({"report": str(path), "pictures": len(evidence.pictures), "left_out": list(evidence.left_out)})
         return

@@ -22,6 +22,7 @@ from ztp_deploy.evidence import latency
 from ztp_deploy.evidence.accuracy import AccuracyReport, Speed, accuracy, class_rows, compare
 from ztp_deploy.evidence.latency import LatencyReport, paired_ratio
 from ztp_deploy.evidence.parity import Fault, ParityReport
+from ztp_deploy.evidence.report import figures
 from ztp_deploy.evidence.report.accuracy import accuracy_rows
 from ztp_deploy.evidence.report.figures import distribution_figure, gains_figure, tokens_figure
 from ztp_deploy.evidence.report.html import (
@@ -552,6 +553,50 @@ def ztp_command(monkeypatch, capsys):
         return end.value.code, captured.out, captured.err
 
     return run
+
+
+def point(name, speedup, change, mine=False):
+    return figures.Point(name, (speedup, speedup - 0.02, speedup + 0.02), (change, change - 0.3, change + 0.3), mine)
+
+
+def test_engines_that_another_beats_in_both_are_off_the_line():
+    points = [point("a", 1.4, -0.5), point("b", 1.6, -0.2), point("c", 1.8, -1.0), point("d", 1.5, -0.2)]
+    assert [one.name for one in figures.undominated([figures.DENSE, *points])] == ["dense", "b", "c"]
+    twins = [point("a", 1.4, -0.5), point("b", 1.4, -0.5)]
+    assert len(figures.undominated(twins)) == 2
+
+
+def test_the_pareto_drawing_places_engines_by_both_numbers():
+    drawing = str(figures.pareto_figure([point("0.9", 1.2, -0.1, mine=True), point("0.7", 1.7, -1.1)]))
+    assert "dense × 1.00, +0.00 points; 0.9 × 1.20, -0.10 points; 0.7 × 1.70, -1.10 points" in drawing
+    dots = re.findall(r'<circle class="dot ?(\w*)" cx="([\d.]+)%" cy="([\d.]+)"', drawing)
+    assert [kind for kind, _, _ in dots] == ["dense", "", "other"]
+    (x0, y0), (x1, y1), (x2, y2) = ((float(x), float(y)) for _, x, y in dots)
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(0.2 / 0.7, abs=2e-3)
+    assert (y1 - y0) / (y2 - y0) == pytest.approx(0.1 / 1.1, abs=2e-3)
+    assert drawing.count('class="front"') == 2
+
+
+def test_accuracy_stands_against_speed(folder, tmp_path, ztp_command):
+    """Where both were measured; other engines join where they differ in how they prune alone."""
+    assert "Accuracy against speed" not in page_of(folder)[0]
+    sha = manifest_sha256(folder)
+    (folder / "evidence" / "accuracy.json").write_text(evaluated(sha).to_json())
+    assert page_of(folder)[0].count("Accuracy against speed, batch") == len(read_evidence(folder).summary.gains)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    assert ztp_command("report", "--engine", folder, "--beside", other)[0] == 0
+    page = (folder / "evidence" / "report.html").read_text()
+    assert page.count('class="dot other"') == len(read_evidence(folder).summary.gains)
+    other_data = evaluated(sha).model_copy(update={"data_sha256": "f" * 64})
+    (other / "evidence" / "accuracy.json").write_text(other_data.to_json())
+    code, said = ztp_command("report", "--engine", folder, "--beside", other)[0::2]
+    assert code == 2
+    assert "other labelled pictures" in said
+    (other / "evidence" / "accuracy.json").unlink()
+    code, said = ztp_command("report", "--engine", folder, "--beside", other)[0::2]
+    assert code == 2
+    assert "no accuracy change against dense" in said
 
 
 def test_the_command_draws_pictures_and_keeps_them(folder, tmp_path, ztp_command):

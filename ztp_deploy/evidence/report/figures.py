@@ -6,8 +6,10 @@ Colours come from the page's style sheet by class.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -133,6 +135,90 @@ def interval_figure(rows: Sequence[tuple[str, float, float, float]]) -> Markup:
     parts += _axis(ticks, lambda value: x(value / 100), bottom)
     said = ", ".join(f"{name} {percent(share, 2)}" for name, share, _, _ in rows)
     return _svg(bottom + _AXIS, f"Shares with 95 % intervals: {said}", parts)
+
+
+@dataclass(frozen=True)
+class Point:
+    """An engine by what pruning gave and took: speed-up over dense and points of top-1, each (middle, low, high)."""
+
+    name: str
+    speedup: tuple[float, float, float]
+    change: tuple[float, float, float]
+    mine: bool
+
+
+DENSE = Point("dense", (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), mine=False)
+
+
+def undominated(points: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in one without losing in the other, slowest first."""
+    found = [
+        one
+        for one in points
+        if not any(
+            other.speedup[0] >= one.speedup[0]
+            and other.change[0] >= one.change[0]
+            and (other.speedup[0], other.change[0]) != (one.speedup[0], one.change[0])
+            for other in points
+        )
+    ]
+    return sorted(found, key=lambda point: point.speedup[0])
+
+
+def pareto_figure(points: Sequence[Point]) -> Markup:
+    """Points of top-1 over the speed-up, dense among them, a line through those that none beats in both."""
+    points = [DENSE, *points]
+    left, height, top = 9.0, 260.0, 12.0
+    slow, fast = _padded([value for point in points for value in point.speedup], 0.05)
+    least, most = _padded([value for point in points for value in point.change], 0.5)
+
+    def x(value: float) -> float:
+        return left + (100 - left) * (value - slow) / (fast - slow)
+
+    def y(value: float) -> float:
+        return top + height * (most - value) / (most - least)
+
+    bottom = top + height
+    ticks = _ticks(slow, fast, 5)
+    parts = [_line(x(tick), top, x(tick), bottom, "grid") for tick in ticks]
+    for tick in _ticks(least, most, 5):
+        parts += [
+            _line(left, y(tick), 100, y(tick), "grid"),
+            _text(left, y(tick) + 4, f"{tick:+g}" if tick else "0", "tick", anchor="end", shift=-8),
+        ]
+    front = undominated(points)
+    for one, other in itertools.pairwise(front):
+        parts.append(_line(x(one.speedup[0]), y(one.change[0]), x(other.speedup[0]), y(other.change[0]), "front"))
+    for point in points:
+        (speedup, low, high), (change, worst, best) = point.speedup, point.change
+        hue = "dense" if point is DENSE else "" if point.mine else "other"
+        if point is not DENSE:
+            parts += [
+                _line(x(low), y(change), x(high), y(change), f"whisker {hue}"),
+                _line(x(speedup), y(worst), x(speedup), y(best), f"whisker {hue}"),
+            ]
+        late = x(speedup) > 70
+        parts += [
+            _dot(x(speedup), y(change), f"dot {hue}"),
+            _text(
+                x(speedup),
+                y(change) - 10,
+                point.name,
+                "name" if point.mine else "value",
+                anchor="end" if late else "start",
+                shift=-8 if late else 8,
+            ),
+        ]
+    parts += _axis(ticks, x, bottom)
+    said = "; ".join(f"{point.name} × {point.speedup[0]:.2f}, {point.change[0]:+.2f} points" for point in points)
+    return _svg(bottom + _AXIS, f"Top-1 against speed: {said}", parts)
+
+
+def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
+    """The range of values with room around it."""
+    low, high = min(values), max(values)
+    pad = max((high - low) * 0.12, least)
+    return low - pad, high + pad
 
 
 def _marks(sample: Samples) -> dict[str, float]:

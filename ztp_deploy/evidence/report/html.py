@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import BaseModel, Field, ValidationError
 
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, ClassRow
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport
 from ztp_deploy.evidence.parity import PARITY_FILE, ParityReport
@@ -148,18 +149,82 @@ def read_evidence(directory: Path) -> Evidence:
     )
 
 
-def write_report(directory: Path | str) -> Path:
+def write_report(directory: Path | str, beside: Sequence[Path | str] = ()) -> Path:
     """Renders `evidence/report.html` of an engine folder from what lies there and returns its path.
 
-    Raises what `read_evidence` raises, and WriteFailed.
+    Engines `beside` it are drawn with it, accuracy against speed. Raises what `read_evidence` and `comparable`
+    raise, and WriteFailed.
     """
     path = Path(directory) / "evidence" / HTML_FILE
-    write_text(path, render_html(read_evidence(Path(directory))))
+    evidence = read_evidence(Path(directory))
+    others = [comparable(evidence, read_evidence(Path(other)), Path(other)) for other in beside]
+    write_text(path, render_html(evidence, others))
     return path
 
 
-def render_html(evidence: Evidence) -> str:
-    """The page."""
+def comparable(evidence: Evidence, other: Evidence, directory: Path) -> Evidence:
+    """The other engine's evidence, if both may stand in one picture.
+
+    Raises BadRequest where speed-up or accuracy change of one was not measured, or not of the same weights in the same
+    back end, precision, machine and labelled pictures.
+    """
+    for one, name in ((evidence, "this engine"), (other, str(directory))):
+        lacks = _lacks(one)
+        if lacks:
+            raise BadRequest(f"{name} has no {' and no '.join(lacks)}.", "Run `ztp bench` and `ztp eval` on it first.")
+    assert evidence.accuracy is not None
+    assert other.accuracy is not None
+    pairs = {
+        "weights": [one.manifest.source.weights.sha256 for one in (evidence, other)],
+        "back end": [f"{one.summary.backend}, {one.summary.provider}" for one in (evidence, other)],
+        "precision": [one.summary.precision for one in (evidence, other)],
+        "processor": [str(one.summary.machine.get("cpu")) for one in (evidence, other)],
+        "GPU": [one.summary.gpu for one in (evidence, other)],
+        "labelled pictures": [evidence.accuracy.data_sha256, other.accuracy.data_sha256],
+    }
+    for what, (mine, its) in pairs.items():
+        if mine != its:
+            raise BadRequest(
+                f"{directory} has other {what} than this engine: {its[:60]}, not {mine[:60]}.",
+                "Compare engines that differ in how they prune alone.",
+            )
+    return other
+
+
+def _lacks(evidence: Evidence) -> list[str]:
+    """What an engine needs for its place in the picture and has not."""
+    accuracy = evidence.accuracy
+    missing = [] if evidence.summary.gains else ["speed-up over dense"]
+    return missing if accuracy and accuracy.comparison else [*missing, "accuracy change against dense"]
+
+
+def pareto_figures(evidence: Evidence, others: Sequence[Evidence]) -> list[tuple[int, Markup]]:
+    """A drawing for every batch that all engines were measured at; none where this one lacks a number."""
+    if _lacks(evidence):
+        return []
+    every = [evidence, *others]
+    batches = set.intersection(*({gain.batch for gain in one.summary.gains} for one in every))
+    return [
+        (batch, figures.pareto_figure([_point(one, batch, one is evidence) for one in every]))
+        for batch in sorted(batches)
+    ]
+
+
+def _point(evidence: Evidence, batch: int, mine: bool) -> figures.Point:
+    ratio = next(gain.speedup for gain in evidence.summary.gains if gain.batch == batch)
+    assert evidence.accuracy is not None
+    assert evidence.accuracy.comparison is not None
+    change = evidence.accuracy.comparison.top1
+    return figures.Point(
+        evidence.summary.label,
+        (ratio.speedup, ratio.low, ratio.high),
+        (change.difference * 100, change.low * 100, change.high * 100),
+        mine,
+    )
+
+
+def render_html(evidence: Evidence, others: Sequence[Evidence] = ()) -> str:
+    """The page; `others` are engines that `comparable` let through."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"bold": _bold, "percent": percent, "ms": milliseconds, "giga": giga, "limit": limit_text}
     summary, parity, latency, accuracy = evidence.summary, evidence.parity, evidence.latency, evidence.accuracy
@@ -196,6 +261,7 @@ def render_html(evidence: Evidence) -> str:
         accuracy_rows=_accuracy_rows(accuracy) if accuracy else [],
         accuracy_lines=accuracy_lines(accuracy) if accuracy else [],
         accuracy_figure=_accuracy_figure(accuracy) if accuracy else None,
+        pareto=pareto_figures(evidence, others),
         classes=worst_first(accuracy.per_class) if accuracy else [],
         machine=_machine(evidence),
         hashes=_hashes(evidence),
