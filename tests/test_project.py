@@ -22,7 +22,9 @@ from ztp_deploy.evidence.report.comparison import render_comparison
 from ztp_deploy.evidence.report.markdown import render_tables
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.evidence.report.summary import Summary
+from ztp_deploy.models import source_of
 from ztp_deploy.recipes import Profile, Recipe, read_profile, read_recipe
+from ztp_deploy.reference.study import read_study, render_study
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -85,9 +87,11 @@ def test_the_readmes_commands_exist():
             assert f"{variable}" in MAKEFILE
 
 
-def test_links_in_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
 def test_the_readmes_table_is_the_recorded_one():
@@ -117,6 +121,20 @@ def test_the_readmes_methods_are_the_recorded_ones():
     assert shown in {render_methods(report).strip() for report in reports}
     for path in METHODS_MEASURED:
         assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text(encoding="utf-8"))
+
+
+def test_the_studies_on_the_page_of_accuracies_are_the_recorded_ones():
+    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"<!-- (vit_digits--\S+) -->\n(.*?)<!-- / -->", page, flags=re.DOTALL))
+    recorded = {path.stem: path for path in (ROOT / "docs" / "accuracy").glob("*.json")}
+    assert shown.keys() == recorded.keys()
+    for stem, table in shown.items():
+        study = read_study(recorded[stem])
+        assert table.strip() == render_study(study).strip(), stem
+        assert study.weights_sha256 == source_of(ztp.load_model("vit_digits", weights="pretrained")).weights.sha256, (
+            stem
+        )
+        assert not re.search(r"/(home|root|work|tmp|Users)/", recorded[stem].read_text(encoding="utf-8"))
 
 
 def test_recorded_evidence_names_machines_not_paths():
@@ -232,6 +250,6 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     [wheel] = tmp_path.glob("ztp_deploy-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"ztp_deploy/py.typed", "ztp_deploy/cli.py", "ztp_deploy/evidence/report/summary.py"} <= set(names)
-    assert "ztp_deploy/evidence/report/report.html.jinja" in names
+    assert {"ztp_deploy/evidence/report/report.html.jinja", "ztp_deploy/reference/vit_digits.safetensors"} <= set(names)
     assert {"ztp_deploy/cpp/CMakeLists.txt", "ztp_deploy/cpp/include/ztp/session.h"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ztp_deploy"}

@@ -74,7 +74,8 @@ def test_canvases_are_written_once_and_by_class(part, tmp_path):
 
 
 def test_the_command_writes_canvases_without_labels(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["canvases", "--part", "train", "--count", "3", "--out", str(tmp_path / "some")])
+    line = ["canvases", "--part", "train", "--count", "3", "--first", "40000", "--out", str(tmp_path / "some")]
+    monkeypatch.setattr("sys.argv", line)
     canvases.main()
-    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == [f"canvas_0000{index}.png" for index in "012"]
+    assert sorted(path.name for path in (tmp_path / "some").iterdir()) == [f"canvas_4000{index}.png" for index in "012"]
     assert capsys.readouterr().out.startswith("3 canvases")

@@ -51,7 +51,7 @@ def test_every_entry_has_a_plan_at_every_share(classifier, share):
 def test_rows_are_what_the_models_say(classifier, made):
     data = study.sheet("test", 24)
     dense = classifier(torch.from_numpy(data.images)).argmax(1).numpy()
-    assert made.dense_top1 == (dense == data.labels).mean()
+    assert made.dense_top1.share == (dense == data.labels).mean()
     assert made.digits == 24
     right, kls = [], []
     for row, entry in zip(made.rows, (study.LADDER[0], study.LADDER[-1]), strict=True):
@@ -89,13 +89,14 @@ def test_a_study_is_written_and_read_back(made, tmp_path):
 
 def test_the_command_writes_what_it_measured(classifier, tmp_path, monkeypatch, capsys):
     save_file(classifier.state_dict(), tmp_path / "weights.safetensors")
-    line = ["study", "ladder", "--canvases", "3", "--shares", "0.55", "--out", str(tmp_path / "out")]
+    line = ["study", "ladder", "--canvases", "3", "--first", "7", "--shares", "0.55", "--out", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [*line, "--weights", str(tmp_path / "weights.safetensors")])
     study.main()
     written = study.read_study(tmp_path / "out" / "vit_digits--ladder--train.json")
     assert [row.name for row in written.rows] == [entry.name for entry in study.LADDER]
     assert {row.asked_share for row in written.rows} == {0.55}
-    assert written.command.endswith("ladder --part train --canvases 3 --shares 0.55")
+    assert written.command.endswith("ladder --part train --canvases 3 --first 7 --shares 0.55")
+    assert (written.images, written.first) == (3, 7)
     assert str(tmp_path) not in written.to_json()
     assert "+ S-stage" in capsys.readouterr().out
 

@@ -4,7 +4,7 @@ The digits are the 1,797 scans that scikit-learn ships (the test part of the UCI
 They are split here by a fixed rule, 1,200 for training and 597 for tests, stratified by class; writers are not
 known, so one writer's digits may lie in both parts.
 
-`python -m ztp_deploy.reference.canvases --part train --count 1200 --out DIR` writes some as PNG files.
+`python -m ztp_deploy.reference.canvases --part train --count 100 --out DIR` writes some as PNG files.
 """
 
 from __future__ import annotations
@@ -176,13 +176,13 @@ def _near(mask: Floats) -> Floats:
     return near
 
 
-def write(directory: Path, part: Part, count: int, *, by_class: bool) -> Iterator[Path]:
-    """The first `count` canvases of a part as PNG files, one at a time; what is there already is kept.
+def write(directory: Path, part: Part, count: int, *, by_class: bool, first: int = 0) -> Iterator[Path]:
+    """`count` canvases of a part as PNG files, one at a time, from number `first` on; what is there already is kept.
 
     In a folder for each class, or in one folder that says nothing of labels.
     """
     labels, members = scans()[1], split()[part]
-    for index in range(count):
+    for index in range(first, first + count):
         path = directory / f"canvas_{index:05}.png"
         if by_class:
             # Test canvases are known without drawing them; training canvases are not.
@@ -200,10 +200,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write canvases as PNG files.")
     parser.add_argument("--part", choices=("train", "test"), required=True, help="Whose scans they show.")
     parser.add_argument("--count", type=int, required=True, help="How many.")
+    parser.add_argument("--first", type=int, default=0, help="Number of the first.")
     parser.add_argument("--by-class", action="store_true", help="A folder for each class; otherwise one for all.")
     parser.add_argument("--out", type=Path, required=True, help="The folder.")
     given = parser.parse_args()
-    print(sum(1 for _ in write(given.out, given.part, given.count, by_class=given.by_class)), "canvases in", given.out)
+    written = write(given.out, given.part, given.count, by_class=given.by_class, first=given.first)
+    print(sum(1 for _ in written), "canvases in", given.out)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch import nn
 
 from ztp_deploy import environment, models
 from ztp_deploy.errors import BadRequest, ZtpError
-from ztp_deploy.evidence.accuracy import Comparison, compare, hits, image_kl, paired_bootstrap, wilson
+from ztp_deploy.evidence.accuracy import Comparison, Proportion, compare, hits, image_kl, paired_bootstrap, wilson
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import write_bytes, write_text
 from ztp_deploy.plan import Plan, make_plan
@@ -101,7 +101,7 @@ CHOICES = (
 Bounds "on deviations" are the paper's 0.01 and 0.7 read as bounds of the standard deviation.
 """
 
-STUDIES: dict[str, tuple[Entry, ...]] = {"ladder": LADDER, "curves": CURVES, "choices": CHOICES}
+STUDIES: dict[str, tuple[Entry, ...]] = {"dense": (), "ladder": LADDER, "curves": CURVES, "choices": CHOICES}
 TUNED = "tuned"
 
 Group: TypeAlias = tuple[float, Sequence[Entry]]
@@ -163,8 +163,9 @@ class Study(EvidenceFile):
     weights_sha256: str
     part: canvases.Part
     images: int
+    first: int
     digits: int
-    dense_top1: float
+    dense_top1: Proportion
     dense_gmacs: float
     rows: list[Row]
     command: str
@@ -219,8 +220,9 @@ def run_study(
         weights_sha256=models.source_of(model).weights.sha256,
         part=part,
         images=count,
+        first=first,
         digits=len(np.unique(data.digits)),
-        dense_top1=wilson(int(hits(dense, data.labels).sum()), count).share,
+        dense_top1=wilson(int(hits(dense, data.labels).sum()), count),
         dense_gmacs=make_plan(model, "dense").flops.dense / 1e9,
         rows=rows,
         command=command,
@@ -267,8 +269,8 @@ HEAD = (
 
 def render_study(study: Study) -> str:
     """The study's table as Markdown: a line an entry and FLOP share."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---:|---|---:|---|---|---:|---:|---|"]
-    first = study.rows[0].name
+    lines = [f"| {' | '.join(HEAD)} |", "|---:|---|---:|---|---|---:|---:|---|"] if study.rows else []
+    first = study.rows[0].name if study.rows else ""
     for row in study.rows:
         change = row.comparison.top1
         cells = (
@@ -282,14 +284,19 @@ def render_study(study: Study) -> str:
             "" if row.name == first else "{:+.4f} ({:+.4f} to {:+.4f})".format(*row.closer),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    dense = study.dense_top1
     lines += [
         "",
-        f"- {study.model}, {study.images} {study.part} canvases of {study.digits} scans, dense {study.dense_top1:.2%} top-1, "
-        f"{study.dense_gmacs:.3f} GMACs. Differences are in percentage points; brackets hold paired bootstrap intervals "
-        "that resample scans. “better” and “worse”: the interval excludes 0.",
-        f"- `{study.command}`, eager PyTorch fp32 on {study.environment['cpu']}.",
+        f"- {study.model}, {study.images} {study.part} canvases of {study.digits} scans, dense {dense.share:.2%} top-1 "
+        f"(Wilson 95 %: {dense.low:.2%} to {dense.high:.2%}), {study.dense_gmacs:.3f} GMACs.",
     ]
-    return "\n".join(lines) + "\n"
+    if study.rows:
+        lines.append(
+            "- Differences are in percentage points; brackets hold paired 95 % bootstrap intervals that resample scans. "
+            "“better” and “worse”: the interval excludes 0."
+        )
+    lines.append(f"- `{study.command}`, eager PyTorch fp32 on {study.environment['cpu']}.")
+    return "\n".join(lines).lstrip() + "\n"
 
 
 def _points(middle: float, low: float, high: float) -> str:
@@ -317,7 +324,7 @@ def picture(study: Study) -> bytes:
         )
     axes.axhline(0, color="0.4", linewidth=0.8)
     axes.set_xlabel(f"GMACs an image (dense: {study.dense_gmacs:.3f})")
-    axes.set_ylabel(f"top-1, percentage points against dense ({study.dense_top1:.1%})")
+    axes.set_ylabel(f"top-1, percentage points against dense ({study.dense_top1.share:.1%})")
     axes.set_title(f"{study.model}, {study.images} {study.part} canvases; bars: 95 % intervals over scans", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
@@ -348,16 +355,19 @@ def main() -> None:
         "--part", choices=("train", "test"), default="train", help="Canvases; choices are made on train."
     )
     parser.add_argument("--canvases", type=int, default=2388, help="How many.")
+    parser.add_argument(
+        "--first", type=int, default=0, help="Number of the first; the training saw those up to 39,999."
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="FLOP shares; tuned plans have theirs.")
     parser.add_argument("--searches", type=Path, nargs="+", default=(), help="Folders of `ztp tune`, for tuned.")
     parser.add_argument("--weights", default="pretrained", help="pretrained, or a path that the training wrote.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for JSON and Markdown.")
     given = parser.parse_args()
     told = ["python", "-m", "ztp_deploy.reference.study", given.study, "--part", given.part]
-    told += ["--canvases", str(given.canvases)]
+    told += ["--canvases", str(given.canvases), *(["--first", str(given.first)] if given.first else [])]
     if given.study == TUNED:
         told += ["--searches", *(folder.name for folder in given.searches)]
-    else:
+    elif STUDIES[given.study]:
         told += ["--shares", *map(str, given.shares)]
     try:
         if (given.study == TUNED) != bool(given.searches):
@@ -370,6 +380,7 @@ def main() -> None:
             if given.searches
             else [(share, STUDIES[given.study]) for share in given.shares],
             model=models.load_model(MODEL, weights=given.weights),
+            first=given.first,
             command=shlex.join(told),  # without the paths of this machine
             advance=lambda line: print(line, flush=True),
         )
