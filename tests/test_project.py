@@ -124,7 +124,7 @@ def test_the_readmes_methods_are_the_recorded_ones():
 
 
 def test_the_studies_on_the_page_of_accuracies_are_the_recorded_ones():
-    page = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    page = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("accuracy", "vit_digits"))
     shown = dict(re.findall(r"<!-- (vit_digits--\S+) -->\n(.*?)<!-- / -->", page, flags=re.DOTALL))
     recorded = {path.stem: path for path in (ROOT / "docs" / "accuracy").glob("*.json")}
     assert shown.keys() == recorded.keys()
