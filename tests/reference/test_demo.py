@@ -1,21 +1,13 @@
-"""The demonstration from start to end on a machine without a network, with weights that a file holds."""
+"""The demonstration from start to end on a machine without a network."""
 
 from __future__ import annotations
 
 import pytest
-from safetensors.torch import save_file
 
 from ztp_deploy import models, workflow
 from ztp_deploy.console import Bars
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.reference import demo, model
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    save_file(models.load_model("vit_digits", weights="random").state_dict(), path)
-    return str(path)
 
 
 def test_vit_digits_is_a_model_like_any_other():
@@ -34,16 +26,15 @@ def test_weights_that_are_not_there_are_said_to_be_missing(monkeypatch, tmp_path
         models.load_model("vit_digits", weights="pretrained")
 
 
-def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, weights, monkeypatch):
+def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wanted = workflow.PlanRequest("vit_digits", ratio=0.7, weights=weights)
     build = workflow.BuildRequest(backend="torchscript", device="cpu", batch="1:8:16")
-    made = demo.demonstrate(build, Bars(), wanted=wanted, count=12, seconds=1.0, command="ztp demo")
+    made = demo.demonstrate(build, Bars(), count=24, seconds=1.0, command="ztp demo")
     assert made.result.parity.passed
     assert made.result.engine.manifest.plan.counts == [137, 95, 66]
-    assert made.accuracy.images == 12
-    # Random weights read digits as chance does; what matters is that the engine agrees with what it was made from.
-    assert made.accuracy.comparison.agreement.images == 12
+    assert made.accuracy.images == 24
+    assert made.accuracy.accuracy.top1.hits >= 19
+    assert made.accuracy.comparison.agreement.hits >= 21
     assert len(made.pictures.drawn) == 4
     assert all(drawn.picture.is_file() for drawn in made.pictures.drawn)
 
