@@ -323,6 +323,9 @@ def picture(study: Study) -> bytes:
             [row.planned_gmacs for row in rows], middle, reach, marker="o", markersize=4, capsize=2, label=name
         )
     axes.axhline(0, color="0.4", linewidth=0.8)
+    # Losses of tenths of a point and of tens of points both matter: evenly spaced up to one point, logarithmic beyond.
+    axes.set_yscale("symlog", linthresh=1)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"GMACs an image (dense: {study.dense_gmacs:.3f})")
     axes.set_ylabel(f"top-1, percentage points against dense ({study.dense_top1.share:.1%})")
     axes.set_title(f"{study.model}, {study.images} {study.part} canvases; bars: 95 % intervals over scans", fontsize=10)
