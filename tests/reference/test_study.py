@@ -28,7 +28,12 @@ def classifier():
 @pytest.fixture(scope="module")
 def made(classifier):
     entries = (study.LADDER[0], study.LADDER[-1])
-    return study.run_study("ladder", "test", 24, groups=[(0.65, entries)], model=classifier, command="study")
+    return study.run_study("choices", "test", 24, groups=[(0.65, entries)], model=classifier, command="study")
+
+
+def images_of(data):
+    pixels = data.pixels.astype(np.float32).transpose(0, 3, 1, 2) / 255
+    return torch.from_numpy(((pixels - study.MEAN) / study.STD).astype(np.float32))
 
 
 def test_the_ladder_adds_one_part_of_the_method_at_a_time():
@@ -50,20 +55,20 @@ def test_every_entry_has_a_plan_at_every_share(classifier, share):
 
 def test_rows_are_what_the_models_say(classifier, made):
     data = study.sheet("test", 24)
-    dense = classifier(torch.from_numpy(data.images)).argmax(1).numpy()
+    dense = classifier(images_of(data)).argmax(1).numpy()
     assert made.dense_top1.share == (dense == data.labels).mean()
     assert made.digits == 24
     right, kls = [], []
     for row, entry in zip(made.rows, (study.LADDER[0], study.LADDER[-1]), strict=True):
         plan = make_plan(classifier, entry.method, flops=0.65, options=entry.options)
         with torch.inference_mode():
-            best_logits = prune(classifier, plan)(torch.from_numpy(data.images))
+            best_logits = prune(classifier, plan)(images_of(data))
         best = best_logits.argmax(1).numpy()
         right.append(best == data.labels)
         assert row.comparison.pruned.top1.hits == right[-1].sum()
         assert row.comparison.agreement.hits == (best == dense).sum()
         assert row.tokens == [196, *plan.counts]
-        kl = image_kl(classifier(torch.from_numpy(data.images)).detach().numpy(), best_logits.numpy())
+        kl = image_kl(classifier(images_of(data)).detach().numpy(), best_logits.numpy())
         kls.append(kl)
     assert made.rows[0].ahead == made.rows[0].closer == (0.0, 0.0, 0.0)
     assert made.rows[1].closer == paired_bootstrap(kls[0] - kls[1], data.digits)
@@ -81,15 +86,67 @@ def test_better_means_that_the_interval_excludes_nothing_gained(made, ahead, ver
 def test_a_study_is_written_and_read_back(made, tmp_path):
     path = study.record_study(made, tmp_path)
     assert study.read_study(path) == made
-    table = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [path]
+    table = study.render_study(made)
     assert f"| {made.rows[1].comparison.pruned.top1.share:.2%} |" in table
+    assert "| against the first row (95 %) |" in table
     assert sum(line.startswith("| ") for line in table.splitlines()) == 1 + len(made.rows)
     assert np.isfinite([row.comparison.mean_kl for row in made.rows]).all()
+
+
+def test_each_row_of_the_ladder_is_held_against_the_row_before(classifier):
+    entries = (study.LADDER[0], study.LADDER[1], study.LADDER[4])
+    made = study.run_study("ladder", "test", 24, groups=[(0.55, entries)], model=classifier)
+    right = []
+    data = study.sheet("test", 24)
+    kls = []
+    dense = classifier(images_of(data)).detach().numpy()
+    for entry in entries:
+        plan = make_plan(classifier, entry.method, flops=0.55, options=entry.options)
+        with torch.inference_mode():
+            logits = prune(classifier, plan)(images_of(data)).numpy()
+        right.append((logits.argmax(1) == data.labels).astype(float))
+        kls.append(image_kl(dense, logits))
+    assert [row.ahead for row in made.rows] == [
+        paired_bootstrap(now - before, data.digits) for before, now in zip([right[0], *right], right, strict=False)
+    ]
+    assert made.rows[2].closer == paired_bootstrap(kls[1] - kls[2], data.digits)
+    assert made.rows[2].closer != paired_bootstrap(kls[0] - kls[2], data.digits)
+    assert "| against the row before (95 %) |" in study.render_study(made)
+
+
+def test_several_processes_measure_what_one_does(classifier, made):
+    entries = (study.LADDER[0], study.LADDER[-1])
+    again = study.run_study(
+        "choices", "test", 24, groups=[(0.65, entries)], model=classifier, workers=2, command="study"
+    )
+    for row, other in zip(again.rows, made.rows, strict=True):
+        assert row.comparison.mean_kl == pytest.approx(other.comparison.mean_kl, abs=1e-6)
+        assert row.comparison.pruned == other.comparison.pruned
+        assert (row.name, row.tokens) == (other.name, other.tokens)
+
+
+def test_a_page_gets_the_table(made):
+    page = study.fill("above\n<!-- vit_digits--choices--test -->\nold\n<!-- / -->\nbelow\n", made)
+    table = study.render_study(made).strip()
+    assert page == f"above\n<!-- vit_digits--choices--test -->\n{table}\n<!-- / -->\nbelow\n"
+    assert study.fill(page, made) == page
+
+
+@pytest.mark.parametrize(
+    "page", ["", "<!-- vit_digits--ladder--test -->\n<!-- / -->", "<!-- vit_digits--choices--test -->\n"]
+)
+def test_a_page_without_the_place_is_refused(made, page):
+    with pytest.raises(BadRequest, match="no place for vit_digits--choices--test"):
+        study.fill(page, made)
 
 
 def test_the_command_writes_what_it_measured(classifier, tmp_path, monkeypatch, capsys):
     save_file(classifier.state_dict(), tmp_path / "weights.safetensors")
     line = ["study", "ladder", "--canvases", "3", "--first", "7", "--shares", "0.55", "--out", str(tmp_path / "out")]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- vit_digits--ladder--train -->\n<!-- / -->\n")
+    line += ["--workers", "1", "--page", str(page)]
     monkeypatch.setattr("sys.argv", [*line, "--weights", str(tmp_path / "weights.safetensors")])
     study.main()
     written = study.read_study(tmp_path / "out" / "vit_digits--ladder--train.json")
@@ -99,11 +156,12 @@ def test_the_command_writes_what_it_measured(classifier, tmp_path, monkeypatch, 
     assert (written.images, written.first) == (3, 7)
     assert str(tmp_path) not in written.to_json()
     assert "+ S-stage" in capsys.readouterr().out
+    assert study.render_study(written) in page.read_text().replace("<!-- / -->", "")
 
 
-def test_curves_are_drawn_where_there_is_more_than_one_share(classifier, tmp_path):
-    groups = [(share, study.LADDER[:2]) for share in (0.65, 0.55)]
-    made = study.run_study("ladder", "train", 3, groups=groups, model=classifier)
+def test_curves_are_drawn(classifier, tmp_path):
+    groups = [(share, study.CURVES[-2:]) for share in (0.65, 0.55)]
+    made = study.run_study("curves", "train", 3, groups=groups, model=classifier)
     drawing = study.record_study(made, tmp_path).with_suffix(".png")
     with Image.open(drawing) as opened:
         assert opened.size == (1080, 660)
@@ -128,7 +186,18 @@ def search(classifier, tmp_path_factory):
 
 
 def test_a_search_is_held_against_the_uniform_plan(search, tmp_path, monkeypatch):
-    line = ["study", "tuned", "--canvases", "4", "--searches", str(search / "tuned"), "--out", str(tmp_path)]
+    line = [
+        "study",
+        "tuned",
+        "--canvases",
+        "4",
+        "--workers",
+        "1",
+        "--searches",
+        str(search / "tuned"),
+        "--out",
+        str(tmp_path),
+    ]
     monkeypatch.setattr("sys.argv", [*line, "--weights", str(search / "weights.safetensors")])
     study.main()
     written = study.read_study(tmp_path / "vit_digits--tuned--train.json")

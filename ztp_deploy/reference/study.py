@@ -1,7 +1,8 @@
 """What pruning costs the reference classifier: the paper's ladder, accuracy against FLOPs, and tuned plans.
 
 Everything runs in eager PyTorch on the same canvases, so that whatever differs between two rows is the method.
-Intervals resample source digits, since canvases of one scan are no independent pictures.
+Intervals resample source digits, since canvases of one scan are no independent pictures. Each row runs in a process of
+one thread, as many at once as there are cores: two threads share a small model's work badly.
 """
 
 from __future__ import annotations
@@ -9,10 +10,16 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import multiprocessing
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from ztp_deploy import environment, models
 from ztp_deploy.errors import BadRequest, ZtpError
@@ -103,6 +110,10 @@ Bounds "on deviations" are the paper's 0.01 and 0.7 read as bounds of the standa
 
 STUDIES: dict[str, tuple[Entry, ...]] = {"dense": (), "ladder": LADDER, "curves": CURVES, "choices": CHOICES}
 TUNED = "tuned"
+DRAWN = "curves"
+"""The study of which a picture is drawn."""
+STEPWISE = "ladder"
+"""The study whose rows are held against the row before; those of others against the first of their share."""
 
 Group: TypeAlias = tuple[float, Sequence[Entry]]
 """A FLOP share and what is held against each other there."""
@@ -128,10 +139,10 @@ def tuned_groups(folders: Sequence[Path]) -> list[Group]:
 
 
 class Row(BaseModel):
-    """One entry at one FLOP share, held against the dense model and against the study's first entry.
+    """One entry at one FLOP share, held against the dense model and against another entry at that share.
 
-    `ahead` is the share of right answers less that of the first entry at the same share, with its interval; `closer`
-    the same of the first entry's KL less this one's, in nats an image: positive is better in both.
+    `ahead` is the share of right answers less the other's, with its interval; `closer` the other's KL less this one's,
+    in nats an image: positive is better in both. The first entry is held against itself.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -150,15 +161,16 @@ class Row(BaseModel):
 
     @property
     def verdict(self) -> Literal["better", "worse", "undecided"]:
-        """Against the first entry: decided where the interval excludes 0."""
+        """Against the other entry: decided where the interval excludes 0."""
         return "better" if self.ahead[1] > 0 else "worse" if self.ahead[2] < 0 else "undecided"
 
 
 class Study(EvidenceFile):
-    """A study on `images` canvases of one part, drawn from `digits` scans."""
+    """A study on `images` canvases of one part, drawn from `digits` scans; `against` says what rows are held against."""
 
     schema_: Literal["ztp.study/1"] = Field(default="ztp.study/1", alias="schema")
     study: str
+    against: Literal["first", "before"] = "first"
     model: str
     weights_sha256: str
     part: canvases.Part
@@ -174,28 +186,40 @@ class Study(EvidenceFile):
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """Canvases as the model takes them [M, 3, SIDE, SIDE], their labels and the scans they show."""
+    """Canvases [M, SIDE, SIDE, 3], their labels and the scans they show."""
 
-    images: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
     digits: NDArray[np.int64]
 
 
-def sheet(part: canvases.Part, count: int, first: int = 0) -> Sheet:
-    """`count` canvases of a part, from number `first` on."""
-    drawn = [canvases.draw(part, index) for index in range(first, first + count)]
-    pixels = np.stack([canvas.pixels for canvas in drawn]).astype(np.float32).transpose(0, 3, 1, 2) / 255
-    labels = np.array([canvas.label for canvas in drawn])
-    images = ((pixels - MEAN) / STD).astype(np.float32)
-    return Sheet(images, labels, np.array([canvas.digit for canvas in drawn]))
+def sheet(part: canvases.Part, count: int, first: int = 0, over: Callable[..., Iterable[Any]] = map) -> Sheet:
+    """`count` canvases of a part, from number `first` on; `over` maps a function over numbers."""
+    drawn = list(over(_canvas, repeat(part, count), range(first, first + count)))
+    pixels, labels, digits = zip(*drawn, strict=True)
+    return Sheet(np.stack(pixels), np.array(labels), np.array(digits))
 
 
-def logits_of(model: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The model's logits [M, classes] in fp32."""
+def _canvas(part: canvases.Part, index: int) -> tuple[NDArray[np.uint8], int, int]:
+    canvas = canvases.draw(part, index)
+    return canvas.pixels, canvas.label, canvas.digit
+
+
+def logits_of(model: nn.Module, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The model's logits [M, classes] in fp32 for canvases [M, SIDE, SIDE, 3]."""
+
+    def images(at: int) -> Tensor:
+        scaled = pixels[at : at + BATCH].astype(np.float32).transpose(0, 3, 1, 2) / 255
+        return torch.from_numpy(((scaled - MEAN) / STD).astype(np.float32))
+
     with torch.inference_mode():
-        parts = [model(torch.from_numpy(images[at : at + BATCH])) for at in range(0, len(images), BATCH)]
-    found: NDArray[np.float32] = torch.cat(parts).numpy()
+        found: NDArray[np.float32] = torch.cat([model(images(at)) for at in range(0, len(pixels), BATCH)]).numpy()
     return found
+
+
+def _logits(model: nn.Module, plan: Plan | None, pixels: Path) -> NDArray[np.float32]:
+    """Those of the pruned or, without a plan, the dense model, for canvases in a file."""
+    return logits_of(model if plan is None else prune(model, plan), np.load(pixels, mmap_mode="r"))
 
 
 def run_study(
@@ -206,16 +230,53 @@ def run_study(
     groups: Sequence[Group],
     model: nn.Module | None = None,
     first: int = 0,
+    workers: int = 1,
     command: str = "",
     advance: Callable[[str], None] = lambda _: None,
 ) -> Study:
-    """Every entry of every group on the same `count` canvases, each held against the first of its group."""
+    """Every entry of every group on the same `count` canvases, in `workers` processes of one thread."""
     model = models.load_model(MODEL, weights="pretrained") if model is None else model
-    data = sheet(part, count, first)
-    dense = logits_of(model, data.images)
-    rows = [row for share, entries in groups for row in _rows(model, entries, share, data, dense, advance)]
+    asked = [(share, entry, entry.plan_at(model, share)) for share, entries in groups for entry in entries]
+    with ExitStack() as stack:
+        over: Callable[..., Iterable[Any]] = map
+        if workers > 1:
+            spawn = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)))
+            over = pool.map
+        data = sheet(part, count, first, partial(over, chunksize=64) if workers > 1 else over)
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pixels.npy"
+        np.save(file, data.pixels)
+        plans = [None, *(plan for _, _, plan in asked)]
+        found = iter(over(_logits, repeat(model, len(plans)), plans, repeat(file, len(plans))))
+        dense = next(found)
+        rows: list[Row] = []
+        other: dict[float, tuple[NDArray[np.bool_], NDArray[np.float64]]] = {}
+        for share, entry, plan in asked:
+            logits = next(found)
+            made = hits(logits, data.labels), image_kl(dense, logits)
+            right, kl = other.setdefault(share, made)
+            comparison = compare(dense, logits, data.labels, clusters=data.digits)
+            advance(f"{share:.2f} {entry.name}: {comparison.pruned.top1.share:.4f}")
+            rows.append(
+                Row(
+                    name=entry.name,
+                    method=entry.method,
+                    options=entry.options,
+                    asked_share=share,
+                    planned_share=plan.flops.share,
+                    planned_gmacs=plan.flops.planned / 1e9,
+                    tokens=[plan.patch_tokens, *plan.counts],
+                    stages=[{"block": stage.block, **stage.static} for stage in plan.stages],
+                    comparison=comparison,
+                    ahead=paired_bootstrap(made[0].astype(float) - right, data.digits),
+                    closer=paired_bootstrap(kl - made[1], data.digits),
+                )
+            )
+            if name == STEPWISE:
+                other[share] = made
     return Study(
         study=name,
+        against="before" if name == STEPWISE else "first",
         model=models.source_of(model).name,
         weights_sha256=models.source_of(model).weights.sha256,
         part=part,
@@ -230,46 +291,17 @@ def run_study(
     )
 
 
-def _rows(
-    model: nn.Module,
-    entries: Sequence[Entry],
-    share: float,
-    data: Sheet,
-    dense: NDArray[np.float32],
-    advance: Callable[[str], None],
-) -> Iterator[Row]:
-    first: tuple[NDArray[np.bool_], NDArray[np.float64]] | None = None
-    for entry in entries:
-        plan = entry.plan_at(model, share)
-        logits = logits_of(prune(model, plan), data.images)
-        right, kl = hits(logits, data.labels), image_kl(dense, logits)
-        first = (right, kl) if first is None else first
-        comparison = compare(dense, logits, data.labels, clusters=data.digits)
-        advance(f"{share:.2f} {entry.name}: {comparison.pruned.top1.share:.4f}")
-        yield Row(
-            name=entry.name,
-            method=entry.method,
-            options=entry.options,
-            asked_share=share,
-            planned_share=plan.flops.share,
-            planned_gmacs=plan.flops.planned / 1e9,
-            tokens=[plan.patch_tokens, *plan.counts],
-            stages=[{"block": stage.block, **stage.static} for stage in plan.stages],
-            comparison=comparison,
-            ahead=paired_bootstrap(right.astype(float) - first[0], data.digits),
-            closer=paired_bootstrap(first[1] - kl, data.digits),
-        )
-
-
 HEAD = (
-    *("MACs", "row", "top-1", "against dense (95 %)", "against the first row (95 %)"),
-    *("agreement", "KL (nats)", "KL below the first row's (95 %)"),
+    *("MACs", "row", "top-1", "against dense (95 %)", "against the {} (95 %)"),
+    *("agreement", "KL (nats)", "KL below that of the {} (95 %)"),
 )
+AGAINST = {"first": "first row", "before": "row before"}
 
 
 def render_study(study: Study) -> str:
     """The study's table as Markdown: a line an entry and FLOP share."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---:|---|---:|---|---|---:|---:|---|"] if study.rows else []
+    head = " | ".join(HEAD).format(*[AGAINST[study.against]] * 2)
+    lines = [f"| {head} |", "|---:|---|---:|---|---|---:|---:|---|"] if study.rows else []
     first = study.rows[0].name if study.rows else ""
     for row in study.rows:
         change = row.comparison.top1
@@ -337,13 +369,30 @@ def picture(study: Study) -> bytes:
 
 
 def record_study(study: Study, folder: Path) -> Path:
-    """Writes JSON, Markdown and, of more than one FLOP share, a picture, named after model, study and part."""
-    stem = f"{study.model}--{study.study}--{study.part}"
-    write_text(folder / f"{stem}.json", study.to_json())
-    write_text(folder / f"{stem}.md", render_study(study))
-    if len({row.asked_share for row in study.rows}) > 1:
-        write_bytes(folder / f"{stem}.png", picture(study))
-    return folder / f"{stem}.json"
+    """Writes JSON and, of curves, a picture, named after model, study and part."""
+    path = folder / f"{stem(study)}.json"
+    write_text(path, study.to_json())
+    if study.study == DRAWN:
+        write_bytes(path.with_suffix(".png"), picture(study))
+    return path
+
+
+def stem(study: Study) -> str:
+    """The name of a study's files and of its place on a page."""
+    return f"{study.model}--{study.study}--{study.part}"
+
+
+def fill(page: str, study: Study) -> str:
+    """A Markdown page with the study's table where the page says `<!-- stem --> … <!-- / -->`.
+
+    Raises BadRequest for a page without that place.
+    """
+    begin, end = f"<!-- {stem(study)} -->\n", "<!-- / -->"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise BadRequest(f"The page has no place for {stem(study)}.", f"Put {begin.strip()} and {end} on lines there.")
+    return f"{before}{begin}{render_study(study).strip()}\n{end}{after}"
 
 
 def read_study(path: Path) -> Study:
@@ -364,7 +413,9 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="FLOP shares; tuned plans have theirs.")
     parser.add_argument("--searches", type=Path, nargs="+", default=(), help="Folders of `ztp tune`, for tuned.")
     parser.add_argument("--weights", default="pretrained", help="pretrained, or a path that the training wrote.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder for JSON and Markdown.")
+    parser.add_argument("--workers", type=int, default=environment.usable_cores(), help="Processes of one thread each.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for the JSON.")
+    parser.add_argument("--page", type=Path, help="A Markdown page whose table of this study is to be renewed.")
     given = parser.parse_args()
     told = ["python", "-m", "ztp_deploy.reference.study", given.study, "--part", given.part]
     told += ["--canvases", str(given.canvases), *(["--first", str(given.first)] if given.first else [])]
@@ -375,6 +426,8 @@ def main() -> None:
     try:
         if (given.study == TUNED) != bool(given.searches):
             raise BadRequest("--searches belongs to the study tuned, and that to it.", "Give both or neither.")
+        if given.page and not given.page.is_file():
+            raise BadRequest(f"There is no page {given.page}.", "Give a Markdown file, or leave out --page.")
         study = run_study(
             given.study,
             given.part,
@@ -384,10 +437,13 @@ def main() -> None:
             else [(share, STUDIES[given.study]) for share in given.shares],
             model=models.load_model(MODEL, weights=given.weights),
             first=given.first,
+            workers=given.workers,
             command=shlex.join(told),  # without the paths of this machine
             advance=lambda line: print(line, flush=True),
         )
-        print(record_study(study, given.out))
+        print(render_study(study), record_study(study, given.out), sep="\n")
+        if given.page:
+            write_text(given.page, fill(given.page.read_text(encoding="utf-8"), study))
     except ZtpError as error:
         sys.exit(f"error: {error}")
 
