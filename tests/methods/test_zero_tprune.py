@@ -43,7 +43,8 @@ def oracle_stage(name):
         tokens_out=arguments["k"],
         static={"similar": arguments["r"], "rounds": arguments["iters"]},
     )
-    options = zt.Options(start="class" if arguments["boost"] else "uniform", variance_bounds=tuple(arguments["vhf"]))
+    start = "class" if arguments["boost"] else "uniform"
+    options = zt.Options(start=start, variance_bounds=tuple(arguments["vhf"]), renormalise=True)
     to_tensor = lambda array: torch.from_numpy(array).unsqueeze(0)  # noqa: E731
     return to_tensor(attention), to_tensor(keys), stage, options
 
@@ -227,8 +228,15 @@ def test_ties_go_to_the_lower_index():
 
 
 @pytest.mark.parametrize("block, depth, rounds", [(1, 12, 30), (3, 12, 30), (4, 12, 8), (9, 12, 8), (10, 12, 1)])
-def test_voting_rounds_by_depth(block, depth, rounds):
-    assert zt.default_rounds(block, depth) == rounds
+def test_published_voting_rounds_go_by_depth(block, depth, rounds):
+    assert zt.published_rounds(block, depth) == rounds
+
+
+@pytest.mark.parametrize("said", ["published", None])  # None is what plans said before
+def test_published_rounds_are_an_option(said):
+    plan = make_plan("deit_s", ratio=0.7, options={"rounds": said})
+    assert [stage.static["rounds"] for stage in plan.stages] == [30, 8, 8]
+    assert plan.options["rounds"] == "published"
 
 
 def test_replay_recomputes_the_selection_from_scores_alone():
@@ -252,7 +260,13 @@ def test_margin_is_signed_and_relative():
 
 @pytest.mark.parametrize(
     "options, word",
-    [({"rounds": 0}, "rounds"), ({"tau": 1}, "tau"), ({"similar": 2}, "similar"), ({"heads": "max"}, "heads")],
+    [
+        ({"rounds": 0}, "rounds"),
+        ({"rounds": "many"}, "integer.*or.*list.*or.*'published'"),
+        ({"tau": 1}, "tau"),
+        ({"similar": 2}, "similar"),
+        ({"heads": "max"}, "heads"),
+    ],
 )
 def test_wrong_options_are_named(options, word):
     with pytest.raises(BadRequest, match=word):

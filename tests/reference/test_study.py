@@ -27,7 +27,7 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def made(classifier):
-    entries = (study.LADDER[0], study.LADDER[-1])
+    entries = (study.LADDER[0], study.LADDER[4])
     return study.run_study("choices", "test", 24, groups=[(0.65, entries)], model=classifier, command="study")
 
 
@@ -38,9 +38,13 @@ def images_of(data):
 
 def test_the_ladder_adds_one_part_of_the_method_at_a_time():
     options = [entry.options for entry in study.LADDER]
-    assert [entry.name for entry in study.LADDER] == ["random", "WPR", "+ EIR", "+ VHF", "+ S-stage"]
-    assert options[1] == {"heads": "mean", "variance_bounds": None, "similar": 0.0}
+    names = ["random", "WPR", "+ EIR", "+ VHF", "+ S-stage", "votes not renormalised", "one round"]
+    assert [entry.name for entry in study.LADDER] == names
+    published = {"rounds": "published", "renormalise": True}
+    assert options[1] == published | {"heads": "mean", "variance_bounds": None, "similar": 0.0}
     assert options[2] == options[1] | {"heads": "rms"}
+    assert options[3] == published | {"similar": 0.0}
+    assert options[4:] == [published, {"rounds": "published"}, {}]
     for name, entries in study.STUDIES.items():
         assert len({entry.name for entry in entries}) == len(entries), name
 
@@ -59,7 +63,7 @@ def test_rows_are_what_the_models_say(classifier, made):
     assert made.dense_top1.share == (dense == data.labels).mean()
     assert made.digits == 24
     right, kls = [], []
-    for row, entry in zip(made.rows, (study.LADDER[0], study.LADDER[-1]), strict=True):
+    for row, entry in zip(made.rows, (study.LADDER[0], study.LADDER[4]), strict=True):
         plan = make_plan(classifier, entry.method, flops=0.65, options=entry.options)
         with torch.inference_mode():
             best_logits = prune(classifier, plan)(images_of(data))
@@ -116,7 +120,7 @@ def test_each_row_of_the_ladder_is_held_against_the_row_before(classifier):
 
 
 def test_several_processes_measure_what_one_does(classifier, made):
-    entries = (study.LADDER[0], study.LADDER[-1])
+    entries = (study.LADDER[0], study.LADDER[4])
     again = study.run_study(
         "choices", "test", 24, groups=[(0.65, entries)], model=classifier, workers=2, command="study"
     )

@@ -81,7 +81,7 @@ def test_parameters_become_options():
     space = Space("deit_s", "zero_tprune", {3: 4, 6: 7})
     params = space.uniform_params() | {"stages": 3, "site_3": 6, "similar": 0.30000000000000004}
     assert space.shape(params).sites == (3, 6)  # twice block 6 is one stage
-    assert space.options(params | {"rounds": "default"}, (3, 6)) == {"similar": 0.3, "rounds": [30, 8]}
+    assert space.options(params | {"rounds": "published"}, (3, 6)) == {"similar": 0.3, "rounds": [30, 8]}
     assert space.options(params | {"rounds": "one"}, (3, 6))["rounds"] == [1, 1]
     assert space.options(params | {"rounds": "enough"}, (3, 6))["rounds"] == [4, 7]
     assert Options.model_validate(space.options(params, (3, 6)))

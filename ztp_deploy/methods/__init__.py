@@ -64,8 +64,10 @@ def parse_options(name: str, options: Mapping[str, Any]) -> MethodOptions:
         return schema.model_validate(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "options"
+        where = str(first["loc"][0]) if first["loc"] else "options"
+        # A field that takes several types names them all where none fits.
+        why = dict.fromkeys(one["msg"] for one in error.errors() if one["loc"][:1] == first["loc"][:1])
         raise BadRequest(
-            f"Method {name} does not take {where}={first.get('input')!r}: {first['msg']}.",
+            f"Method {name} does not take {where}={options.get(where, first.get('input'))!r}: {'; or: '.join(why)}.",
             f"Its options are: {', '.join(schema.model_fields) or 'none'}.",
         ) from error

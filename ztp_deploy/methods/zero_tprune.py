@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -55,10 +55,10 @@ EARLY_ROUNDS, MIDDLE_ROUNDS, LATE_ROUNDS = 30, 8, 1
 
 
 class Options(MethodOptions):
-    """Choices of Zero-TPrune; the defaults are the published method.
+    """Choices of Zero-TPrune; the defaults are those that docs/accuracy.md found best.
 
-    `rounds`: voting rounds of the I-stage, one number or one per stage; by default 30 in blocks 1–3,
-    1 in the last three, else 8 (paper: 30–50, 1, 5–10). `similar`: share of the removed tokens that
+    `rounds`: voting rounds of the I-stage, one number, one per stage, or "published": 30 in blocks 1–3, 1 in the last
+    three, else 8 (paper: 30–50, 1, 5–10). `similar`: share of the removed tokens that
     the S-stage removes, rounded down (0: no S-stage). `start`: "class" gives the class token √N times
     the others, "uniform" does not. `variance_bounds`: heads outside are left out (VHF), null for all heads.
     `heads`: "rms" (EIR) or "mean". `temperature`: of the softmax whose rows vote. `renormalise`: whether survivors of
@@ -66,26 +66,32 @@ class Options(MethodOptions):
     (see `similarity`) and `features`: keys, queries or values, or the tokens that enter the block; `feature_heads`:
     heads "concatenated", the same with each at length 1 ("normalised": under the cosine, heads count equally), or
     "averaged".
-    The paper's ladder: WPR alone is heads "mean", no bounds, similar 0; then rms (EIR), bounds (VHF), similar 0.5.
+    The published method is rounds "published" and renormalise true. The paper's ladder: of these WPR alone, which is
+    heads "mean", no bounds, similar 0; then rms (EIR), bounds (VHF), similar 0.5.
     """
 
-    rounds: int | list[int] | None = None
+    rounds: int | list[int] | Literal["published"] = 1
     similar: float = Field(default=0.5, ge=0, le=1)
     start: Literal["class", "uniform"] = "class"
     variance_bounds: tuple[float, float] | None = (0.01, 0.7)
     heads: Literal["rms", "mean"] = "rms"
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    renormalise: bool = True
+    renormalise: bool = False
     partition: Partition = "importance"
     metric: Metric = "cosine"
     features: Literal["keys", "queries", "values", "inputs"] = "keys"
     feature_heads: Literal["concatenated", "normalised", "averaged"] = "concatenated"
 
+    @field_validator("rounds", mode="before")
+    @classmethod
+    def _null(cls, rounds: Any) -> Any:
+        return "published" if rounds is None else rounds  # plans made before there was a name for it
+
     @field_validator("rounds")
     @classmethod
-    def _positive(cls, rounds: int | list[int] | None) -> int | list[int] | None:
-        given = rounds if isinstance(rounds, list) else [1 if rounds is None else rounds]
-        if any(not 1 <= number <= MAX_ROUNDS for number in given):
+    def _positive(cls, rounds: int | list[int] | Literal["published"]) -> int | list[int] | Literal["published"]:
+        given = rounds if isinstance(rounds, list) else [rounds]
+        if any(isinstance(number, int) and not 1 <= number <= MAX_ROUNDS for number in given):
             raise ValueError(f"voting rounds are 1 to {MAX_ROUNDS}")
         return rounds
 
@@ -134,7 +140,7 @@ def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], o
         if isinstance(options.rounds, list):
             rounds = options.rounds[list(blocks).index(block)]
         else:
-            rounds = options.rounds or default_rounds(block, geometry.depth)
+            rounds = published_rounds(block, geometry.depth) if options.rounds == "published" else options.rounds
         # S can drop no more than those that may go.
         similar = min(int((before - after) * options.similar), before - staying(before, options.partition))
         static = {"similar": similar, "rounds": rounds}
@@ -144,8 +150,8 @@ def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], o
     return stages
 
 
-def default_rounds(block: int, depth: int) -> int:
-    """Voting rounds of the I-stage by depth: 30 in blocks 1–3, 1 in the last three, else 8."""
+def published_rounds(block: int, depth: int) -> int:
+    """Voting rounds of the I-stage by depth: 30 in blocks 1–3, 1 in the last three, else 8 (paper: 30–50, 1, 5–10)."""
     if block <= 3:
         return EARLY_ROUNDS
     return LATE_ROUNDS if block > depth - 3 else MIDDLE_ROUNDS

@@ -20,12 +20,12 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods import zero_tprune
 from ztp_deploy.plan import FLOP_SHARE_TOLERANCE, Geometry, Plan, Stage, make_plan, share_of
 
-VERSION = 1
+VERSION = 2
 """Of the space: a study made with another is not gone on with."""
 MAX_STAGES = 4
 LEAST_STRENGTH = 0.1
-ROUNDS = ("default", "one", "enough")
-"""Voting rounds of all stages: the method's own by depth, one each, or as many as were measured to be enough."""
+ROUNDS = ("one", "published", "enough")
+"""Voting rounds of all stages: one each, as published by depth, or as many as were measured to be enough."""
 
 REFUSED = {
     "dense": "it prunes nothing",
@@ -101,7 +101,7 @@ class Space:
             params[f"site_{index}"] = sites[min(index, len(sites)) - 1]
             params[f"strength_{index}"] = 0.5
         if self.method == "zero_tprune":
-            params |= {"similar": 0.5, "rounds": "default"}
+            params |= {"similar": 0.5, "rounds": "one"}
         return params
 
     def shape(self, params: Mapping[str, Any]) -> Shape:
@@ -120,8 +120,8 @@ class Space:
         return {"similar": round(params["similar"], 1), "rounds": rounds}
 
     def _rounds(self, rule: str, block: int) -> int:
-        by_depth = zero_tprune.default_rounds(block, self.geometry.depth)
-        return {"default": by_depth, "one": 1, "enough": self.enough.get(block, by_depth)}[rule]
+        published = zero_tprune.published_rounds(block, self.geometry.depth)
+        return {"one": 1, "published": published, "enough": self.enough.get(block, published)}[rule]
 
     def plan(self, params: Mapping[str, Any], cost: Cost, limit: float) -> Plan | None:
         """The plan for parameters, within `limit` and at most 0.5 % below it; None where whole tokens do not allow it."""
