@@ -80,8 +80,8 @@ cpp: $(READY)  ## Build the C++ runtime and ztp-run into build/cpp (needs cmake,
 	@cmake -G Ninja -S ztp_deploy/cpp -B build/cpp -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python" $(CMAKE)
 	@cmake --build build/cpp
 
-test: lint  ## Lint, type-check and run all tests
-	@$(VENV)/bin/python -m pytest
+test: lint  ## Lint, type-check and run all tests, in two processes
+	@OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 matrix: $(READY)  ## Test every method on every backbone (`make test` takes an eighth of the pairs in turn)
 	@ZTP_MATRIX=all $(VENV)/bin/python -m pytest -m matrix
