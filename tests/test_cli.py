@@ -227,6 +227,42 @@ def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_gpu_report_says_what_is_left_and_how_to_go_on(ztp, tmp_path, monkeypatch):
+    from ztp_deploy.evidence import gpu_report
+    from ztp_deploy.evidence.gpu_rows import GpuReport, Row
+
+    asked = []
+    failed = Row(
+        model="deit_s",
+        runtime="tensorrt",
+        version="11.4",
+        precision="fp8",
+        batch=8,
+        plan="dense",
+        status="failed",
+        reason="RuntimeError: CUDA out of memory.",
+        session=0,
+        weights="random",
+    )
+
+    def measured(grid, path, **options):
+        asked.append((grid.precisions, options["minutes"], options["retry"]))
+        report = GpuReport(gpu="none: run on the CPU", clock="wall clock", rows=[failed])
+        return gpu_report.Progress(report, 3, 4, "The 5 minutes are spent.")
+
+    monkeypatch.setattr(gpu_report, "measure_gpu", measured)
+    code, out, _ = ztp("gpu-report", "--device", "cpu", "--minutes", 5, "--retry")
+    assert code == 0
+    assert out.splitlines()[-3:] == [
+        "3 of 4 cells are done. The 5 minutes are spent. Run the same command again to go on.",
+        "Rows missing or failed: 1; --retry tries them again.",
+        "Report: engines/evidence/gpu/none.json",
+    ]
+    assert "- tensorrt fp8, failed (1 rows): RuntimeError: CUDA out of memory." in out
+    ztp("gpu-report", "--device", "cpu", "--precisions", "int8")
+    assert asked == [(["fp32", "fp16", "bf16", "int8", "fp8"], 5.0, True), (["int8"], 9.0, False)]
+
+
 COMMANDS = [
     *("plan", "export", "build", "check", "bench", "compare", "engine", "eval", "tune", "demo"),
     *("gpu-report", "classify", "show", "report", "list", "doctor"),

@@ -639,16 +639,22 @@ def gpu_report(
     runtime: Annotated[
         list[str] | None, typer.Option("--runtime", help="Only these runtimes; repeatable.  \\[default: all]")
     ] = None,
-    precisions: Annotated[str, typer.Option(help="Precisions.")] = "fp32,fp16,bf16",
+    precisions: Annotated[str, typer.Option(help="Precisions; int8 and fp8 of TensorRT only.")] = (
+        "fp32,fp16,bf16,int8,fp8"
+    ),
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64,256",
     weights: Weights = "auto",
-    minutes: Annotated[float, typer.Option(help="Begin nothing new after so many minutes; the next call goes on.")] = 9,
+    minutes: Annotated[float, typer.Option(help="Begin nothing that would end later; the next call goes on.")] = 9,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed in earlier calls.")] = False,
     seconds: Annotated[float, typer.Option(help="Seconds of measuring a cell.")] = 4.0,
     device: Annotated[str, typer.Option(hidden=True, help="cuda, or cpu to try the report out.")] = "cuda",
     directory: Annotated[Path, typer.Option(help="Where reports lie.")] = Path("engines/evidence"),
     as_json: AsJson = False,
 ) -> None:
-    """Measure everything this machine's GPU can run: runtimes × precisions × batches × plans × models, resumable."""
+    """Measure everything this machine's GPU can run: runtimes × precisions × batches × plans × models, resumable.
+
+    What cannot be measured is a row that says why.
+    """
     from ztp_deploy.evidence.gpu_report import Grid, measure_gpu, report_path
     from ztp_deploy.evidence.gpu_runtimes import RUNTIMES
     from ztp_deploy.evidence.latency import check_seconds
@@ -667,15 +673,15 @@ def gpu_report(
         seconds=seconds,
     )
     path = report_path(directory, device)
-    progress = measure_gpu(grid, path, minutes=minutes, command=_command(), advance=err.print)
+    progress = measure_gpu(grid, path, minutes=minutes, retry=retry, command=_command(), advance=err.print)
     table = render_gpu_report(progress.report)
     write_text(path.with_suffix(".md"), table)
     if as_json:
         print_json(progress.report.model_dump(mode="json"))
         return
     out.print(table, markup=False, soft_wrap=True)
-    again = "" if progress.done == progress.cells else "; run the same command again to go on"
-    out.print(f"{progress.done} of {progress.cells} cells are measured{again}. Report: {path}", soft_wrap=True)
+    for line in (*progress.lines(), f"Report: {path}"):
+        out.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -15,7 +15,8 @@ from tests import tiny
 from ztp_deploy import environment
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence import gpu_report, gpu_runtimes, latency
-from ztp_deploy.evidence.gpu_report import GpuReport, Grid, measure_gpu
+from ztp_deploy.evidence.gpu_report import Grid, measure_gpu
+from ztp_deploy.evidence.gpu_rows import GpuReport
 from ztp_deploy.evidence.gpu_runtimes import Job, open_job
 from ztp_deploy.evidence.images import load_images
 from ztp_deploy.evidence.report.gpu import render_gpu_report
@@ -130,7 +131,7 @@ def test_the_table_names_gpu_runtimes_and_what_is_missing(grid, tmp_path):
     dense = next(row for row in report.rows if row.plan == "dense")
     pruned = next(row for row in report.rows if row.plan == "pruned")
     assert f"| deit_t | eager | fp32 | 1 | {dense.median:.3f} | **{pruned.speedup.speedup:.2f} ×**" in text
-    assert "- tensorrt_rtx, missing (6 rows): pip install tensorrt-rtx." in text
+    assert "- tensorrt_rtx fp32, missing (6 rows): pip install tensorrt-rtx." in text
     assert "NVIDIA Test" in text
     assert "clocks.sm 1980 → 1980" in text
     assert "Random weights" in text
@@ -202,6 +203,11 @@ def test_refusals(grid, tmp_path, monkeypatch):
     for wrong in ({"runtimes": ("cuda",)}, {"precisions": ("int3",)}, {"batches": ()}, {"device": "tpu"}):
         with pytest.raises(BadRequest, match="does not know"):
             measure_gpu(Grid(**{**vars(grid), **wrong}), path)
+    with pytest.raises(BadRequest) as refusal:
+        measure_gpu(Grid(**{**vars(grid), "runtimes": ("eager", "onnxruntime"), "precisions": ("fp32", "int8")}), path)
+    assert str(refusal.value) == (
+        "int8 was asked for, and none of eager, onnxruntime has it. Runtimes that have it: tensorrt, tensorrt_rtx."
+    )
     path.write_text("{}")
     with pytest.raises(DamagedFiles, match="no GPU report"):
         measure_gpu(grid, path)

@@ -1,92 +1,46 @@
 """The GPU report: everything this machine's GPU can run, measured cell by cell, over as many calls as it takes.
 
 A cell is one model, runtime, precision and batch; its plans are measured interleaved in one process. Every
-finished cell is in the file before the next begins, so that a call may end at any time and the next goes on.
+finished cell is in the file before the next begins, so that a call may end at any time and the next goes on. Engines
+that stand are used again; a module compiled in the process is compiled anew.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
 from ztp_deploy import environment, methods
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence import gpu_runtimes
-from ztp_deploy.evidence.gpu_runtimes import RUNTIMES, Job, Opened
+from ztp_deploy.evidence.gpu_rows import Effort, GpuReport, Row, Session
+from ztp_deploy.evidence.gpu_runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
 from ztp_deploy.evidence.images import ImageSet, load_images
-from ztp_deploy.evidence.latency import Ratio, interleave, paired_ratio
-from ztp_deploy.evidence.schema import EvidenceFile
+from ztp_deploy.evidence.latency import interleave, paired_ratio
 from ztp_deploy.manifest import write_text
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning, load_model, source_of
 from ztp_deploy.plan import Plan, make_plan
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 PARITY_IMAGES = 16
 DEFAULT_MINUTES = 9.0
 DEFAULT_SECONDS = 4.0
 
-
-class Session(BaseModel):
-    """One call: when, how, on what, and the GPU's clocks before and after (`absent` says why there are none)."""
-
-    started: str
-    command: str
-    environment: dict[str, Any]
-    before: dict[str, str]
-    after: dict[str, str]
-
-
-class Row(BaseModel):
-    """One plan of one model in one runtime, precision and batch.
-
-    `milliseconds` a batch, on the device, without copies. `status`: "missing" where the runtime is not here,
-    "failed" where it did not run or parity does not hold; `reason` says why.
-    """
-
-    model: str
-    runtime: str
-    version: str
-    precision: str
-    batch: int
-    plan: str
-    status: Literal["measured", "missing", "failed"]
-    reason: str | None = None
-    session: int
-    weights: str
-    worst_logit: float | None = None
-    parity: str | None = None
-    milliseconds: list[float] = []
-    median: float | None = None
-    p90: float | None = None
-    images_per_second: float | None = None
-    speedup: Ratio | None = None
-
-    @property
-    def key(self) -> tuple[str, str, str, str, int, str]:
-        """What makes it the same measurement."""
-        return (self.model, self.runtime, self.version, self.precision, self.batch, self.plan)
-
-
-class GpuReport(EvidenceFile):
-    """All rows so far on one GPU (`engines/evidence/gpu/<gpu>.json`)."""
-
-    schema_: Literal["ztp.gpu/1"] = Field(default="ztp.gpu/1", alias="schema")
-    gpu: str
-    clock: str
-    sessions: list[Session] = Field(default_factory=list)
-    rows: list[Row] = Field(default_factory=list)
+Group = tuple[str, str, str]
+"""Model, runtime and precision: opened once, measured at every batch."""
+Result = TypeVar("Result")
 
 
 def plans_of(model: nn.Module) -> dict[str, Plan]:
@@ -100,7 +54,7 @@ def plans_of(model: nn.Module) -> dict[str, Plan]:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured: every runtime × precision × batch × plan × model; `device` is cuda or cpu.
+    """What is measured: every runtime × precision that it has × batch × plan × model; `device` is cuda or cpu.
 
     `seconds` is the time measured a cell. Engines are built for batches from 1 to the largest.
     """
@@ -117,18 +71,56 @@ class Grid:
     load: Callable[[str, str], nn.Module] = load_model
     plans: Callable[[nn.Module], dict[str, Plan]] = plans_of
 
+    def check(self) -> None:
+        """Raises BadRequest for what no report has."""
+        unknown = [runtime for runtime in self.runtimes if runtime not in RUNTIMES]
+        unknown += [precision for precision in self.precisions if precision not in PRECISIONS]
+        if unknown or self.device not in ("cuda", "cpu") or min(self.batches, default=0) < 1:
+            wrong = unknown[0] if unknown else f"device {self.device} with batches {list(self.batches)}"
+            raise BadRequest(
+                f"The GPU report does not know {wrong}.",
+                f"Runtimes: {', '.join(RUNTIMES)}; precisions: {', '.join(PRECISIONS)}; batches from 1 on.",
+            )
+        for precision in self.precisions:
+            if not any(precision in precisions_of(runtime) for runtime in self.runtimes):
+                having = [runtime for runtime in RUNTIMES if precision in precisions_of(runtime)]
+                raise BadRequest(
+                    f"{precision} was asked for, and none of {', '.join(self.runtimes)} has it.",
+                    f"Runtimes that have it: {', '.join(having)}.",
+                )
+
+    def groups(self) -> list[Group]:
+        """What there is to open, in order."""
+        return [
+            (model, runtime, precision)
+            for model in self.models
+            for runtime in self.runtimes
+            for precision in self.precisions
+            if precision in precisions_of(runtime)
+        ]
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a call ended: `done` of `cells`."""
+    """Where a call ended: `done` of `cells`, and `because` of what, where some are left."""
 
     report: GpuReport
     done: int
     cells: int
+    because: str | None
+
+    def lines(self) -> list[str]:
+        """What the user is told at the end, with what to type next."""
+        again = "" if self.done == self.cells else " Run the same command again to go on."
+        lines = [f"{self.done} of {self.cells} cells are done. {self.because or ''}".rstrip() + again]
+        failed = sum(row.status != "measured" for row in self.report.latest())
+        if failed:
+            lines.append(f"Rows missing or failed: {failed}; --retry tries them again.")
+        return lines
 
 
 class _OutOfTime(Exception):
-    """The call's time is spent; what is finished is in the file."""
+    """The call's time is spent, or too little is left; what is finished is in the file."""
 
 
 def report_path(root: Path, device: str) -> Path:
@@ -142,42 +134,45 @@ def measure_gpu(
     path: Path,
     *,
     minutes: float = DEFAULT_MINUTES,
+    retry: bool = False,
     command: str = "ztp.measure_gpu",
     advance: Callable[[str], None] = lambda title: None,
 ) -> Progress:
     """Measures what is missing in the report at `path` until all is there or the minutes are spent.
 
-    `advance` hears each cell's title before it begins. Raises MissingSoftware without a GPU (device cuda),
-    BadRequest for a report of another GPU, DamagedFiles for one that cannot be read.
+    Nothing is begun in less time than a comparable step took before, unless all minutes are there for it; what two
+    calls could not finish, the last with all of its minutes, becomes a failed row. `retry` tries failed cells
+    again; those that lacked software are, once other packages are installed. `advance` hears each step's title
+    before it begins. Raises MissingSoftware without a GPU (device cuda), BadRequest for a report of another GPU,
+    DamagedFiles for one that cannot be read.
     """
-    unknown = [runtime for runtime in grid.runtimes if runtime not in RUNTIMES]
-    unknown += [precision for precision in grid.precisions if precision not in PRECISIONS]
-    if unknown or grid.device not in ("cuda", "cpu") or min(grid.batches, default=0) < 1:
-        wrong = unknown[0] if unknown else f"device {grid.device} with batches {list(grid.batches)}"
-        raise BadRequest(
-            f"The GPU report does not know {wrong}.",
-            f"Runtimes: {', '.join(RUNTIMES)}; precisions: {', '.join(PRECISIONS)}; batches from 1 on.",
-        )
+    grid.check()
     if grid.device == "cuda" and not (environment.gpus() and torch.cuda.is_available()):
         raise MissingSoftware(
             "The GPU report needs an NVIDIA GPU; none was found.", "Run it on a machine that has one (`ztp doctor`)."
         )
     if grid.device == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, here as in the engines
-    return _Call(grid, path, time.monotonic() + minutes * 60, command, advance).run()
+    return _Call(grid, path, minutes, retry, command, advance).run()
 
 
 @dataclass
 class _Call:
-    """One call at work on the file."""
+    """One call at work on the file; `gained` once it has brought anything that the next need not do again."""
 
     grid: Grid
     path: Path
-    deadline: float
+    minutes: float
+    retry: bool
     command: str
     advance: Callable[[str], None]
-    slowest: float = 0.0
+    begin: float = field(default_factory=lambda: time.monotonic())
+    gained: bool = False
+    trying: bool = False
     _models: dict[str, nn.Module] = field(default_factory=dict)
+    _weights: dict[str, str] = field(default_factory=dict)
+    _packages: dict[str, str] = field(default_factory=lambda: environment.versions())
+    _earlier: int = 0
 
     @cached_property
     def report(self) -> GpuReport:
@@ -196,68 +191,166 @@ class _Call:
         return report
 
     def run(self) -> Progress:
-        # What another version of a runtime was measured with, or was missing and no longer is, is measured anew.
-        self.report.rows = [row for row in self.report.rows if row.version == gpu_runtimes.version_of(row.runtime)]
-        cells = list(self._cells())
+        self._earlier = len(self.report.sessions)
+        groups = self.grid.groups()
+        because = None
         try:
-            for model, runtime, precision in dict.fromkeys(cell[:3] for cell in cells):
-                batches = [batch for batch in self.grid.batches if not self._has(model, runtime, precision, batch)]
-                if batches:
-                    self._group(model, runtime, precision, batches)
-        except _OutOfTime:
-            pass
-        done = sum(self._has(*cell) for cell in cells)
-        return Progress(self.report, done, len(cells))
+            for group in sorted(groups, key=self._turn):
+                if self._due(group):
+                    self._group(group)
+        except _OutOfTime as end:
+            because = str(end)
+        cells = len(groups) * len(self.grid.batches)
+        return Progress(self.report, cells - sum(len(self._due(group)) for group in groups), cells, because)
 
-    def _cells(self) -> Iterator[tuple[str, str, str, int]]:
-        for model in self.grid.models:
-            for runtime in self.grid.runtimes:
-                for precision in self.grid.precisions:
-                    for batch in self.grid.batches:
-                        yield model, runtime, precision, batch
+    def _turn(self, group: Group) -> tuple[bool, int]:
+        """What a call ended over comes first, with all the minutes for it; then what is new, then the oldest rows."""
+        tries = self._effort(group).tries
+        sessions = {row.batch: row.session for row in self._rows(group)}
+        return tries == 0, min((sessions.get(batch, -1) for batch in self._due(group)), default=-1)
 
-    def _has(self, model: str, runtime: str, precision: str, batch: int) -> bool:
-        cell = (model, runtime, precision, batch)
-        return any((row.model, row.runtime, row.precision, row.batch) == cell for row in self.report.rows)
+    def _due(self, group: Group) -> list[int]:
+        """The batches that are to be measured there, for the first time or again."""
+        version, why = gpu_runtimes.version_of(group[1]), gpu_runtimes.unavailable(*group[1:])
+        rows = self._rows(group)
+        stand = {
+            batch: [self._stands(row, version, why) for row in rows if row.batch == batch]
+            for batch in self.grid.batches
+        }
+        return [batch for batch in self.grid.batches if not (stand[batch] and all(stand[batch]))]
 
-    def _group(self, name: str, runtime: str, precision: str, batches: list[int]) -> None:
-        """One model, runtime and precision: opened once, measured at every batch."""
+    def _rows(self, group: Group) -> list[Row]:
+        return [row for row in self.report.latest() if (row.model, row.runtime, row.precision) == group]
+
+    def _stands(self, row: Row, version: str, why: str | None) -> bool:
+        """Whether a row is the last word here, where the runtime has that version, or is missing because of `why`."""
+        if row.weights != self._weights.get(row.model, row.weights):
+            return False
+        if row.status == "measured":
+            return version in ("", row.version)
+        if row.version != version:
+            return False
+        if row.session >= self._earlier or why:
+            return True
+        packages = self.report.sessions[row.session].environment.get("packages")
+        return not (self.retry or (row.status == "missing" and packages != self._packages))
+
+    def _effort(self, group: Group) -> Effort:
+        model, runtime, precision = group
+        return self.report.effort(model, runtime, gpu_runtimes.version_of(runtime), precision)
+
+    def _group(self, group: Group) -> None:
+        """Opens a group's plans and measures them at every batch that is due."""
+        name, runtime, precision = group
         self._hurry()
         model = self._model(name)
+        batches = self._due(group)
         plans = self.grid.plans(model)
-        why = gpu_runtimes.unavailable(runtime, precision)
+        effort = self._effort(group)
+        missing = gpu_runtimes.unavailable(runtime, precision)
+        why = missing or self._overrun(effort)
         blank = Row(
             model=name,
             runtime=runtime,
-            version=gpu_runtimes.version_of(runtime),
+            version=effort.version,
             precision=precision,
             batch=0,
             plan="",
-            status="missing",
+            status="missing" if missing else "failed",
             reason=why,
             session=self._session,
             weights=source_of(model).weights.kind,
         )
         if why:
+            effort.tries = 0
             for batch in batches:
-                self._append([blank.model_copy(update={"batch": batch, "plan": label}) for label in plans])
+                self.report.add([blank.model_copy(update={"batch": batch, "plan": label}) for label in plans])
+            self._write()
             return
-        images = load_images(None, source_of(model).preprocessing, "float32", PARITY_IMAGES)
         with ExitStack() as stack:
-            opened: dict[str, Opened] = {}
-            bases: dict[str, Row] = {}
-            for label, plan in plans.items():
-                self._hurry()
-                self.advance(f"{name} {label} · {runtime} {precision}: build and prove")
-                base = blank.model_copy(update={"plan": label, "reason": None})
-                bases[label] = self._open(model, plan, base, images, opened, stack)
+            opened, bases = self._open_all(model, plans, blank, effort, stack)
+            side = source_of(model).preprocessing.input_size[1]
             for batch in batches:
-                self._hurry(self.slowest)
-                self.advance(f"{name} · {runtime} {precision} · batch {batch}")
-                begin = time.monotonic()
                 rows = {label: base.model_copy(update={"batch": batch}) for label, base in bases.items()}
-                self._append(self._measured(rows, opened, batch, source_of(model).preprocessing.input_size[1]))
-                self.slowest = max(self.slowest, time.monotonic() - begin)
+                cell, seconds = self._step(
+                    effort,
+                    f"Measure {name} · {runtime} {precision} · batch {batch}",
+                    self.report.longest(effort, "cells"),
+                    partial(self._measured, rows, opened, batch, side),
+                )
+                effort.cells[batch] = max(effort.cells.get(batch, 0.0), seconds)
+                self.report.add(cell)
+                self._gain(effort)
+
+    def _open_all(
+        self, model: nn.Module, plans: dict[str, Plan], blank: Row, effort: Effort, stack: ExitStack
+    ) -> tuple[dict[str, Opened], dict[str, Row]]:
+        """Opens and proves a group's plans: what is open, and a row for each that says what came of it."""
+        images = load_images(None, source_of(model).preprocessing, "float32", PARITY_IMAGES)
+        what = f"{blank.runtime} {blank.precision}"
+        lasting = blank.runtime not in IN_PROCESS
+        if not lasting:  # nothing of it outlives the call before the first cell
+            needed = [self._needed(effort, label) for label in plans]
+            self._hurry(sum(needed) + self.report.longest(effort, "cells"), f"Measure {blank.model} · {what}")
+        opened: dict[str, Opened] = {}
+        bases: dict[str, Row] = {}
+        for label, plan in plans.items():
+            base = blank.model_copy(update={"plan": label, "reason": None})
+            bases[label], seconds = self._step(
+                effort,
+                f"Build and prove {blank.model} {label} · {what}",
+                self._needed(effort, label),
+                partial(self._open, model, plan, base, images, opened, stack),
+            )
+            if bases[label].status == "measured":
+                known = effort.builds.get(label)
+                effort.builds[label] = max(known or 0.0, seconds)
+                if lasting and known is None:
+                    self._gain(effort)
+        return opened, bases
+
+    def _needed(self, effort: Effort, label: str) -> float:
+        """The seconds that opening a plan will about take: none to speak of for an engine that stands."""
+        if label in effort.builds:
+            return effort.builds[label] if effort.runtime in IN_PROCESS else 0.0
+        return self.report.longest(effort, "builds")
+
+    def _step(self, effort: Effort, title: str, needed: float, work: Callable[[], Result]) -> tuple[Result, float]:
+        """Does a step that must not be begun too late, and says how many seconds it took.
+
+        That it was begun is in the file first: a call that is killed over it leaves word.
+        """
+        self._hurry(needed, title)
+        self.advance(title)
+        if not self.trying:
+            self.trying = True
+            if effort not in self.report.efforts:
+                self.report.efforts.append(effort)
+            effort.tries += 1
+            effort.minutes = 0.0 if self.gained else self.minutes
+            self._write()
+        begin = time.monotonic()
+        try:
+            return work(), time.monotonic() - begin
+        except BaseException:  # Ctrl-C says nothing on how long it would have taken
+            effort.tries -= 1
+            self._write()
+            raise
+
+    def _gain(self, effort: Effort) -> None:
+        """Puts on file what the next call need not do again."""
+        self.gained, self.trying = True, False
+        effort.tries = 0
+        self._write()
+
+    def _overrun(self, effort: Effort) -> str | None:
+        """Why it is not tried again with so few minutes; None where it may be."""
+        if effort.tries < 2 or effort.minutes < self.minutes:
+            return None
+        return (
+            f"It does not fit in {effort.minutes:g} minutes: {effort.tries} calls ended before it was done, the last "
+            f"with all of them for it. `ztp gpu-report --retry --minutes {2 * effort.minutes:g}` gives it more."
+        )
 
     def _open(
         self, model: nn.Module, plan: Plan, row: Row, images: ImageSet, opened: dict[str, Opened], stack: ExitStack
@@ -278,7 +371,11 @@ class _Call:
                 update={"status": "missing" if missing else "failed", "reason": gpu_runtimes.reason(error)}
             )
         faults = [fault for edge in edges for fault in edge.faults]
-        found = {"worst_logit": edges[-1].worst_logit, "parity": "fails" if faults else "holds"}
+        found = {
+            "worst_logit": edges[-1].worst_logit,
+            "parity": "fails" if faults else "holds",
+            "calibration": one.calibration,
+        }
         if faults:
             return row.model_copy(update=found | {"status": "failed", "reason": f"parity: {faults[0].detail}"})
         opened[row.plan] = one
@@ -318,14 +415,17 @@ class _Call:
             rows[label] = rows[label].model_copy(update=update)
         return list(rows.values())
 
-    def _append(self, rows: list[Row]) -> None:
-        self.report.rows += rows
+    def _write(self) -> None:
         self.report.sessions[self._session].after = environment.gpu_state()
         write_text(self.path, self.report.to_json())
 
-    def _hurry(self, needed: float = 0.0) -> None:
-        if time.monotonic() + needed > self.deadline:
-            raise _OutOfTime
+    def _hurry(self, needed: float = 0.0, what: str = "") -> None:
+        """Ends the call where its time is spent, or too short for a step that the next has more for."""
+        left = self.begin + self.minutes * 60 - time.monotonic()
+        if left <= 0:
+            raise _OutOfTime(f"The {self.minutes:g} minutes are spent.")
+        if self.gained and needed > left:
+            raise _OutOfTime(f"{what}: about {needed:.0f} s are needed and {left:.0f} s are left.")
 
     def _model(self, name: str) -> nn.Module:
         if name not in self._models:
@@ -334,8 +434,7 @@ class _Call:
                 warnings.simplefilter("ignore", RandomWeightsWarning)  # every row says what its weights are
                 self._models[name] = self.grid.load(name, self.grid.weights)
             # What was measured with other weights is measured anew.
-            kind = source_of(self._models[name]).weights.kind
-            self.report.rows = [row for row in self.report.rows if row.model != name or row.weights == kind]
+            self._weights[name] = source_of(self._models[name]).weights.kind
         return self._models[name]
 
     @cached_property

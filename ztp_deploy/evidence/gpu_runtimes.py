@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ztp_deploy import backends, environment
 from ztp_deploy.errors import MissingSoftware, ZtpError
-from ztp_deploy.evidence.images import ImageSet
+from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
 from ztp_deploy.evidence.latency import wall_clock
 from ztp_deploy.evidence.parity import PARITY_FILE, Edge, ParityReport, check_parity, compare_with_eager
 from ztp_deploy.exporters import check_precision
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import lower
+from ztp_deploy.exporters.precision import PRECISIONS as FLOATING
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
@@ -44,7 +45,9 @@ class Job:
 
 
 class Opened(Protocol):
-    """A plan at work on the device."""
+    """A plan at work on the device; `calibration` is what its numbers were fitted to, None where they were not."""
+
+    calibration: str | None
 
     def run(self, images: Tensor) -> object:
         """Images [B, 3, H, W] on the device; all outputs stay there."""
@@ -56,15 +59,17 @@ class Opened(Protocol):
         """Frees it."""
 
 
+def precisions_of(runtime: str) -> tuple[str, ...]:
+    """The precisions that a runtime has anywhere."""
+    return FLOATING if runtime in IN_PROCESS else backends.get(runtime).PRECISIONS
+
+
 def unavailable(runtime: str, precision: str) -> str | None:
-    """Why a runtime cannot be measured here in that precision, as a sentence; None where it can."""
+    """Why a runtime cannot be measured here in one of its precisions, as a sentence; None where it can."""
     if runtime in IN_PROCESS:
         return None
-    if runtime not in backends.BACKENDS:
-        return f"this version of ztp_deploy has no back end {runtime}."
     try:
         module = backends.usable(runtime)
-        backends.check_precision(runtime, precision)
         check_precision(module.FORMAT, module.graph_precision(precision))
     except ZtpError as error:
         return str(error)
@@ -75,9 +80,8 @@ def version_of(runtime: str) -> str:
     """The version of what runs; empty where it is not installed."""
     if runtime in IN_PROCESS:
         return environment.installed("torch") or ""
-    if runtime not in backends.BACKENDS or backends.get(runtime).missing():
-        return ""
-    return backends.get(runtime).version()
+    module = backends.get(runtime)
+    return "" if module.missing() else module.version()
 
 
 def open_job(job: Job) -> Opened:
@@ -104,6 +108,8 @@ def _cuda_events(run: Callable[[], object]) -> float:
 
 class _Module:
     """The pruned module itself, plain or through torch.compile, lowered as the torch.export format is."""
+
+    calibration: str | None = None
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -168,6 +174,7 @@ class _Engine:
         graph_precision = module.graph_precision(job.precision)
         artifact = export_model(job.model, job.plan, request, module.FORMAT, graph_precision, clock)
         self._engine = build_engine(artifact, request, clock)
+        self.calibration = calibrated_on(self._engine.manifest.built)
         self._session = backends.load_engine(self._engine.directory)
         runner: Any = self._session._runner
         compute = getattr(runner, "run_tensors", None) or getattr(runner, "compute", None)
@@ -192,6 +199,12 @@ class _Engine:
 
     def close(self) -> None:
         self._session.close()
+
+
+def calibrated_on(built: dict[str, Any]) -> str | None:
+    """What an engine built on the default images was calibrated on, by which method and tool."""
+    found = built.get("calibration")
+    return found and f"{found['images']} {DEFAULT_ORIGIN} ({found['method']}, {found['tool']})"
 
 
 class _Silent:

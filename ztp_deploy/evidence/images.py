@@ -17,6 +17,7 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.models.base import Preprocessing
 
 DEFAULT_COUNT = 64
+DEFAULT_ORIGIN = "crops of scikit-learn's sample photographs"
 _CROP_SIDES = (160, 200, 240, 280, 320, 360, 400)
 
 Transform = Callable[[Image.Image], NDArray[Any]]
@@ -97,7 +98,7 @@ def load_images(
     if folder is None:
         crops = photograph_crops(count, first=0 if purpose == "check" else DEFAULT_COUNT)
         pixels = np.stack([transform(crop) for crop in crops.values()])
-        return ImageSet(pixels, tuple(crops), f"{count} crops of scikit-learn's sample photographs")
+        return ImageSet(pixels, tuple(crops), f"{count} {DEFAULT_ORIGIN}")
     root = Path(folder)
     files = image_files(root)
     chosen = [files[index] for index in _evenly(len(files), count)]

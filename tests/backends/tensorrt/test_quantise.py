@@ -393,13 +393,16 @@ def test_fp8_takes_the_largest_values_only(artifact, calibration, tmp_path, monk
 
 
 def test_fp8_needs_a_gpu_that_has_it(shared_engine, artifact, calibration, tmp_path, monkeypatch):
-    """Neither built on an older GPU nor opened there."""
+    """Neither asked for nor built on an older GPU, nor opened there."""
     stand_in(monkeypatch, None)
     backend = backends.get("tensorrt")
     monkeypatch.setattr(backend, "missing", lambda: None)
     monkeypatch.setattr(backend, "version", lambda: "11.4")
     monkeypatch.setattr(environment, "gpus", lambda: (GPU,))
-    with pytest.raises(MissingSoftware, match=r"capability 8\.9 or newer; this is NVIDIA RTX 3090 \(8\.6\)"):
+    refusal = r"capability 8\.9 or newer; this is NVIDIA RTX 3090 \(8\.6\)"
+    with pytest.raises(MissingSoftware, match=refusal):
+        backend.graph_precision("fp8")  # what is asked before a model is loaded
+    with pytest.raises(MissingSoftware, match=refusal):
         ztp.build(artifact, "tensorrt", precision="fp8", calibration=calibration, directory=tmp_path / "e")
     settings = backend.parse_settings({})
     changes = {"backend_version": "11.4", "settings": settings, "built": {}, "precision": "fp8"}

@@ -71,8 +71,9 @@ class TensorRT:
     def graph_precision(self, precision: str) -> str:
         """Networks are strongly typed: the graph carries the precision; int8 and fp8 are calibrated here.
 
-        Raises MissingSoftware where they are asked for without ModelOpt.
+        Raises MissingSoftware where they are asked for without ModelOpt, or fp8 beside a GPU that has none.
         """
+        check_gpu(precision)
         if precision in QUANTISED:
             quantise.require()
             return "fp32"
@@ -85,7 +86,6 @@ class TensorRT:
         """
         settings = Settings.model_validate(job.settings)
         manifest = job.artifact.manifest
-        check_gpu(job.precision)
         derived = quantise.derive(job, settings) if job.precision in QUANTISED else None
         graph = (job.directory if derived else job.artifact.directory) / GRAPH_FILE
         shipped = with_batch(onnx.load(str(graph), load_external_data=False), job.batch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ztp_deploy.evidence.gpu_report import GpuReport, Row
+from ztp_deploy.evidence.gpu_report import PRECISIONS
+from ztp_deploy.evidence.gpu_rows import GpuReport, Row
+from ztp_deploy.evidence.gpu_runtimes import RUNTIMES
 from ztp_deploy.evidence.report.markdown import speedup_text
 
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
@@ -10,8 +12,19 @@ _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 def render_gpu_report(report: GpuReport) -> str:
     """The table that the README shows: a line a model, runtime, precision and batch, a column a plan; then what is missing."""
-    measured = [row for row in report.rows if row.status == "measured" and row.median is not None]
-    plans = list(dict.fromkeys(row.plan for row in report.rows if row.plan != "dense"))
+    latest = report.latest()
+    models = [row.model for row in latest]
+    # In the order of the grid: what was tried again stands at the end of the file.
+    measured = sorted(
+        (row for row in latest if row.status == "measured"),
+        key=lambda row: (
+            models.index(row.model),
+            RUNTIMES.index(row.runtime),
+            PRECISIONS.index(row.precision),
+            row.batch,
+        ),
+    )
+    plans = list(dict.fromkeys(row.plan for row in latest if row.plan != "dense"))
     head = ["model", "runtime", "precision", "batch", "dense: ms an image", *(f"{plan} over dense" for plan in plans)]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---:|---:|" + "---|" * len(plans)]
     for cell in dict.fromkeys((row.model, row.runtime, row.precision, row.batch) for row in measured):
@@ -20,7 +33,7 @@ def render_gpu_report(report: GpuReport) -> str:
         time = "" if dense is None or dense.median is None else f"{dense.median / dense.batch:.3f}"
         values = [*map(str, cell), time, *(_gain(rows.get(plan)) for plan in plans)]
         lines.append(f"| {' | '.join(values)} |")
-    return "\n".join([*lines, "", *_absent(report), *_machine(report)]) + "\n"
+    return "\n".join([*lines, "", *_absent(latest), *_machine(report, measured)]) + "\n"
 
 
 def _gain(row: Row | None) -> str:
@@ -32,22 +45,27 @@ def _gain(row: Row | None) -> str:
     return text if row.speedup.verdict == "measured" else f"{text} inconclusive"
 
 
-def _absent(report: GpuReport) -> list[str]:
-    """One bullet a runtime and reason, with how many rows it stands for."""
-    counts: dict[tuple[str, str, str], int] = {}
-    for row in report.rows:
+def _absent(rows: list[Row]) -> list[str]:
+    """One bullet a runtime and reason, with the precisions and how many rows it stands for."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
         if row.status != "measured":
-            what = (row.runtime, row.status, row.reason or "")
-            counts[what] = counts.get(what, 0) + 1
-    return [f"- {runtime}, {status} ({count} rows): {reason}" for (runtime, status, reason), count in counts.items()]
+            found.setdefault((row.runtime, row.status, row.reason or ""), []).append(row.precision)
+    return [
+        f"- {runtime} {', '.join(dict.fromkeys(precisions))}, {status} ({len(precisions)} rows): {reason}"
+        for (runtime, status, reason), precisions in found.items()
+    ]
 
 
-def _machine(report: GpuReport) -> list[str]:
-    versions = {row.runtime: row.version for row in report.rows if row.status == "measured"}
+def _machine(report: GpuReport, measured: list[Row]) -> list[str]:
+    versions = dict.fromkeys(f"{row.runtime} {row.version}" for row in measured)
     lines = [f"- GPU: {report.gpu}. Timed with {report.clock}, inputs on the device, outputs left there."]
     if versions:
-        lines.append(f"- {', '.join(f'{runtime} {version}' for runtime, version in versions.items())}.")
-    if any(row.weights == "random" for row in report.rows):
+        lines.append(f"- {', '.join(versions)}.")
+    for calibration in dict.fromkeys(row.calibration for row in measured if row.calibration):
+        precisions = dict.fromkeys(row.precision for row in measured if row.calibration == calibration)
+        lines.append(f"- {' and '.join(precisions)}: calibrated on {calibration}; accuracy takes images of your own.")
+    if any(row.weights == "random" for row in measured):
         lines.append("- Random weights: latency is real, predictions mean nothing.")
     if report.sessions:
         first, last = report.sessions[0].before, report.sessions[-1].after
