@@ -39,7 +39,7 @@ def ztp(monkeypatch, capsys, tmp_path):
 def made(tmp_path_factory):
     """`ztp engine` from a name, once: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("made")
-    command = [sys.executable, "-m", "ztp_deploy.cli", "engine", "--model", "deit_t", "--ratio", "0.7"]
+    command = [sys.executable, "-m", "ztp_deploy", "engine", "--model", "deit_t", "--ratio", "0.7"]
     command += ["--weights", "random", "--batches", "1,2", "--seconds", "0.5", "--batch", "1:2:4"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     return folder, done
@@ -404,7 +404,7 @@ def test_recipes_and_profiles(ztp, tmp_path):
 
 @pytest.mark.parametrize("seconds", [1.0, 4.0, 7.0])
 def test_interrupts_return_130_and_leave_nothing_partial(tmp_path, seconds):
-    command = [sys.executable, "-m", "ztp_deploy.cli", "engine", "-m", "deit_t", "-r", "0.7", "--weights", "random"]
+    command = [sys.executable, "-m", "ztp_deploy", "engine", "-m", "deit_t", "-r", "0.7", "--weights", "random"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -415,6 +415,25 @@ def test_interrupts_return_130_and_leave_nothing_partial(tmp_path, seconds):
     assert not list(tmp_path.rglob("*.partial"))
     for folder in tmp_path.glob("e*/**/manifest.json"):
         assert json.loads(folder.read_text())["seal"]
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_answered():
+    script = """
+import os, signal, sys
+from ztp_deploy import __main__
+
+class Press:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "ztp_deploy.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Press)
+__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script, "list"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "Interrupted; nothing was begun.\n"
 
 
 def test_the_command_line_starts_without_engine_libraries():

@@ -38,7 +38,7 @@ def test_the_shipped_classifier_reads_as_many_as_recorded(weights):
     """Each test scan once; random weights fall far outside."""
     data = study.sheet("test", 597)
     classifier = models.load_model("vit_digits", weights=weights)
-    right = hits(study.logits_of(classifier, data.images), data.labels)
+    right = hits(study.logits_of(classifier, data.pixels), data.labels)
     found = wilson(int(right.sum()), 597)
     recorded = study.read_study(DOCS / "accuracy" / "vit_digits--dense--test.json").dense_top1.share
     assert (found.low < recorded < found.high) == (weights == "pretrained")
