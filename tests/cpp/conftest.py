@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 SOURCE = Path(ztp.__file__).parent / "cpp"
 PACKAGES = {"g++": "g++", "cmake": "cmake", "ninja": "ninja-build"}
 HEADERS = {"nlohmann/json.hpp": "nlohmann-json3-dev", "stb/stb_image.h": "libstb-dev"}
+# AMD's quantiser carries the C header of Microsoft's 1.17, unchanged; nothing else of the package is used.
+ORT_HEADERS = Path(sys.prefix) / "onnxruntime-headers"
 # Fast to compile, still with the warnings that optimising finds, and with lines for valgrind.
 FLAGS = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -g1", f"-DPython3_EXECUTABLE={sys.executable}"]
 
@@ -85,6 +87,12 @@ def require_tools() -> None:
             pytest.skip(f"{header} is not installed: apt-get install {package}")
 
 
+def onnxruntime_header() -> Path | None:
+    """The folder of ONNX Runtime's C header: `ORT_ROOT`, else where `make setup` puts it; None where it is not."""
+    root = Path(os.environ.get("ORT_ROOT", ORT_HEADERS))
+    return next((path.parent for path in root.rglob("onnxruntime_c_api.h")), None)
+
+
 def build_runtime(scratch: Path, *definitions: object) -> Runtime:
     """Builds with warnings as errors, installs, and builds the consumer against what was installed."""
     said = cmake(SOURCE, scratch / "build", "-DZTP_STRICT=ON", *definitions)
@@ -102,8 +110,10 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     require_tools()
     if find_spec("openvino") is None:
         pytest.skip("openvino is not installed: pip install openvino")
-    scratch = tmp_path_factory.mktemp("cpp")
-    return build_runtime(scratch, "-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", "-DZTP_WITH_AOTINDUCTOR=OFF")
+    header = onnxruntime_header()
+    onnxruntime = ["-DZTP_WITH_ONNXRUNTIME=ON", f"-DORT_ROOT={header}"] if header else ["-DZTP_WITH_ONNXRUNTIME=OFF"]
+    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", "-DZTP_WITH_AOTINDUCTOR=OFF", *onnxruntime]
+    return build_runtime(tmp_path_factory.mktemp("cpp"), *options)
 
 
 def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path:
@@ -121,6 +131,26 @@ def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path
 def openvino_engine(openvino_engine: ztp.backends.Engine) -> Path:
     """The OpenVINO engine's folder."""
     return openvino_engine.directory
+
+
+def needs_onnxruntime(runtime: Runtime) -> None:
+    """Skips where there was no header to compile the back end with."""
+    if "onnxruntime" not in runtime.backends:
+        pytest.skip(f"onnxruntime_c_api.h is not in {ORT_HEADERS}: make setup puts it there, or set ORT_ROOT")
+
+
+@pytest.fixture(params=["openvino", "onnxruntime"])
+def back_end(request: pytest.FixtureRequest, runtime: Runtime) -> str:
+    """Each back end that the shared library opens."""
+    if request.param == "onnxruntime":
+        needs_onnxruntime(runtime)
+    return str(request.param)
+
+
+@pytest.fixture
+def engine(back_end: str, openvino_engine: Path, shared_engine: ztp.backends.Engine) -> Path:
+    """An engine's folder for each of them, from one graph."""
+    return {"openvino": openvino_engine, "onnxruntime": shared_engine.directory}[back_end]
 
 
 @pytest.fixture

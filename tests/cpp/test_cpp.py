@@ -17,7 +17,16 @@ from safetensors.numpy import load_file, save_file
 import ztp_deploy as ztp
 from tests import tiny
 from tests.cpp import toys
-from tests.cpp.conftest import HERE, SOURCE, build_runtime, command, manifest_of, require_tools, reseal
+from tests.cpp.conftest import (
+    HERE,
+    SOURCE,
+    build_runtime,
+    command,
+    manifest_of,
+    needs_onnxruntime,
+    require_tools,
+    reseal,
+)
 from ztp_deploy.errors import ZtpError
 from ztp_deploy.evidence.images import photograph_crops, transform_for
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
@@ -38,34 +47,25 @@ def python_refusal(directory):
     return caught.value.problem, caught.value.exit_code
 
 
-@pytest.fixture
-def engines(runtime, openvino_engine, shared_engine):
-    """Every engine this build can open, by back end."""
-    known = {"openvino": openvino_engine, "onnxruntime": shared_engine.directory}
-    return {name: known[name] for name in runtime.backends if name in known}
-
-
 # --- results -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_results_equal_pythons(runtime, engines, pruned, tmp_path, batch):
+def test_results_equal_pythons(runtime, engine, pruned, tmp_path, batch):
     images = tiny.images(batch, seed=batch)
     with torch.inference_mode():
         expected = pruned.run(torch.from_numpy(images))
-    assert "openvino" in engines
-    for engine in engines.values():
-        logits, kept = runtime.outputs(engine, images, tmp_path)
-        np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=1e-4, atol=1e-4)
-        assert [k.tolist() for k in kept] == [k.sort(1).values.tolist() for k in expected.kept]
+    logits, kept = runtime.outputs(engine, images, tmp_path)
+    np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=1e-4, atol=1e-4)
+    assert [k.tolist() for k in kept] == [k.sort(1).values.tolist() for k in expected.kept]
 
 
 @pytest.mark.parametrize("method, options", [("evit", {"fuse": True}), ("ats", {"form": "masked"})])
-def test_merged_and_masked_tokens_come_as_python_says_them(runtime, model, tmp_path, method, options):
+def test_merged_and_masked_tokens_come_as_python_says_them(runtime, back_end, model, tmp_path, method, options):
     """What merged into what is Python's gate's own business; positions of tokens made anew and masked slots are not."""
     plan = ztp.make_plan(model, method, keep=[27, 18], sites=[2, 3], options=options)
     artifact = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "artifact")
-    engine = ztp.build(artifact, "openvino", batch=(1, 4, 8), directory=tmp_path / "engine")
+    engine = ztp.build(artifact, back_end, device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
     images = tiny.images(3)
     with ztp.load_engine(engine.directory) as session:
         expected = session.run(images)
@@ -78,8 +78,8 @@ def test_merged_and_masked_tokens_come_as_python_says_them(runtime, model, tmp_p
     assert runtime.run(engine.directory, "--selftest").returncode == 0
 
 
-def test_uint8_engines_take_pixels(runtime, shared_engine, tmp_path):
-    engine = toys.openvino_toy(tmp_path / "toy", shared_engine.directory, "uint8")
+def test_uint8_engines_take_pixels(runtime, back_end, shared_engine, tmp_path):
+    engine = toys.toy(back_end, tmp_path / "toy", shared_engine.directory, "uint8")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, toys.SIZE, toys.SIZE), dtype=np.uint8)
     logits, kept = runtime.outputs(engine, pixels, tmp_path)
     expected_logits, expected_kept = toys.expected(pixels)
@@ -98,9 +98,8 @@ def test_uint8_engines_take_pixels(runtime, shared_engine, tmp_path):
     assert [len(top) for top in shown] == [3, 3]
 
 
-def test_threads_get_their_own_results(runtime, engines, tmp_path):
-    for engine in engines.values():
-        runtime.outputs(engine, tiny.images(4), tmp_path, threads=4)  # asserts that no run differed
+def test_threads_get_their_own_results(runtime, engine, tmp_path):
+    runtime.outputs(engine, tiny.images(4), tmp_path, threads=4)  # asserts that no run differed
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -165,17 +164,16 @@ def test_broken_json_is_refused(runtime, damaged):
 @pytest.mark.parametrize(
     "images", [tiny.images(9), tiny.images(1).astype(np.uint8), np.full((1, 3, 96, 96), np.nan, np.float32)]
 )
-def test_wrong_input_is_refused_in_pythons_words(runtime, engines, shared_engine, tmp_path, images):
-    with ztp.load_engine(shared_engine.directory) as session, pytest.raises(ZtpError) as caught:
+def test_wrong_input_is_refused_in_pythons_words(runtime, engine, tmp_path, images):
+    with ztp.load_engine(engine) as session, pytest.raises(ZtpError) as caught:
         session.run(images)
-    for engine in engines.values():
-        done = runtime.consume(engine, images, tmp_path)
-        assert (done.stderr.splitlines()[0], done.returncode) == (caught.value.problem, caught.value.exit_code)
+    done = runtime.consume(engine, images, tmp_path)
+    assert (done.stderr.splitlines()[0], done.returncode) == (caught.value.problem, caught.value.exit_code)
 
 
-def test_large_but_finite_pixels_pass(runtime, openvino_engine, tmp_path):
+def test_large_but_finite_pixels_pass(runtime, engine, tmp_path):
     huge = np.full((1, 3, 96, 96), 1e38, np.float32)
-    assert runtime.consume(openvino_engine, huge, tmp_path).returncode == 0
+    assert runtime.consume(engine, huge, tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -229,6 +227,26 @@ def test_a_half_written_graph_is_named(runtime, openvino_engine, tmp_path):
     assert code == 3
 
 
+def test_what_onnxruntime_cannot_open_is_named(runtime, shared_engine, tmp_path):
+    needs_onnxruntime(runtime)
+    copy = Path(shutil.copytree(shared_engine.directory, tmp_path / "copy"))
+    (copy / "model.onnx").write_bytes((copy / "model.onnx").read_bytes()[:1000])
+    reseal(copy)
+    problem, code = refusal(runtime.run(copy, "--selftest", "--json"))
+    assert problem.startswith(f"ONNX Runtime cannot open {copy}/model.onnx: ")
+    assert code == 2
+    shutil.copy(shared_engine.directory / "model.onnx", copy / "model.onnx")
+    reseal(copy, provider="NPUExecutionProvider")
+    problem, code = refusal(runtime.run(copy, "--selftest", "--json"))
+    assert problem.startswith("This engine was built for ONNX Runtime's NPUExecutionProvider; the C++ runtime uses ")
+    assert code == 2
+    if not torch.cuda.is_available():
+        reseal(copy, provider="CUDAExecutionProvider")
+        problem, code = refusal(runtime.run(copy, "--selftest", "--json"))
+        assert problem.startswith("This engine was built for a GPU, and ONNX Runtime cannot use one here: ")
+        assert code == 3
+
+
 def test_seals_hold_for_anything_json_can_say(runtime, openvino_engine, tmp_path):
     """The C++ side writes JSON anew to check the seal; unknown keys are sealed and otherwise left alone."""
     engine = tmp_path / "engine"
@@ -269,12 +287,10 @@ def test_the_self_test_holds(runtime, recorded):
     assert "Self-test holds: 2 images" in runtime.run(engine, "--selftest").stdout
 
 
-def test_what_python_recorded_holds_where_it_was_recorded(runtime, damaged):
-    if "onnxruntime" not in runtime.backends:
-        assert refusal(runtime.run(damaged, "--selftest", "--json"))[1] == 3
-        return
-    write_selftest(damaged, tiny.images(2))
-    assert json.loads(runtime.run(damaged, "--selftest", "--json").stdout)["worst_logit"] < 1e-4
+def test_what_python_recorded_holds_where_it_was_recorded(runtime, engine, tmp_path):
+    copy = Path(shutil.copytree(engine, tmp_path / "copy"))
+    write_selftest(copy, tiny.images(2))
+    assert json.loads(runtime.run(copy, "--selftest", "--json").stdout)["worst_logit"] < 1e-4
 
 
 def doctored_logits(record):

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx.parser
 
 from tests.cpp.conftest import reseal
 
 SIZE = 16
+
+
+def toy(back_end: str, directory: Path, like: Path, dtype: str = "float32") -> Path:
+    """The toy for a back end, with the manifest of `like` fitted to it."""
+    return {"openvino": openvino_toy, "onnxruntime": onnxruntime_toy}[back_end](directory, like, dtype)
 
 
 def interface(dtype: str) -> dict[str, object]:
@@ -36,3 +42,22 @@ def openvino_toy(directory: Path, like: Path, dtype: str = "float32") -> Path:
     model = openvino.Model([logits.output(0), kept.output(1)], [images])
     openvino.save_model(model, directory / "model.xml", compress_to_fp16=False)
     return reseal(directory, like, backend="openvino", provider="CPU", settings={}, **interface(dtype))
+
+
+def onnxruntime_toy(directory: Path, like: Path, dtype: str = "float32") -> Path:
+    """The toy for ONNX Runtime, with the manifest of `like` fitted to it."""
+    kind = {"float32": "float", "uint8": "uint8"}[dtype]
+    graph = onnx.parser.parse_model(f"""
+        <ir_version: 10, opset_import: ["" : 18]>
+        toy ({kind}[batch, 3, {SIZE}, {SIZE}] images) => (float[batch, 3] logits, int32[batch, 2] kept_1)
+        <int64[2] axes = {{2, 3}}, int64[1] two = {{2}}> {{
+            floats = Cast <to = 1> (images)
+            logits = ReduceMean <keepdims = 0> (floats, axes)
+            largest, places = TopK <axis = 1> (logits, two)
+            kept_1 = Cast <to = 6> (places)
+        }}""")
+    directory.mkdir()
+    onnx.save_model(graph, str(directory / "model.onnx"))
+    settings = {"threads": 1, "spin_between_runs": False}
+    described = {"backend": "onnxruntime", "provider": "CPUExecutionProvider", "settings": settings}
+    return reseal(directory, like, **described, **interface(dtype))
