@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -43,6 +43,14 @@ def cmake(source: Path, build: Path, *definitions: object) -> str:
     return configured.stdout
 
 
+class Outputs(NamedTuple):
+    """What `ztp::Outputs` held."""
+
+    logits: np.ndarray
+    kept: list[np.ndarray]
+    assignment: list[np.ndarray]
+
+
 @dataclass(frozen=True)
 class Runtime:
     """A built and installed runtime, and the program of tests/cpp/consumer on top of it."""
@@ -56,17 +64,20 @@ class Runtime:
         """`ztp-run …` from the build tree."""
         return command(self.build / "run" / "ztp-run", *arguments)
 
-    def outputs(
-        self, engine: Path, images: np.ndarray, scratch: Path, *, threads: int = 0
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits and kept tokens of one run through the installed library."""
+    def outputs(self, engine: Path, images: np.ndarray, scratch: Path, *, threads: int = 0) -> Outputs:
+        """One run through the installed library."""
         done = self.consume(engine, images, scratch, threads=threads)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["different"] == 0
         batch = len(images)
-        logits = np.array(found["logits"], np.float32).reshape(batch, found["classes"])
-        return logits, [np.array(kept, np.int32).reshape(batch, -1) for kept in found["kept"]]
+        return Outputs(
+            np.array(found["logits"], np.float32).reshape(batch, found["classes"]),
+            *(
+                [np.array(stage, np.int32).reshape(batch, -1) for stage in found[name]]
+                for name in ("kept", "assignment")
+            ),
+        )
 
     def consume(
         self, engine: Path, images: np.ndarray, scratch: Path, *, threads: int = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx.parser
@@ -17,9 +19,9 @@ def toy(back_end: str, directory: Path, like: Path, dtype: str = "float32") -> P
     return {"openvino": openvino_toy, "onnxruntime": onnxruntime_toy}[back_end](directory, like, dtype)
 
 
-def interface(dtype: str) -> dict[str, object]:
+def interface(dtype: str, outputs: Sequence[str] = ("logits", "kept_1")) -> dict[str, object]:
     """The entries of a manifest that say what goes in and what comes out."""
-    return {"outputs": ["logits", "kept_1"], "input": {"name": "images", "dtype": dtype, "size": SIZE}}
+    return {"outputs": list(outputs), "input": {"name": "images", "dtype": dtype, "size": SIZE}}
 
 
 def expected(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -30,18 +32,35 @@ def expected(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def openvino_toy(directory: Path, like: Path, dtype: str = "float32") -> Path:
     """The toy for OpenVINO, with the manifest of `like` fitted to it."""
-    import openvino
     from openvino import opset13 as op
 
     images = op.parameter([-1, 3, SIZE, SIZE], np.dtype(dtype), name="images")
     logits = op.reduce_mean(op.convert(images, "f32"), np.array([2, 3]), False)
     kept = op.topk(logits, np.array(2), 1, "max", "value", index_element_type="i32")
-    for output, name in ((images.output(0), "images"), (logits.output(0), "logits"), (kept.output(1), "kept_1")):
+    return _save(directory, like, images, {"logits": logits.output(0), "kept_1": kept.output(1)}, dtype)
+
+
+def telling_toy(directory: Path, like: Path, kept: Sequence[np.ndarray], merged: Sequence[np.ndarray]) -> Path:
+    """One for OpenVINO that says of its tokens what it is told, whatever the images: [B, k] int32 by stage."""
+    from openvino import opset13 as op
+
+    images = op.parameter([-1, 3, SIZE, SIZE], np.dtype("float32"), name="images")
+    outputs = {"logits": op.reduce_mean(images, np.array([2, 3]), False).output(0)}
+    for kind, stages in (("kept", kept), ("merged", merged)):
+        outputs |= {f"{kind}_{i}": op.constant(stage).output(0) for i, stage in enumerate(stages, start=1)}
+    return _save(directory, like, images, outputs, "float32")
+
+
+def _save(directory: Path, like: Path, images: Any, outputs: dict[str, Any], dtype: str) -> Path:
+    import openvino
+
+    for name, output in {"images": images.output(0), **outputs}.items():
         output.tensor.set_names({name})
     directory.mkdir()
-    model = openvino.Model([logits.output(0), kept.output(1)], [images])
+    model = openvino.Model(list(outputs.values()), [images])
     openvino.save_model(model, directory / "model.xml", compress_to_fp16=False)
-    return reseal(directory, like, backend="openvino", provider="CPU", settings={}, **interface(dtype))
+    described = {"backend": "openvino", "provider": "CPU", "settings": {}}
+    return reseal(directory, like, **described, **interface(dtype, list(outputs)))
 
 
 def onnxruntime_toy(directory: Path, like: Path, dtype: str = "float32") -> Path:

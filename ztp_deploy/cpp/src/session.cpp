@@ -83,15 +83,6 @@ void check_finite(const float* images, std::size_t values) {
                    "Check where the images come from.");
 }
 
-/// Engines may keep tokens in any order; users see them ascending.
-Outputs ascending(Outputs outputs) {
-  for (std::vector<std::int32_t>& kept : outputs.kept) {
-    const auto tokens = static_cast<std::ptrdiff_t>(kept.size() / outputs.batch);
-    for (auto image = kept.begin(); image != kept.end(); image += tokens) std::sort(image, image + tokens);
-  }
-  return outputs;
-}
-
 }  // namespace
 
 class Session::Implementation {
@@ -101,7 +92,7 @@ class Session::Implementation {
 
   const EngineFolder& folder() const noexcept { return folder_; }
 
-  Outputs run(const void* images, std::size_t batch) const { return ascending(runner_->run(images, batch)); }
+  Outputs run(const void* images, std::size_t batch) const { return runner_->run(images, batch); }
 
  private:
   EngineFolder folder_;
