@@ -110,7 +110,7 @@ def build_runtime(scratch: Path, *definitions: object) -> Runtime:
     installed = command("cmake", "--install", scratch / "build", "--prefix", scratch / "prefix")
     assert installed.returncode == 0, installed.stderr
     cmake(HERE / "consumer", scratch / "consumer", f"-DCMAKE_PREFIX_PATH={scratch / 'prefix'}")
-    known = ("aotinductor", "onnxruntime", "openvino", "tensorrt")
+    known = ("aotinductor", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
     found = tuple(name for name in known if f"  {name}: yes" in said)
     return Runtime(scratch / "build", scratch / "prefix", scratch / "consumer" / "consumer", found)
 

@@ -600,7 +600,7 @@ def test_aotinductor_with_a_static_runtime(aotinductor_engine, pruned, tmp_path)
     """The other way to build, and libtorch, whose presence would slow valgrind down in the shared one."""
     require_tools()
     options = ["-DBUILD_SHARED_LIBS=OFF", "-DZTP_BUILD_RUN=OFF", "-DZTP_WITH_AOTINDUCTOR=ON"]
-    others = [f"-DZTP_WITH_{name}=OFF" for name in ("OPENVINO", "ONNXRUNTIME", "TENSORRT")]
+    others = [f"-DZTP_WITH_{name}=OFF" for name in ("OPENVINO", "ONNXRUNTIME", "TENSORRT", "TENSORRT_RTX")]
     runtime = build_runtime(tmp_path, *options, *others)
     assert runtime.backends == ("aotinductor",)
     engine = Path(shutil.copytree(aotinductor_engine.directory, tmp_path / "engine"))
