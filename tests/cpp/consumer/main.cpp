@@ -30,8 +30,8 @@ std::size_t runs_that_differ(const ztp::Session& session, const std::vector<T>& 
     running.emplace_back([&, i] {
       for (int repeat = 0; repeat < 20; ++repeat) {
         const ztp::Outputs found = session.run(images.data() + i * image, 1);
-        different += found.logits != alone[i].logits || found.kept != alone[i].kept ||
-                     found.assignment != alone[i].assignment;
+        different +=
+            found.logits != alone[i].logits || found.kept != alone[i].kept || found.assignment != alone[i].assignment;
       }
     });
   }

@@ -9,9 +9,8 @@ namespace ztp {
 
 /// Tokens of every stage, for a batch, in the engine's slot order.
 struct Slots {
-  std::vector<std::vector<std::int32_t>> kept;  ///< [batch, k] positions, -1 masked
-  std::vector<std::vector<std::int32_t>>
-      merged;  ///< [batch, n] the slots that entering slots went into; empty: none did
+  std::vector<std::vector<std::int32_t>> kept;    ///< [batch, k] positions, -1 masked
+  std::vector<std::vector<std::int32_t>> merged;  ///< [batch, n] slots that entering ones went into; empty: none did
 };
 
 /// Fills `kept` and `assignment` of outputs whose `batch` is set. Throws GateFailed where tokens cannot be.
