@@ -97,13 +97,15 @@ lock: $(READY)  ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	    uv pip compile - --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url \
 	        -o tests/backends/tensorrt/harness/bindings-$${release%%.*}.lock; \
 	done
+	echo "amd-quark==0.6.0" | uv pip compile - --no-deps --universal --python-version 3.11 --generate-hashes \
+	    --no-header --no-annotate --no-emit-index-url -o tests/cpp/onnxruntime-headers.lock
 
 clean:  ## Remove .venv and everything that was exported or built
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
 	find export engines -mindepth 1 -maxdepth 1 ! -name README.md ! -name '*.toml' ! -name evidence -exec rm -rf {} +
 
 # Made whole or not at all: the stamp comes last, and an interrupted set-up starts over.
-$(READY): requirements.lock pyproject.toml $(wildcard tests/backends/tensorrt/harness/*.lock)
+$(READY): requirements.lock pyproject.toml $(wildcard tests/backends/tensorrt/harness/*.lock tests/cpp/*.lock)
 	@test -n "$(PYTHON)" || { echo "ztp_deploy needs Python 3.11 or newer and found none: install one (apt-get install python3) or name it with PYTHON=/path/to/python3." >&2; exit 3; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ztp_deploy needs Python 3.11 or newer; $(PYTHON) is older or no Python: install one or name it with PYTHON=/path/to/python3." >&2; exit 3; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "This Python has no venv module: apt-get install python3-venv (Debian, Ubuntu), then run make again." >&2; exit 3; }
@@ -115,6 +117,8 @@ $(READY): requirements.lock pyproject.toml $(wildcard tests/backends/tensorrt/ha
 	    $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
 	        --target $(VENV)/tensorrt-$$release -r tests/backends/tensorrt/harness/bindings-$$release.lock || exit 1; \
 	done
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
+	    --target $(VENV)/onnxruntime-headers -r tests/cpp/onnxruntime-headers.lock
 	@if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; then \
 	    echo "There is a GPU: installing TensorRT for it …"; \
 	    $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "tensorrt>=10.12" \

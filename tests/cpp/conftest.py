@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 SOURCE = Path(ztp.__file__).parent / "cpp"
 PACKAGES = {"g++": "g++", "cmake": "cmake", "ninja": "ninja-build"}
 HEADERS = {"nlohmann/json.hpp": "nlohmann-json3-dev", "stb/stb_image.h": "libstb-dev"}
+# AMD's quantiser carries the C header of Microsoft's 1.17, unchanged; nothing else of the package is used.
+ORT_HEADERS = Path(sys.prefix) / "onnxruntime-headers"
 # Fast to compile, still with the warnings that optimising finds, and with lines for valgrind.
 FLAGS = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -g1", f"-DPython3_EXECUTABLE={sys.executable}"]
 
@@ -41,6 +43,14 @@ def cmake(source: Path, build: Path, *definitions: object) -> str:
     return configured.stdout
 
 
+class Outputs(NamedTuple):
+    """What `ztp::Outputs` held."""
+
+    logits: np.ndarray
+    kept: list[np.ndarray]
+    assignment: list[np.ndarray]
+
+
 @dataclass(frozen=True)
 class Runtime:
     """A built and installed runtime, and the program of tests/cpp/consumer on top of it."""
@@ -54,17 +64,20 @@ class Runtime:
         """`ztp-run …` from the build tree."""
         return command(self.build / "run" / "ztp-run", *arguments)
 
-    def outputs(
-        self, engine: Path, images: np.ndarray, scratch: Path, *, threads: int = 0
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Logits and kept tokens of one run through the installed library."""
+    def outputs(self, engine: Path, images: np.ndarray, scratch: Path, *, threads: int = 0) -> Outputs:
+        """One run through the installed library."""
         done = self.consume(engine, images, scratch, threads=threads)
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert found["different"] == 0
         batch = len(images)
-        logits = np.array(found["logits"], np.float32).reshape(batch, found["classes"])
-        return logits, [np.array(kept, np.int32).reshape(batch, -1) for kept in found["kept"]]
+        return Outputs(
+            np.array(found["logits"], np.float32).reshape(batch, found["classes"]),
+            *(
+                [np.array(stage, np.int32).reshape(batch, -1) for stage in found[name]]
+                for name in ("kept", "assignment")
+            ),
+        )
 
     def consume(
         self, engine: Path, images: np.ndarray, scratch: Path, *, threads: int = 0
@@ -85,13 +98,19 @@ def require_tools() -> None:
             pytest.skip(f"{header} is not installed: apt-get install {package}")
 
 
+def onnxruntime_header() -> Path | None:
+    """The folder of ONNX Runtime's C header: `ORT_ROOT`, else where `make setup` puts it; None where it is not."""
+    root = Path(os.environ.get("ORT_ROOT", ORT_HEADERS))
+    return next((path.parent for path in root.rglob("onnxruntime_c_api.h")), None)
+
+
 def build_runtime(scratch: Path, *definitions: object) -> Runtime:
     """Builds with warnings as errors, installs, and builds the consumer against what was installed."""
     said = cmake(SOURCE, scratch / "build", "-DZTP_STRICT=ON", *definitions)
     installed = command("cmake", "--install", scratch / "build", "--prefix", scratch / "prefix")
     assert installed.returncode == 0, installed.stderr
     cmake(HERE / "consumer", scratch / "consumer", f"-DCMAKE_PREFIX_PATH={scratch / 'prefix'}")
-    known = ("aotinductor", "onnxruntime", "openvino", "tensorrt")
+    known = ("aotinductor", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
     found = tuple(name for name in known if f"  {name}: yes" in said)
     return Runtime(scratch / "build", scratch / "prefix", scratch / "consumer" / "consumer", found)
 
@@ -102,8 +121,10 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     require_tools()
     if find_spec("openvino") is None:
         pytest.skip("openvino is not installed: pip install openvino")
-    scratch = tmp_path_factory.mktemp("cpp")
-    return build_runtime(scratch, "-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", "-DZTP_WITH_AOTINDUCTOR=OFF")
+    header = onnxruntime_header()
+    onnxruntime = ["-DZTP_WITH_ONNXRUNTIME=ON", f"-DORT_ROOT={header}"] if header else ["-DZTP_WITH_ONNXRUNTIME=OFF"]
+    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", "-DZTP_WITH_AOTINDUCTOR=OFF", *onnxruntime]
+    return build_runtime(tmp_path_factory.mktemp("cpp"), *options)
 
 
 def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path:
@@ -121,6 +142,26 @@ def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path
 def openvino_engine(openvino_engine: ztp.backends.Engine) -> Path:
     """The OpenVINO engine's folder."""
     return openvino_engine.directory
+
+
+def needs_onnxruntime(runtime: Runtime) -> None:
+    """Skips where there was no header to compile the back end with."""
+    if "onnxruntime" not in runtime.backends:
+        pytest.skip(f"onnxruntime_c_api.h is not in {ORT_HEADERS}: make setup puts it there, or set ORT_ROOT")
+
+
+@pytest.fixture(params=["openvino", "onnxruntime"])
+def back_end(request: pytest.FixtureRequest, runtime: Runtime) -> str:
+    """Each back end that the shared library opens."""
+    if request.param == "onnxruntime":
+        needs_onnxruntime(runtime)
+    return str(request.param)
+
+
+@pytest.fixture
+def engine(back_end: str, openvino_engine: Path, shared_engine: ztp.backends.Engine) -> Path:
+    """An engine's folder for each of them, from one graph."""
+    return {"openvino": openvino_engine, "onnxruntime": shared_engine.directory}[back_end]
 
 
 @pytest.fixture

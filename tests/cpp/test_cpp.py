@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -17,10 +18,20 @@ from safetensors.numpy import load_file, save_file
 import ztp_deploy as ztp
 from tests import tiny
 from tests.cpp import toys
-from tests.cpp.conftest import HERE, SOURCE, build_runtime, command, manifest_of, require_tools, reseal
+from tests.cpp.conftest import (
+    HERE,
+    SOURCE,
+    build_runtime,
+    command,
+    manifest_of,
+    needs_onnxruntime,
+    require_tools,
+    reseal,
+)
 from ztp_deploy.errors import ZtpError
 from ztp_deploy.evidence.images import photograph_crops, transform_for
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
+from ztp_deploy.pruning.trace import assign
 
 pytestmark = pytest.mark.slow
 
@@ -38,53 +49,142 @@ def python_refusal(directory):
     return caught.value.problem, caught.value.exit_code
 
 
-@pytest.fixture
-def engines(runtime, openvino_engine, shared_engine):
-    """Every engine this build can open, by back end."""
-    known = {"openvino": openvino_engine, "onnxruntime": shared_engine.directory}
-    return {name: known[name] for name in runtime.backends if name in known}
-
-
 # --- results -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_results_equal_pythons(runtime, engines, pruned, tmp_path, batch):
+def test_results_equal_pythons(runtime, engine, pruned, tmp_path, batch):
     images = tiny.images(batch, seed=batch)
+    check_outputs(runtime.outputs(engine, images, tmp_path), pruned, images)
+
+
+def check_outputs(found, pruned, images):
+    """Against eager PyTorch: logits closely, tokens to the last."""
     with torch.inference_mode():
-        expected = pruned.run(torch.from_numpy(images))
-    assert "openvino" in engines
-    for engine in engines.values():
-        logits, kept = runtime.outputs(engine, images, tmp_path)
-        np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=1e-4, atol=1e-4)
-        assert [k.tolist() for k in kept] == [k.sort(1).values.tolist() for k in expected.kept]
+        logits = pruned(torch.from_numpy(images)).numpy()
+    traced = ztp.trace_tokens(pruned, torch.from_numpy(images))
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-4)
+    assert [kept.tolist() for kept in found.kept] == [stage.kept.tolist() for stage in traced]
+    assert [carried.tolist() for carried in found.assignment] == [stage.assignment.tolist() for stage in traced]
 
 
-@pytest.mark.parametrize("method, options", [("evit", {"fuse": True}), ("ats", {"form": "masked"})])
-def test_merged_and_masked_tokens_come_as_python_says_them(runtime, model, tmp_path, method, options):
-    """What merged into what is Python's gate's own business; positions of tokens made anew and masked slots are not."""
+TOKENS = {
+    "tome": ({}, "some patches share a token, none is dropped"),
+    "diffrate": ({}, "some patches share a token, some are dropped"),
+    "evit": ({"fuse": True}, "a token is made anew"),
+    "ats": ({"form": "masked"}, "slots are masked"),
+}
+
+
+@pytest.mark.parametrize("method", TOKENS)
+def test_merged_and_masked_tokens_come_as_python_says_them(runtime, back_end, model, tmp_path, method):
+    options, expected = TOKENS[method]
     plan = ztp.make_plan(model, method, keep=[27, 18], sites=[2, 3], options=options)
     artifact = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "artifact")
-    engine = ztp.build(artifact, "openvino", batch=(1, 4, 8), directory=tmp_path / "engine")
+    engine = ztp.build(artifact, back_end, device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
     images = tiny.images(3)
     with ztp.load_engine(engine.directory) as session:
-        expected = session.run(images)
-        said = session.kept()
-    logits, kept = runtime.outputs(engine.directory, images, tmp_path)
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-    assert [k.tolist() for k in kept] == [k.tolist() for k in said]
-    assert (said[0] == 36).any() if method == "evit" else (said[0] == -1).any()
+        logits = session.run(images)
+        kept, assignment = session.kept(), session.assignment()
+    shares = all(len({*patches} - {-1}) < sum(slot >= 0 for slot in patches) for patches in assignment[0].tolist())
+    seen = {
+        "some patches share a token, none is dropped": shares and (assignment[-1] >= 0).all(),
+        "some patches share a token, some are dropped": shares and (assignment[-1] < 0).any(),
+        "a token is made anew": (kept[0] == 36).any(),
+        "slots are masked": (kept[0] == -1).any(),
+    }
+    assert seen[expected]
+    found = runtime.outputs(engine.directory, images, tmp_path)
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-4, atol=1e-4)
+    assert [stage.tolist() for stage in found.kept] == [stage.tolist() for stage in kept]
+    assert [stage.tolist() for stage in found.assignment] == [stage.tolist() for stage in assignment]
     write_selftest(engine.directory, images)
     assert runtime.run(engine.directory, "--selftest").returncode == 0
 
 
-def test_uint8_engines_take_pixels(runtime, shared_engine, tmp_path):
-    engine = toys.openvino_toy(tmp_path / "toy", shared_engine.directory, "uint8")
+COUNTS = (36, 30, 21, 8)
+"""Tokens of the manifest that toys are given, and of three stages."""
+
+
+def told(seed, merges, batch=3):
+    """Random tokens, by stage, as an engine might say them: in any order, some masked, made anew or dropped."""
+    random = np.random.default_rng(seed)
+    kept, merged = [], []
+    for stage, (entering, leaving) in enumerate(itertools.pairwise(COUNTS)):
+        positions = np.stack([random.permutation(COUNTS[0] + stage * merges)[:leaving] for _ in range(batch)])
+        kept.append(np.where(random.random(positions.shape) < 0.1, -1, positions).astype(np.int32))
+        if merges:
+            merged.append(random.integers(-1, leaving, (batch, entering), dtype=np.int32))
+    return kept, merged
+
+
+@pytest.mark.parametrize("merges", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_assignment_is_pythons_whatever_an_engine_says(runtime, shared_engine, tmp_path, merges, seed):
+    kept, merged = told(seed, merges)
+    engine = toys.telling_toy(tmp_path / "toy", shared_engine.directory, kept, merged)
+    images = np.zeros((3, 3, toys.SIZE, toys.SIZE), np.float32)
+    found = runtime.outputs(engine, images, tmp_path)
+    expected = assign(kept, merged, COUNTS[0])
+    assert [stage.tolist() for stage in found.kept] == [np.sort(stage, axis=1).tolist() for stage in kept]
+    assert [stage.tolist() for stage in found.assignment] == [stage.tolist() for stage in expected]
+    # One patch that is dropped instead is seen.
+    changed = (merged if merges else kept)[0][1]
+    changed[np.argmax(changed >= 0)] = -1
+    assert found.assignment[0].tolist() != assign(kept, merged, COUNTS[0])[0].tolist()
+
+
+def no_such_slot(kept, merged):
+    merged[1][2, 5] = COUNTS[2]
+    # Whoever reaches that stage alive goes there.
+    merged[0][2, :] = 5
+
+
+def too_few_slots(kept, merged):
+    merged[1] = merged[1][:, :5].copy()
+    merged[0][:, 0] = 5
+
+
+def no_such_patch(kept, merged):
+    merged.clear()
+    kept[1][2, 7] = 36
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (no_such_slot, "tokens merged into others that are not there"),
+        (too_few_slots, "tokens merged into others that are not there"),
+        (no_such_patch, "stage 2 kept position 36, of 36 patches"),
+    ],
+)
+def test_tokens_that_cannot_be_are_refused_in_pythons_words(runtime, shared_engine, tmp_path, change, said):
+    kept, merged = told(0, merges=change is not no_such_patch)
+    change(kept, merged)
+    engine = toys.telling_toy(tmp_path / "toy", shared_engine.directory, kept, merged)
+    done = runtime.consume(engine, np.zeros((3, 3, toys.SIZE, toys.SIZE), np.float32), tmp_path)
+    assert done.stderr.splitlines() == [
+        f"The engine says that {said}.",
+        f"It is broken: `ztp check --engine {engine}` shows where.",
+    ]
+    assert done.returncode == 1
+
+
+def test_a_list_of_outputs_that_no_export_writes_is_refused(runtime, shared_engine, tmp_path):
+    kept, merged = told(0, merges=True)
+    engine = toys.telling_toy(tmp_path / "toy", shared_engine.directory, kept, merged[:2])
+    done = runtime.consume(engine, np.zeros((3, 3, toys.SIZE, toys.SIZE), np.float32), tmp_path)
+    assert "every stage should have one kept_, and one merged_ or none" in done.stderr
+    assert done.returncode == 2
+
+
+def test_uint8_engines_take_pixels(runtime, back_end, shared_engine, tmp_path):
+    engine = toys.toy(back_end, tmp_path / "toy", shared_engine.directory, "uint8")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, toys.SIZE, toys.SIZE), dtype=np.uint8)
-    logits, kept = runtime.outputs(engine, pixels, tmp_path)
+    found = runtime.outputs(engine, pixels, tmp_path)
     expected_logits, expected_kept = toys.expected(pixels)
-    np.testing.assert_allclose(logits, expected_logits, rtol=1e-5)
-    assert kept[0].tolist() == expected_kept.tolist()
+    np.testing.assert_allclose(found.logits, expected_logits, rtol=1e-5)
+    assert found.kept[0].tolist() == expected_kept.tolist()
     done = runtime.consume(engine, pixels.astype(np.float32), tmp_path)
     assert done.stderr.startswith("This engine takes uint8 arrays [B, 3, 16, 16]; float32 came.")
     assert done.returncode == 2
@@ -98,9 +198,8 @@ def test_uint8_engines_take_pixels(runtime, shared_engine, tmp_path):
     assert [len(top) for top in shown] == [3, 3]
 
 
-def test_threads_get_their_own_results(runtime, engines, tmp_path):
-    for engine in engines.values():
-        runtime.outputs(engine, tiny.images(4), tmp_path, threads=4)  # asserts that no run differed
+def test_threads_get_their_own_results(runtime, engine, tmp_path):
+    runtime.outputs(engine, tiny.images(4), tmp_path, threads=4)  # asserts that no run differed
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -165,17 +264,16 @@ def test_broken_json_is_refused(runtime, damaged):
 @pytest.mark.parametrize(
     "images", [tiny.images(9), tiny.images(1).astype(np.uint8), np.full((1, 3, 96, 96), np.nan, np.float32)]
 )
-def test_wrong_input_is_refused_in_pythons_words(runtime, engines, shared_engine, tmp_path, images):
-    with ztp.load_engine(shared_engine.directory) as session, pytest.raises(ZtpError) as caught:
+def test_wrong_input_is_refused_in_pythons_words(runtime, engine, tmp_path, images):
+    with ztp.load_engine(engine) as session, pytest.raises(ZtpError) as caught:
         session.run(images)
-    for engine in engines.values():
-        done = runtime.consume(engine, images, tmp_path)
-        assert (done.stderr.splitlines()[0], done.returncode) == (caught.value.problem, caught.value.exit_code)
+    done = runtime.consume(engine, images, tmp_path)
+    assert (done.stderr.splitlines()[0], done.returncode) == (caught.value.problem, caught.value.exit_code)
 
 
-def test_large_but_finite_pixels_pass(runtime, openvino_engine, tmp_path):
+def test_large_but_finite_pixels_pass(runtime, engine, tmp_path):
     huge = np.full((1, 3, 96, 96), 1e38, np.float32)
-    assert runtime.consume(openvino_engine, huge, tmp_path).returncode == 0
+    assert runtime.consume(engine, huge, tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -229,6 +327,26 @@ def test_a_half_written_graph_is_named(runtime, openvino_engine, tmp_path):
     assert code == 3
 
 
+def test_what_onnxruntime_cannot_open_is_named(runtime, shared_engine, tmp_path):
+    needs_onnxruntime(runtime)
+    copy = Path(shutil.copytree(shared_engine.directory, tmp_path / "copy"))
+    (copy / "model.onnx").write_bytes((copy / "model.onnx").read_bytes()[:1000])
+    reseal(copy)
+    problem, code = refusal(runtime.run(copy, "--selftest", "--json"))
+    assert problem.startswith(f"ONNX Runtime cannot open {copy}/model.onnx: ")
+    assert code == 2
+    shutil.copy(shared_engine.directory / "model.onnx", copy / "model.onnx")
+    reseal(copy, provider="NPUExecutionProvider")
+    problem, code = refusal(runtime.run(copy, "--selftest", "--json"))
+    assert problem.startswith("This engine was built for ONNX Runtime's NPUExecutionProvider; the C++ runtime uses ")
+    assert code == 2
+    if not torch.cuda.is_available():
+        reseal(copy, provider="CUDAExecutionProvider")
+        problem, code = refusal(runtime.run(copy, "--selftest", "--json"))
+        assert problem.startswith("This engine was built for a GPU, and ONNX Runtime cannot use one here: ")
+        assert code == 3
+
+
 def test_seals_hold_for_anything_json_can_say(runtime, openvino_engine, tmp_path):
     """The C++ side writes JSON anew to check the seal; unknown keys are sealed and otherwise left alone."""
     engine = tmp_path / "engine"
@@ -269,12 +387,10 @@ def test_the_self_test_holds(runtime, recorded):
     assert "Self-test holds: 2 images" in runtime.run(engine, "--selftest").stdout
 
 
-def test_what_python_recorded_holds_where_it_was_recorded(runtime, damaged):
-    if "onnxruntime" not in runtime.backends:
-        assert refusal(runtime.run(damaged, "--selftest", "--json"))[1] == 3
-        return
-    write_selftest(damaged, tiny.images(2))
-    assert json.loads(runtime.run(damaged, "--selftest", "--json").stdout)["worst_logit"] < 1e-4
+def test_what_python_recorded_holds_where_it_was_recorded(runtime, engine, tmp_path):
+    copy = Path(shutil.copytree(engine, tmp_path / "copy"))
+    write_selftest(copy, tiny.images(2))
+    assert json.loads(runtime.run(copy, "--selftest", "--json").stdout)["worst_logit"] < 1e-4
 
 
 def doctored_logits(record):
@@ -386,7 +502,10 @@ def test_labels_and_small_batches(runtime, openvino_engine, tmp_path):
     images.tofile(tmp_path / "five.f32")
     found = json.loads(runtime.run(engine, tmp_path / "five.f32", "--top", 1, "--json").stdout)["images"]
     logits = np.concatenate(
-        [runtime.outputs(openvino_engine, part, tmp_path)[0] for part in (images[:4], np.repeat(images[4:], 4, axis=0))]
+        [
+            runtime.outputs(openvino_engine, part, tmp_path).logits
+            for part in (images[:4], np.repeat(images[4:], 4, axis=0))
+        ]
     )[:5]
     assert [entry["top"][0]["name"] for entry in found] == [f"clé {index}" for index in logits.argmax(1)]
     assert found[4]["image"] == f"{tmp_path / 'five.f32'}[4]"
@@ -481,16 +600,12 @@ def test_aotinductor_with_a_static_runtime(aotinductor_engine, pruned, tmp_path)
     """The other way to build, and libtorch, whose presence would slow valgrind down in the shared one."""
     require_tools()
     options = ["-DBUILD_SHARED_LIBS=OFF", "-DZTP_BUILD_RUN=OFF", "-DZTP_WITH_AOTINDUCTOR=ON"]
-    others = [f"-DZTP_WITH_{name}=OFF" for name in ("OPENVINO", "ONNXRUNTIME", "TENSORRT")]
+    others = [f"-DZTP_WITH_{name}=OFF" for name in ("OPENVINO", "ONNXRUNTIME", "TENSORRT", "TENSORRT_RTX")]
     runtime = build_runtime(tmp_path, *options, *others)
     assert runtime.backends == ("aotinductor",)
     engine = Path(shutil.copytree(aotinductor_engine.directory, tmp_path / "engine"))
     images = tiny.images(5)
-    logits, kept = runtime.outputs(engine, images, tmp_path, threads=4)
-    with torch.inference_mode():
-        expected = pruned.run(torch.from_numpy(images))
-    np.testing.assert_allclose(logits, expected.logits.numpy(), rtol=1e-4, atol=1e-4)
-    assert [k.tolist() for k in kept] == [k.sort(1).values.tolist() for k in expected.kept]
+    check_outputs(runtime.outputs(engine, images, tmp_path, threads=4), pruned, images)
     built = json.loads((engine / "manifest.json").read_text())["built"]
     reseal(engine, built=built | {"cpu_flags": [*built["cpu_flags"], "avx4096"]})
     done = runtime.consume(engine, images, tmp_path)

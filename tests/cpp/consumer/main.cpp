@@ -1,4 +1,4 @@
-// consumer ENGINE FILE BATCH [THREADS]: runs raw images (.f32 or .u8) and prints logits and kept tokens as JSON.
+// consumer ENGINE FILE BATCH [THREADS]: runs raw images (.f32 or .u8) and prints what came out as JSON.
 // With THREADS, that many threads first run one image each, again and again, and must get what a lone run gave.
 #include <ztp/session.h>
 
@@ -30,7 +30,8 @@ std::size_t runs_that_differ(const ztp::Session& session, const std::vector<T>& 
     running.emplace_back([&, i] {
       for (int repeat = 0; repeat < 20; ++repeat) {
         const ztp::Outputs found = session.run(images.data() + i * image, 1);
-        different += found.logits != alone[i].logits || found.kept != alone[i].kept;
+        different +=
+            found.logits != alone[i].logits || found.kept != alone[i].kept || found.assignment != alone[i].assignment;
       }
     });
   }
@@ -45,6 +46,12 @@ void print(const char* name, const std::vector<T>& values) {
   std::cout << ']';
 }
 
+void print(const char* name, const std::vector<std::vector<std::int32_t>>& stages) {
+  std::cout << name << '[';
+  for (std::size_t i = 0; i < stages.size(); ++i) print(i == 0 ? "" : ", ", stages[i]);
+  std::cout << ']';
+}
+
 template <class T>
 void run(const ztp::Session& session, const std::string& file, std::size_t batch, std::size_t threads) {
   const std::vector<T> images = read<T>(file);
@@ -54,9 +61,9 @@ void run(const ztp::Session& session, const std::string& file, std::size_t batch
   std::cout << "{\"model\": \"" << session.manifest().model << "\", \"classes\": " << outputs.classes
             << ", \"different\": " << different;
   print(", \"logits\": ", outputs.logits);
-  std::cout << ", \"kept\": [";
-  for (std::size_t i = 0; i < outputs.kept.size(); ++i) print(i == 0 ? "" : ", ", outputs.kept[i]);
-  std::cout << "]}\n";
+  print(", \"kept\": ", outputs.kept);
+  print(", \"assignment\": ", outputs.assignment);
+  std::cout << "}\n";
 }
 
 }  // namespace

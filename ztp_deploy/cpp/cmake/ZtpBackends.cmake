@@ -14,7 +14,8 @@ macro(ztp_add_backend name)
     if(TARGET ztp::${name})
       list(APPEND ZTP_BACKENDS ${name})
       set(ztp_state "yes")
-      target_sources(ztp_runtime PRIVATE src/backend_${name}.cpp)
+      string(REPLACE tensorrt_rtx tensorrt ztp_source ${name})  # one source for both libraries
+      target_sources(ztp_runtime PRIVATE src/backend_${ztp_source}.cpp)
       target_compile_definitions(ztp_runtime PRIVATE ZTP_${ztp_upper})
       if(${name} STREQUAL "onnxruntime")
         # Headers only: a user of a static runtime links to nothing of it.

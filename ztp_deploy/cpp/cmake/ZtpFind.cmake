@@ -1,5 +1,5 @@
-# Finds the engine libraries, in pip packages too, as targets ztp::onnxruntime, ztp::openvino, ztp::tensorrt and
-# ztp::aotinductor. Used when the runtime is built and, for a static one, when it is used.
+# Finds the engine libraries, in pip packages too, as targets ztp::onnxruntime, ztp::openvino, ztp::tensorrt,
+# ztp::tensorrt_rtx and ztp::aotinductor. Used when the runtime is built and, for a static one, when it is used.
 #
 # Each macro defines its target where everything was found, else sets ZTP_MISSING to what to do about it.
 
@@ -50,23 +50,47 @@ macro(ztp_find_onnxruntime)
   set(ZTP_MISSING "no onnxruntime_c_api.h: unpack a release of ONNX Runtime and set ORT_ROOT")
 endmacro()
 
-macro(ztp_find_tensorrt)
-  ztp_python_package(tensorrt_libs ztp_package)
+macro(ztp_find_cudart)
   ztp_python_package(nvidia.cu13 ztp_cuda)
-  find_path(TENSORRT_INCLUDE NvInfer.h HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT PATH_SUFFIXES include)
-  find_library(TENSORRT_LIBRARY NAMES nvinfer libnvinfer.so.11 libnvinfer.so.10
-    HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT ${ztp_package} PATH_SUFFIXES lib targets/x86_64-linux-gnu/lib .)
   find_path(CUDART_INCLUDE cuda_runtime_api.h
     HINTS ${CUDA_ROOT} ENV CUDA_ROOT /usr/local/cuda ${ztp_cuda} PATH_SUFFIXES include)
   find_library(CUDART_LIBRARY NAMES cudart libcudart.so.13 libcudart.so.12
     HINTS ${CUDA_ROOT} ENV CUDA_ROOT /usr/local/cuda ${ztp_cuda} PATH_SUFFIXES lib64 lib)
-  if(TENSORRT_INCLUDE AND TENSORRT_LIBRARY AND CUDART_INCLUDE AND CUDART_LIBRARY AND NOT TARGET ztp::tensorrt)
-    add_library(ztp::tensorrt INTERFACE IMPORTED)
-    set_target_properties(ztp::tensorrt PROPERTIES
-      INTERFACE_INCLUDE_DIRECTORIES "${TENSORRT_INCLUDE};${CUDART_INCLUDE}"
-      INTERFACE_LINK_LIBRARIES "${TENSORRT_LIBRARY};${CUDART_LIBRARY}")
+endmacro()
+
+macro(ztp_add_tensorrt name include library)
+  if(${include} AND ${library} AND CUDART_INCLUDE AND CUDART_LIBRARY AND NOT TARGET ztp::${name})
+    add_library(ztp::${name} INTERFACE IMPORTED)
+    set_target_properties(ztp::${name} PROPERTIES
+      INTERFACE_INCLUDE_DIRECTORIES "${${include}};${CUDART_INCLUDE}"
+      INTERFACE_LINK_LIBRARIES "${${library}};${CUDART_LIBRARY}")
   endif()
+endmacro()
+
+macro(ztp_find_tensorrt)
+  ztp_find_cudart()
+  ztp_python_package(tensorrt_libs ztp_package)
+  find_path(TENSORRT_INCLUDE NvInfer.h HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT PATH_SUFFIXES include)
+  find_library(TENSORRT_LIBRARY NAMES nvinfer libnvinfer.so.11 libnvinfer.so.10
+    HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT ${ztp_package} PATH_SUFFIXES lib targets/x86_64-linux-gnu/lib .)
+  ztp_add_tensorrt(tensorrt TENSORRT_INCLUDE TENSORRT_LIBRARY)
   set(ZTP_MISSING "no NvInfer.h, libnvinfer, cuda_runtime_api.h or libcudart: set TENSORRT_ROOT and CUDA_ROOT")
+endmacro()
+
+# Its headers have the names of TensorRT's, which may be the system's: only the given folder is looked into.
+macro(ztp_find_tensorrt_rtx)
+  ztp_find_cudart()
+  ztp_python_package(tensorrt_rtx_libs ztp_package)
+  find_path(TENSORRT_RTX_INCLUDE NvInfer.h
+    HINTS ${TENSORRT_RTX_ROOT} ENV TENSORRT_RTX_ROOT PATH_SUFFIXES include NO_DEFAULT_PATH)
+  find_library(TENSORRT_RTX_LIBRARY NAMES tensorrt_rtx libtensorrt_rtx.so.1
+    HINTS ${TENSORRT_RTX_ROOT} ENV TENSORRT_RTX_ROOT ${ztp_package} PATH_SUFFIXES lib .)
+  if(TARGET ztp::tensorrt)
+    set(ZTP_MISSING "TensorRT in this build, whose functions have the same names: set ZTP_WITH_TENSORRT=OFF")
+  else()
+    ztp_add_tensorrt(tensorrt_rtx TENSORRT_RTX_INCLUDE TENSORRT_RTX_LIBRARY)
+    set(ZTP_MISSING "no NvInfer.h of TensorRT-RTX, libtensorrt_rtx, cuda_runtime_api.h or libcudart: set TENSORRT_RTX_ROOT and CUDA_ROOT")
+  endif()
 endmacro()
 
 # Torch's own CMake package insists on a CUDA compiler where torch has CUDA, so its files are named here.

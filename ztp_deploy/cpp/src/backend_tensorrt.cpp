@@ -1,4 +1,6 @@
-/// TensorRT 10.12 and newer: `model.plan`, on the process's current CUDA device.
+/// TensorRT 10.12 and newer, or TensorRT-RTX: `model.plan`, on the process's current CUDA device.
+///
+/// Both libraries have this interface, down to the names of their entry points, so a build opens the plans of one.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
@@ -7,8 +9,18 @@
 #include "pool.h"
 #include "runner.h"
 
+#if defined(ZTP_TENSORRT_RTX) != defined(TRT_MAJOR_RTX)
+#error "NvInfer.h belongs to the other of TensorRT and TensorRT-RTX: see TENSORRT_ROOT and TENSORRT_RTX_ROOT."
+#endif
+
 namespace ztp {
 namespace {
+
+#ifdef ZTP_TENSORRT_RTX
+const std::string kTitle = "TensorRT-RTX";
+#else
+const std::string kTitle = "TensorRT";
+#endif
 
 void require(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
@@ -16,20 +28,19 @@ void require(cudaError_t status, const char* what) {
                         "Check the GPU and its memory (nvidia-smi).");
 }
 
-/// Without a GPU TensorRT crashes on deserialising, so this is asked first.
-void require_gpu() {
+/// Without a GPU both libraries crash on deserialising, so this is asked first.
+void require_gpu(const EngineFolder& folder) {
   int count = 0;
-  const cudaError_t status = cudaGetDeviceCount(&count);
-  if (status == cudaSuccess && count > 0) return;
-  const std::string reason = status == cudaSuccess ? "" : std::string(" (") + cudaGetErrorString(status) + ")";
-  throw MissingSoftware("This engine was built for a GPU and none was found" + reason + ".",
-                        "Run it where it was built, or build one for the CPU with BACKEND=openvino.");
+  if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0) return;
+  throw MissingSoftware(
+      folder.directory.string() + " runs on " + folder.manifest.device + ", but no NVIDIA GPU was found.",
+      "Open it on a machine that has one, or build for this one (`ztp doctor`).");
 }
 
 class Logger final : public nvinfer1::ILogger {
  public:
   void log(Severity severity, const char* message) noexcept override {
-    if (severity <= Severity::kERROR) std::cerr << "TensorRT: " << message << '\n';
+    if (severity <= Severity::kERROR) std::cerr << kTitle << ": " << message << '\n';
   }
 };
 
@@ -78,7 +89,7 @@ class Context {
   Context(nvinfer1::ICudaEngine& engine, const EngineFolder& folder)
       : engine_(engine), folder_(folder), context_(engine.createExecutionContext()) {
     if (context_ == nullptr)
-      throw MissingSoftware("TensorRT could not make a context.", "Free GPU memory (nvidia-smi).");
+      throw MissingSoftware(kTitle + " could not make a context.", "Free GPU memory (nvidia-smi).");
     // Batches up to the largest share the buffers.
     set_batch(folder.manifest.batch.max);
     bind(folder.input);
@@ -90,7 +101,7 @@ class Context {
     const std::size_t input = bytes(folder_.input);
     require(cudaMemcpyAsync(buffers_[0]->get(), images, input, cudaMemcpyHostToDevice, stream_.get()), "copy images");
     if (!context_->enqueueV3(stream_.get())) {
-      throw BadRequest("TensorRT could not run the engine.", "See its message above.");
+      throw BadRequest(kTitle + " could not run the engine.", "See its message above.");
     }
     std::vector<OutputView> views;
     std::vector<std::vector<char>> copies;
@@ -115,7 +126,7 @@ class Context {
     const auto side = static_cast<std::int64_t>(folder_.manifest.size);
     const nvinfer1::Dims4 shape{static_cast<std::int64_t>(batch), 3, side, side};
     if (!context_->setInputShape(folder_.input.c_str(), shape)) {
-      throw DamagedFiles("TensorRT's engine takes no batch of " + std::to_string(batch) + ", unlike its manifest.",
+      throw DamagedFiles(kTitle + "'s engine takes no batch of " + std::to_string(batch) + ", unlike its manifest.",
                          "Build it again.");
     }
   }
@@ -133,7 +144,7 @@ class Context {
   void bind(const std::string& name) {
     buffers_.push_back(std::make_unique<DeviceMemory>(bytes(name)));
     if (!context_->setTensorAddress(name.c_str(), buffers_.back()->get())) {
-      throw DamagedFiles("TensorRT's engine has no tensor " + name + ", unlike its manifest.", "Build it again.");
+      throw DamagedFiles(kTitle + "'s engine has no tensor " + name + ", unlike its manifest.", "Build it again.");
     }
   }
 
@@ -153,15 +164,15 @@ class TensorRtRunner final : public Runner {
       throw BadRequest("This engine's plan was stripped of its weights, which only the Python runtime puts back.",
                        "Build it again without strip_plan.");
     }
-    require_gpu();
+    require_gpu(folder);
     const std::string plan = read_file(path);
     runtime_.reset(nvinfer1::createInferRuntime(logger_));
-    if (runtime_ == nullptr) throw MissingSoftware("TensorRT did not start.", "See its message above.");
+    if (runtime_ == nullptr) throw MissingSoftware(kTitle + " did not start.", "See its message above.");
     // Plans for later releases carry code for the processor, which the library runs only when told to.
     runtime_->setEngineHostCodeAllowed(folder.version_compatible);
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine_ == nullptr) {
-      throw DamagedFiles("TensorRT cannot open " + path.string() + ": it was built for another GPU or version.",
+      throw DamagedFiles(kTitle + " cannot open " + path.string() + ": it was built for another GPU or version.",
                          "Build it again on this machine.");
     }
     check_tensors();
@@ -176,13 +187,13 @@ class TensorRtRunner final : public Runner {
   void check_tensors() const {
     const auto count = static_cast<std::size_t>(engine_->getNbIOTensors());
     if (count != folder_.outputs.size() + 1) {
-      throw DamagedFiles("TensorRT's engine has " + std::to_string(count) + " inputs and outputs, the manifest " +
+      throw DamagedFiles(kTitle + "'s engine has " + std::to_string(count) + " inputs and outputs, the manifest " +
                              std::to_string(folder_.outputs.size() + 1) + ".",
                          "Build it again.");
     }
     const auto wanted = folder_.manifest.dtype == "uint8" ? nvinfer1::DataType::kUINT8 : nvinfer1::DataType::kFLOAT;
     if (engine_->getTensorDataType(folder_.input.c_str()) != wanted) {
-      throw DamagedFiles("TensorRT's engine takes no " + folder_.manifest.dtype + " images, unlike its manifest.",
+      throw DamagedFiles(kTitle + "'s engine takes no " + folder_.manifest.dtype + " images, unlike its manifest.",
                          "Build it again.");
     }
   }

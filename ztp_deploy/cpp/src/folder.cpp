@@ -125,6 +125,7 @@ Manifest read_public(const Fields& fields) {
     fields.invalid("input.dtype", "Input should be 'float32' or 'uint8'");
   }
   manifest.size = fields.count("input.size", 1);
+  manifest.patches = fields.count("plan.patch_tokens", 1);
   manifest.random_weights = fields.text("source.weights.kind") == "random";
   manifest.preprocessing.mean = fields.channels("source.preprocessing.mean");
   manifest.preprocessing.std = fields.channels("source.preprocessing.std");
@@ -240,6 +241,10 @@ EngineFolder open_folder(const std::string& directory) {
   folder.manifest.stages =
       static_cast<std::size_t>(std::count_if(folder.outputs.begin(), folder.outputs.end(),
                                              [](const std::string& name) { return name.rfind("kept_", 0) == 0; }));
+  const std::size_t tokens = folder.outputs.size() - 1;
+  if (tokens != folder.manifest.stages && tokens != 2 * folder.manifest.stages) {
+    fields.invalid("outputs", "After the logits, every stage should have one kept_, and one merged_ or none");
+  }
   folder.files = read_files(fields);
   read_settings(root, fields, folder);
   check_seal(root, fields, path);

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "tokens.h"
+
 namespace ztp {
 namespace {
 
@@ -38,9 +40,11 @@ Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector
   outputs.batch = batch;
   outputs.classes = static_cast<std::size_t>(views[0].shape[1]);
   outputs.logits = copy<float>(views[0], batch);
-  for (std::size_t i = 1; i <= folder.manifest.stages; ++i) {  // what merged into what comes after, for Python's gate
-    outputs.kept.push_back(copy<std::int32_t>(views[i], batch));
+  Slots slots;
+  for (std::size_t i = 1; i < views.size(); ++i) {
+    (i <= folder.manifest.stages ? slots.kept : slots.merged).push_back(copy<std::int32_t>(views[i], batch));
   }
+  report_tokens(folder, slots, outputs);
   return outputs;
 }
 

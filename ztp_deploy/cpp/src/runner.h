@@ -41,6 +41,6 @@ std::string first_line(const std::string& message);
 std::unique_ptr<Runner> open_aotinductor(const EngineFolder& folder);
 std::unique_ptr<Runner> open_onnxruntime(const EngineFolder& folder);
 std::unique_ptr<Runner> open_openvino(const EngineFolder& folder);
-std::unique_ptr<Runner> open_tensorrt(const EngineFolder& folder);
+std::unique_ptr<Runner> open_tensorrt(const EngineFolder& folder);  // TensorRT or TensorRT-RTX
 
 }  // namespace ztp

@@ -37,6 +37,11 @@ constexpr BackEnd kBackEnds[] = {
 #else
     {"tensorrt", nullptr, "ZTP_WITH_TENSORRT"},
 #endif
+#ifdef ZTP_TENSORRT_RTX
+    {"tensorrt_rtx", open_tensorrt, "ZTP_WITH_TENSORRT_RTX"},
+#else
+    {"tensorrt_rtx", nullptr, "ZTP_WITH_TENSORRT_RTX"},
+#endif
 };
 
 std::string joined(const std::vector<std::string>& names) {
@@ -54,8 +59,9 @@ std::unique_ptr<Runner> open_runner(const EngineFolder& folder) {
         "This is an engine for " + wanted + "; this build of the runtime opens: " + joined(backends()) + ".",
         std::string("Configure it with -D") + back_end.option + "=ON.");
   }
-  throw BadRequest("The C++ runtime opens no " + wanted + " engines.",
-                   "Use ztp_deploy from Python, or build for openvino, onnxruntime, tensorrt or aotinductor.");
+  throw BadRequest(
+      "The C++ runtime opens no " + wanted + " engines.",
+      "Use ztp_deploy from Python, or build for openvino, onnxruntime, tensorrt, tensorrt_rtx or aotinductor.");
 }
 
 void check_batch(const Manifest& manifest, std::size_t batch) {
@@ -83,15 +89,6 @@ void check_finite(const float* images, std::size_t values) {
                    "Check where the images come from.");
 }
 
-/// Engines may keep tokens in any order; users see them ascending.
-Outputs ascending(Outputs outputs) {
-  for (std::vector<std::int32_t>& kept : outputs.kept) {
-    const auto tokens = static_cast<std::ptrdiff_t>(kept.size() / outputs.batch);
-    for (auto image = kept.begin(); image != kept.end(); image += tokens) std::sort(image, image + tokens);
-  }
-  return outputs;
-}
-
 }  // namespace
 
 class Session::Implementation {
@@ -101,7 +98,7 @@ class Session::Implementation {
 
   const EngineFolder& folder() const noexcept { return folder_; }
 
-  Outputs run(const void* images, std::size_t batch) const { return ascending(runner_->run(images, batch)); }
+  Outputs run(const void* images, std::size_t batch) const { return runner_->run(images, batch); }
 
  private:
   EngineFolder folder_;

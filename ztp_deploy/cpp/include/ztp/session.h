@@ -93,19 +93,24 @@ struct Manifest {
   BatchRange batch;
   std::string dtype;            ///< of the pixels: float32 (normalised) or uint8
   std::size_t size = 0;         ///< images are [batch, 3, size, size]
-  std::size_t stages = 0;       ///< how many times tokens are dropped
+  std::size_t patches = 0;      ///< tokens of an image before any is dropped, special ones not counted
+  std::size_t stages = 0;       ///< how many times tokens are dropped or merged
   bool random_weights = false;  ///< predictions mean nothing
   Preprocessing preprocessing;
   std::vector<std::string> labels;  ///< class names; empty where the model has none
   std::string sha256;               ///< of manifest.json, as evidence files quote it
 };
 
-/// What one run gives; everything is the caller's own.
+/// What one run gives; everything is the caller's own. Tokens are told by stage.
 struct Outputs {
   std::size_t batch = 0;
   std::size_t classes = 0;
-  std::vector<float> logits;                    ///< [batch, classes]
-  std::vector<std::vector<std::int32_t>> kept;  ///< by stage: patch positions [batch, k], ascending for each image; -1: masked, from the patch count on: made anew
+  std::vector<float> logits;  ///< [batch, classes]
+  /// Patch positions [batch, k], ascending for each image; -1: a masked slot, from the patch count on: made anew.
+  std::vector<std::vector<std::int32_t>> kept;
+  /// For every patch of the image [batch, patches] the index in that image's `kept` of the token that carries it,
+  /// alone or merged with others; -1: dropped.
+  std::vector<std::vector<std::int32_t>> assignment;
 };
 
 /// What Session::self_test found: how many images, and the largest logit difference in units of an image's logit σ.
@@ -135,7 +140,7 @@ class ZTP_API Session {
   /// Runs batch × 3 × size × size values, channels before rows; they are read during the call only.
   ///
   /// Throws BadRequest for a batch outside the range, for pixels that are not finite, and where the engine
-  /// takes the other type.
+  /// takes the other type; GateFailed where the engine reports tokens that cannot be.
   Outputs run(const float* images, std::size_t batch) const;
   Outputs run(const std::uint8_t* images, std::size_t batch) const;
 

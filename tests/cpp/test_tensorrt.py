@@ -1,0 +1,151 @@
+"""The C++ runtime's TensorRT source over a stand-in for TensorRT-RTX, whose headers no package index has.
+
+This shows what the source does with the calls it makes. It does not show that NVIDIA's libraries answer likewise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import ztp_deploy as ztp
+from tests.cpp import toys
+from tests.cpp.conftest import FLAGS, HERE, SOURCE, build_runtime, command, require_tools, reseal
+from ztp_deploy import environment
+from ztp_deploy.errors import ZtpError
+
+pytestmark = pytest.mark.slow
+
+FAKE = HERE / "fake_tensorrt"
+OTHERS = [f"-DZTP_WITH_{name}=OFF" for name in ("OPENVINO", "ONNXRUNTIME", "AOTINDUCTOR")]
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
+    """A folder like that of TensorRT-RTX, with CUDA's and TensorRT's libraries in it."""
+    require_tools()
+    root = tmp_path_factory.mktemp("tensorrt_rtx")
+    (root / "include").symlink_to(FAKE)
+    (root / "lib").mkdir()
+    library = root / "lib" / "libtensorrt_rtx.so"
+    strict = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
+    done = command("g++", *strict, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", FAKE / "fake.cpp", "-o", library)
+    assert done.returncode == 0, done.stderr
+    for name in ("libcudart.so", "libnvinfer.so"):
+        (library.parent / name).symlink_to(library)
+    return root
+
+
+@pytest.fixture(scope="module")
+def runtime(stand_in, tmp_path_factory):
+    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_BUILD_RUN=OFF", *OTHERS, "-DZTP_WITH_TENSORRT=OFF"]
+    roots = [f"-DTENSORRT_RTX_ROOT={stand_in}", f"-DCUDA_ROOT={stand_in}", "-DZTP_WITH_TENSORRT_RTX=ON"]
+    return build_runtime(tmp_path_factory.mktemp("cpp"), *options, *roots)
+
+
+@pytest.fixture
+def engine(shared_engine, tmp_path, monkeypatch):
+    """The toy as a plan for the stand-in, and a GPU of its own."""
+    monkeypatch.setenv("FAKE_GPUS", "1")
+    return plan(tmp_path / "engine", shared_engine.directory)
+
+
+def plan(directory, like, dtype="float32", **changes):
+    directory.mkdir()
+    (directory / "model.plan").write_text(f"toy {dtype} {toys.SIZE} 8\n")
+    described = {"backend": "tensorrt_rtx", "device": "cuda", "provider": "TensorRT-RTX", "settings": {}}
+    return reseal(directory, like, **described, **toys.interface(dtype), **changes)
+
+
+def noise(batch):
+    return np.random.default_rng(batch).standard_normal((batch, 3, toys.SIZE, toys.SIZE), dtype=np.float32)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_results_come_back_from_the_device(runtime, engine, tmp_path, batch):
+    assert runtime.backends == ("tensorrt_rtx",)
+    found = runtime.outputs(engine, noise(batch), tmp_path, threads=min(batch, 4))
+    logits, kept = toys.expected(noise(batch))
+    np.testing.assert_allclose(found.logits, logits, atol=1e-6)
+    assert found.kept[0].tolist() == kept.tolist()
+
+
+def test_pixels_are_bytes_where_the_engine_takes_bytes(runtime, engine, shared_engine, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, toys.SIZE, toys.SIZE), dtype=np.uint8)
+    found = runtime.outputs(plan(tmp_path / "uint8", shared_engine.directory, "uint8"), pixels, tmp_path)
+    np.testing.assert_allclose(found.logits, toys.expected(pixels)[0], rtol=1e-5)
+    other = plan(tmp_path / "other", shared_engine.directory, "uint8")
+    (other / "model.plan").write_text(f"toy float32 {toys.SIZE} 8\n")
+    reseal(other)
+    done = runtime.consume(other, pixels, tmp_path)
+    assert done.stderr.startswith("TensorRT-RTX's engine takes no uint8 images, unlike its manifest.")
+    assert done.returncode == 2
+
+
+def test_without_a_gpu_it_is_refused_in_pythons_words(runtime, engine, tmp_path, monkeypatch):
+    """Before the library sees the plan, which would end the process."""
+    monkeypatch.setenv("FAKE_GPUS", "0")
+    monkeypatch.setattr(environment, "gpus", lambda: ())
+    with pytest.raises(ZtpError) as caught:
+        ztp.load_engine(engine)
+    done = runtime.consume(engine, noise(1), tmp_path)
+    assert done.stderr.splitlines() == [caught.value.problem, caught.value.fix]
+    assert done.returncode == caught.value.exit_code == 3
+    assert "runs on cuda, but no NVIDIA GPU was found" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, changes, said",
+    [
+        ("engine", {}, "TensorRT-RTX cannot open {engine}/model.plan: it was built for another GPU or version."),
+        (f"toy float32 {toys.SIZE} 4", {}, "TensorRT-RTX's engine takes no batch of 8, unlike its manifest."),
+        (
+            f"toy float32 {toys.SIZE} 8",
+            {"outputs": ["logits"]},
+            "TensorRT-RTX's engine has 3 inputs and outputs, the manifest 2.",
+        ),
+        (
+            f"toy float32 {toys.SIZE} 8",
+            {"settings": {"strip_plan": True}},
+            "This engine's plan was stripped of its weights, which only the Python runtime puts back.",
+        ),
+    ],
+)
+def test_plans_unlike_their_manifest_are_refused(runtime, engine, tmp_path, text, changes, said):
+    (engine / "model.plan").write_text(text)
+    reseal(engine, **changes)
+    done = runtime.consume(engine, noise(1), tmp_path)
+    assert said.format(engine=engine) in done.stderr.splitlines()
+    assert done.returncode == 2
+
+
+def test_engines_of_the_other_tensorrt_are_refused(runtime, engine, tmp_path):
+    reseal(engine, backend="tensorrt")
+    done = runtime.consume(engine, noise(1), tmp_path)
+    assert done.stderr.splitlines() == [
+        "This is an engine for tensorrt; this build of the runtime opens: tensorrt_rtx.",
+        "Configure it with -DZTP_WITH_TENSORRT=ON.",
+    ]
+    assert done.returncode == 3
+
+
+def configure(stand_in, build, *options):
+    roots = [f"-DTENSORRT_ROOT={stand_in}", f"-DCUDA_ROOT={stand_in}"]
+    return command("cmake", "-G", "Ninja", "-S", SOURCE, "-B", build, *FLAGS, *OTHERS, *roots, *options)
+
+
+def test_a_build_has_room_for_one_of_the_two(stand_in, tmp_path):
+    rtx = ["-DZTP_WITH_TENSORRT_RTX=ON", f"-DTENSORRT_RTX_ROOT={stand_in}"]
+    done = configure(stand_in, tmp_path, *rtx)
+    assert done.returncode != 0
+    assert (
+        "ZTP_WITH_TENSORRT_RTX=ON was asked for, but there is TensorRT in this build, whose functions have the same "
+        "names: set ZTP_WITH_TENSORRT=OFF."
+    ) in " ".join(done.stderr.split())
+
+
+def test_headers_of_one_are_not_taken_for_the_others(stand_in, tmp_path):
+    assert configure(stand_in, tmp_path, "-DZTP_WITH_TENSORRT=ON", "-DZTP_BUILD_RUN=OFF").returncode == 0
+    done = command("ninja", "-C", tmp_path, "CMakeFiles/ztp_runtime.dir/src/backend_tensorrt.cpp.o")
+    assert done.returncode != 0
+    assert "NvInfer.h belongs to the other of TensorRT and TensorRT-RTX" in done.stdout
