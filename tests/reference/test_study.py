@@ -130,6 +130,11 @@ def test_several_processes_measure_what_one_does(classifier, made):
         assert (row.name, row.tokens) == (other.name, other.tokens)
 
 
+def test_no_process_is_no_study(classifier):
+    with pytest.raises(BadRequest, match="--workers 0 was asked for"):
+        study.run_study("choices", "test", 1, groups=[], model=classifier, workers=0)
+
+
 def test_a_page_gets_the_table(made):
     page = study.fill("above\n<!-- vit_digits--choices--test -->\nold\n<!-- / -->\nbelow\n", made)
     table = study.render_study(made).strip()

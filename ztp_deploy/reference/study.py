@@ -1,8 +1,8 @@
 """What pruning costs the reference classifier: the paper's ladder, accuracy against FLOPs, and tuned plans.
 
 Everything runs in eager PyTorch on the same canvases, so that whatever differs between two rows is the method.
-Intervals resample source digits, since canvases of one scan are no independent pictures. Each row runs in a process of
-one thread, as many at once as there are cores: two threads share a small model's work badly.
+Intervals resample source digits, since canvases of one scan are no independent pictures. The command runs each row in
+a process of one thread, as many at once as there are cores: two threads share a small model's work badly.
 """
 
 from __future__ import annotations
@@ -244,7 +244,12 @@ def run_study(
     command: str = "",
     advance: Callable[[str], None] = lambda _: None,
 ) -> Study:
-    """Every entry of every group on the same `count` canvases, in `workers` processes of one thread."""
+    """Every entry of every group on the same `count` canvases, in `workers` processes of one thread (1: in this one).
+
+    Raises BadRequest for less than one.
+    """
+    if workers < 1:
+        raise BadRequest(f"--workers {workers} was asked for.", "Give at least 1.")
     model = models.load_model(MODEL, weights="pretrained") if model is None else model
     asked = [(share, entry, entry.plan_at(model, share)) for share, entries in groups for entry in entries]
     with ExitStack() as stack:
@@ -265,6 +270,8 @@ def run_study(
             logits = next(found)
             made = hits(logits, data.labels), image_kl(dense, logits)
             right, kl = other.setdefault(share, made)
+            if name == STEPWISE:
+                other[share] = made
             comparison = compare(dense, logits, data.labels, clusters=data.digits)
             advance(f"{share:.2f} {entry.name}: {comparison.pruned.top1.share:.4f}")
             rows.append(
@@ -282,8 +289,6 @@ def run_study(
                     closer=paired_bootstrap(kl - made[1], data.digits),
                 )
             )
-            if name == STEPWISE:
-                other[share] = made
     return Study(
         study=name,
         against="before" if name == STEPWISE else "first",
