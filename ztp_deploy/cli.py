@@ -647,6 +647,10 @@ def gpu_report(
     minutes: Annotated[float, typer.Option(help="Begin nothing that would end later; the next call goes on.")] = 9,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed in earlier calls.")] = False,
     seconds: Annotated[float, typer.Option(help="Seconds of measuring a cell.")] = 4.0,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that build engines side by side.  \\[default: half the cores, at most 6]"),
+    ] = None,
     device: Annotated[str, typer.Option(hidden=True, help="cuda, or cpu to try the report out.")] = "cuda",
     directory: Annotated[Path, typer.Option(help="Where reports lie.")] = Path("engines/evidence"),
     as_json: AsJson = False,
@@ -655,6 +659,7 @@ def gpu_report(
 
     What cannot be measured is a row that says why.
     """
+    from ztp_deploy.environment import usable_cores
     from ztp_deploy.evidence.gpu_report import Grid, measure_gpu, report_path
     from ztp_deploy.evidence.gpu_runtimes import RUNTIMES
     from ztp_deploy.evidence.latency import check_seconds
@@ -663,6 +668,8 @@ def gpu_report(
 
     check_seconds(seconds)
     check_seconds(minutes * 60)
+    if workers is None:
+        workers = max(1, min(usable_cores() // 2, 6))
     grid = Grid(
         models=model or Grid.models,
         runtimes=runtime or RUNTIMES,
@@ -671,6 +678,7 @@ def gpu_report(
         device=device,
         weights=weights,
         seconds=seconds,
+        workers=workers,
     )
     path = report_path(directory, device)
     progress = measure_gpu(grid, path, minutes=minutes, retry=retry, command=_command(), advance=err.print)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,7 @@ from ztp_deploy.evidence import gpu_runtimes
 from ztp_deploy.evidence.gpu_rows import Effort, GpuReport, Row, Session
 from ztp_deploy.evidence.gpu_runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
 from ztp_deploy.evidence.images import ImageSet, load_images
-from ztp_deploy.evidence.latency import interleave, paired_ratio
+from ztp_deploy.evidence.latency import Runs, interleave, paired_ratio
 from ztp_deploy.manifest import write_text
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning, load_model, source_of
@@ -40,13 +42,15 @@ DEFAULT_SECONDS = 4.0
 
 Group = tuple[str, str, str]
 """Model, runtime and precision: opened once, measured at every batch."""
+Way = tuple[str, bool]
+"""A plan's label, and whether it is replayed from a CUDA graph."""
 Result = TypeVar("Result")
 
 
 def plans_of(model: nn.Module) -> dict[str, Plan]:
-    """The plans that are compared, dense first: ratio 0.7, the paper's FLOP share, slice twin, ToMe where it exists."""
-    pruned = make_plan(model, ratio=0.7)
-    plans = [make_plan(model, "dense"), pruned, make_plan(model, flops=0.653), twin_of(pruned)]
+    """The plans that are compared, dense first: ratio 0.7 and the paper's FLOP share, their slice twins, ToMe."""
+    pruned = [make_plan(model, ratio=0.7), make_plan(model, flops=0.653)]
+    plans = [make_plan(model, "dense"), *pruned, *map(twin_of, pruned)]
     if "tome" in methods.METHODS:
         plans.append(make_plan(model, "tome", ratio=0.7))
     return {plan.label: plan for plan in plans}
@@ -56,7 +60,8 @@ def plans_of(model: nn.Module) -> dict[str, Plan]:
 class Grid:
     """What is measured: every runtime × precision that it has × batch × plan × model; `device` is cuda or cpu.
 
-    `seconds` is the time measured a cell. Engines are built for batches from 1 to the largest.
+    `seconds` is the time measured a cell. Engines are built for batches from 1 to the largest, as many side by side
+    as there are `workers`: a worker is a process that loads the model itself.
     """
 
     models: Sequence[str] = ("deit_s", "deit_b")
@@ -66,6 +71,7 @@ class Grid:
     device: str = "cuda"
     weights: str = "auto"
     seconds: float = DEFAULT_SECONDS
+    workers: int = 1
     export_root: Path = Path("export")
     engines_root: Path = Path("engines")
     load: Callable[[str, str], nn.Module] = load_model
@@ -75,6 +81,10 @@ class Grid:
         """Raises BadRequest for what no report has."""
         unknown = [runtime for runtime in self.runtimes if runtime not in RUNTIMES]
         unknown += [precision for precision in self.precisions if precision not in PRECISIONS]
+        if self.workers < 1:
+            raise BadRequest(
+                f"{self.workers} workers were asked for.", "One builds plan after plan; more, side by side."
+            )
         if unknown or self.device not in ("cuda", "cpu") or min(self.batches, default=0) < 1:
             wrong = unknown[0] if unknown else f"device {self.device} with batches {list(self.batches)}"
             raise BadRequest(
@@ -117,6 +127,26 @@ class Progress:
         if failed:
             lines.append(f"Rows missing or failed: {failed}; --retry tries them again.")
         return lines
+
+
+def _twins(plans: dict[str, Plan]) -> dict[str, str]:
+    """The label of each plan's slice twin, where that is among the plans."""
+    return {
+        label: other
+        for label, plan in plans.items()
+        if plan.method not in ("dense", "slice")
+        for other, candidate in plans.items()
+        if candidate == twin_of(plan)
+    }
+
+
+def _failed(row: Row, error: Exception) -> Row:
+    return row.model_copy(update={"status": "failed", "reason": gpu_runtimes.reason(error)})
+
+
+def _named(way: Way) -> str:
+    """What a way is called among those that are timed against each other."""
+    return f"{way[0]}, CUDA graph" if way[1] else way[0]
 
 
 class _OutOfTime(Exception):
@@ -173,6 +203,7 @@ class _Call:
     _weights: dict[str, str] = field(default_factory=dict)
     _packages: dict[str, str] = field(default_factory=lambda: environment.versions())
     _earlier: int = 0
+    _ending: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def report(self) -> GpuReport:
@@ -195,9 +226,10 @@ class _Call:
         groups = self.grid.groups()
         because = None
         try:
-            for group in sorted(groups, key=self._turn):
-                if self._due(group):
-                    self._group(group)
+            with ExitStack() as self._ending:
+                for group in sorted(groups, key=self._turn):
+                    if self._due(group):
+                        self._group(group)
         except _OutOfTime as end:
             because = str(end)
         cells = len(groups) * len(self.grid.batches)
@@ -276,7 +308,7 @@ class _Call:
                     effort,
                     f"Measure {name} · {runtime} {precision} · batch {batch}",
                     self.report.longest(effort, "cells"),
-                    partial(self._measured, rows, opened, batch, side),
+                    partial(self._measured, rows, opened, _twins(plans), batch, side),
                 )
                 effort.cells[batch] = max(effort.cells.get(batch, 0.0), seconds)
                 self.report.add(cell)
@@ -294,8 +326,12 @@ class _Call:
             self._hurry(sum(needed) + self.report.longest(effort, "cells"), f"Measure {blank.model} · {what}")
         opened: dict[str, Opened] = {}
         bases: dict[str, Row] = {}
+        failures = self._prepare(model, plans, blank, effort, images)
         for label, plan in plans.items():
             base = blank.model_copy(update={"plan": label, "reason": None})
+            if failure := failures.get(label):
+                bases[label] = base.model_copy(update=dict(zip(("status", "reason"), failure, strict=True)))
+                continue
             bases[label], seconds = self._step(
                 effort,
                 f"Build and prove {blank.model} {label} · {what}",
@@ -308,6 +344,61 @@ class _Call:
                 if lasting and known is None:
                     self._gain(effort)
         return opened, bases
+
+    def _prepare(
+        self, model: nn.Module, plans: dict[str, Plan], blank: Row, effort: Effort, images: ImageSet
+    ) -> dict[str, gpu_runtimes.Failure]:
+        """Builds and proves side by side what is not built yet, and says what failed, by plan."""
+        fresh = {label: plan for label, plan in plans.items() if label not in effort.builds}
+        if self.grid.workers == 1 or len(fresh) < 2 or blank.runtime in gpu_runtimes.BUILT_ALONE:
+            return {}
+
+        def work() -> dict[str, gpu_runtimes.Failure]:
+            asked = {
+                label: self._pool.submit(
+                    gpu_runtimes.prepare,
+                    self.grid.load,
+                    blank.model,
+                    self.grid.weights,
+                    self._job(plan, blank),
+                    images,
+                )
+                for label, plan in fresh.items()
+            }
+            return {label: future.result() for label, future in asked.items()}
+
+        failures, seconds = self._step(
+            effort,
+            f"Build and prove {len(fresh)} plans of {blank.model} side by side · {blank.runtime} {blank.precision}",
+            max(self._needed(effort, label) for label in fresh),
+            work,
+        )
+        built = [label for label, failure in failures.items() if failure is None]
+        if built and blank.runtime not in IN_PROCESS:
+            effort.builds |= dict.fromkeys(built, seconds)
+            self._gain(effort)
+        return failures
+
+    @cached_property
+    def _pool(self) -> ProcessPoolExecutor:
+        """The workers, ended with the call; CUDA cannot be used in a process that was forked from one using it."""
+        workers = self.grid.workers
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), gpu_runtimes.share_cores, (workers,))
+        self._ending.callback(pool.shutdown, wait=False, cancel_futures=True)
+        return pool
+
+    def _job(self, plan: Plan, row: Row) -> Callable[[nn.Module], Job]:
+        """The job that makes a row, of its model."""
+        return partial(
+            Job,
+            plan=plan,
+            runtime=row.runtime,
+            precision=row.precision,
+            device=self.grid.device,
+            max_batch=max(self.grid.batches),
+            export_root=self.grid.export_root,
+            engines_root=self.grid.engines_root,
+        )
 
     def _needed(self, effort: Effort, label: str) -> float:
         """The seconds that opening a plan will about take: none to speak of for an engine that stands."""
@@ -356,20 +447,13 @@ class _Call:
         self, model: nn.Module, plan: Plan, row: Row, images: ImageSet, opened: dict[str, Opened], stack: ExitStack
     ) -> Row:
         """Opens and proves one plan; its row says what came of it, and only what holds is in `opened`."""
-        grid = self.grid
-        largest = max(grid.batches)
-        job = Job(
-            model, plan, row.runtime, row.precision, grid.device, largest, grid.export_root, grid.engines_root
-        )  # fmt: skip
         try:
-            one = gpu_runtimes.open_job(job)
+            one = gpu_runtimes.open_job(self._job(plan, row)(model))
             stack.callback(one.close)
             edges = one.edges(images)
         except Exception as error:  # six runtimes, each with exceptions of its own: the row says which
-            missing = isinstance(error, MissingSoftware)
-            return row.model_copy(
-                update={"status": "missing" if missing else "failed", "reason": gpu_runtimes.reason(error)}
-            )
+            status, reason = gpu_runtimes.failure(error)
+            return row.model_copy(update={"status": status, "reason": reason})
         faults = [fault for edge in edges for fault in edge.faults]
         found = {
             "worst_logit": edges[-1].worst_logit,
@@ -381,38 +465,54 @@ class _Call:
         opened[row.plan] = one
         return row.model_copy(update=found | {"status": "measured"})
 
-    def _measured(self, rows: dict[str, Row], opened: dict[str, Opened], batch: int, side: int) -> list[Row]:
-        """The rows of one cell, those that are open timed against each other."""
+    def _measured(
+        self, bases: dict[str, Row], opened: dict[str, Opened], twins: dict[str, str], batch: int, side: int
+    ) -> list[Row]:
+        """The rows of one cell: those that are open timed against each other, run plainly and replayed."""
+        rows = {(label, False): base for label, base in bases.items()}
         if not opened:
             return list(rows.values())
         device = self.grid.device
         try:
             generator = torch.Generator().manual_seed(0)
             images = torch.randn(batch, 3, side, side, generator=generator).to(device)
+            runs: dict[Way, Runs] = {(label, False): one for label, one in opened.items()}
+            for label, one in opened.items():
+                way, base = (label, True), bases[label].model_copy(update={"cuda_graph": True})
+                try:
+                    replayed = gpu_runtimes.recorded(one, base.runtime, images)
+                except Exception as error:  # what cannot be recorded can still be run
+                    rows[way] = _failed(base, error)
+                    continue
+                if replayed is not None:
+                    runs[way], rows[way] = replayed, base
+            named = {_named(way): run for way, run in runs.items()}
             with torch.inference_mode():
                 times = interleave(
-                    opened,
-                    dict.fromkeys(opened, images),
+                    named,
+                    dict.fromkeys(named, images),
                     self.grid.seconds,
                     np.random.default_rng(0),
                     lambda share: None,
                     gpu_runtimes.clock_for(device),
                 )
         except Exception as error:  # out of memory, a kernel that is not there: the cell says so, the next goes on
-            failed = {"status": "failed", "reason": gpu_runtimes.reason(error)}
-            return [row.model_copy(update=failed) if label in opened else row for label, row in rows.items()]
-        sittings = {label: [seconds] for label, seconds in times.items()}
-        for label, seconds in times.items():
-            milliseconds = np.array(seconds) * 1e3
+            return [_failed(row, error) if label in opened else row for (label, _), row in rows.items()]
+        sittings = {name: [seconds] for name, seconds in times.items()}
+        for way in runs:
+            label, replayed_too = way
+            milliseconds = np.array(times[_named(way)]) * 1e3
             update: dict[str, Any] = {
                 "milliseconds": [round(float(value), 4) for value in milliseconds],
                 "median": float(np.median(milliseconds)),
                 "p90": float(np.percentile(milliseconds, 90)),
                 "images_per_second": batch / float(np.median(milliseconds)) * 1e3,
             }
-            if "dense" in times and label != "dense":
-                update["speedup"] = paired_ratio(label, "dense", batch, sittings)
-            rows[label] = rows[label].model_copy(update=update)
+            for ratio, reference in (("speedup", "dense"), ("of_twin", twins.get(label, ""))):
+                other = (reference, replayed_too)
+                if other in runs and label != reference:
+                    update[ratio] = paired_ratio(_named(way), _named(other), batch, sittings)
+            rows[way] = rows[way].model_copy(update=update)
         return list(rows.values())
 
     def _write(self) -> None:

@@ -26,7 +26,8 @@ class Row(BaseModel):
 
     `milliseconds` a batch, on the device, without copies. `status`: "missing" where the software is not here,
     "failed" where it did not run or parity does not hold; `reason` says why. `calibration`: what an int8 or fp8
-    engine was fitted to.
+    engine was fitted to. `cuda_graph`: recorded and replayed, compared with plans that are too. `speedup` is over
+    dense; `of_twin` the speed as a share of the slice twin's, 1 where the selection costs nothing.
     """
 
     model: str
@@ -35,6 +36,7 @@ class Row(BaseModel):
     precision: str
     batch: int
     plan: str
+    cuda_graph: bool = False
     status: Literal["measured", "missing", "failed"]
     reason: str | None = None
     session: int
@@ -47,14 +49,15 @@ class Row(BaseModel):
     p90: float | None = None
     images_per_second: float | None = None
     speedup: Ratio | None = None
+    of_twin: Ratio | None = None
 
     @property
-    def place(self) -> tuple[str, str, str, int, str]:
+    def place(self) -> tuple[str, str, str, int, str, bool]:
         """Where in the table it belongs."""
-        return (self.model, self.runtime, self.precision, self.batch, self.plan)
+        return (self.model, self.runtime, self.precision, self.batch, self.plan, self.cuda_graph)
 
     @property
-    def key(self) -> tuple[str, str, str, int, str, str, str]:
+    def key(self) -> tuple[str, str, str, int, str, bool, str, str]:
         """What makes it the same measurement."""
         return (*self.place, self.version, self.weights)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ztp_deploy import backends, environment
-from ztp_deploy.errors import MissingSoftware, ZtpError
+from ztp_deploy.backends.cuda_graph import Replay
+from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
 from ztp_deploy.evidence.latency import wall_clock
 from ztp_deploy.evidence.parity import PARITY_FILE, Edge, ParityReport, check_parity, compare_with_eager
@@ -22,12 +26,21 @@ from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import lower
 from ztp_deploy.exporters.precision import PRECISIONS as FLOATING
 from ztp_deploy.manifest import manifest_sha256
+from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.workflow import BuildRequest, Clock, build_engine, export_model
 
 IN_PROCESS = ("eager", "torch_compile")
 RUNTIMES = (*IN_PROCESS, "aotinductor", "onnxruntime", "tensorrt", "tensorrt_rtx")
+BUILT_ALONE = ("eager", "tensorrt")
+"""Nothing to build, or built by timing kernels on the GPU, which other work there would falsify."""
+NOT_RECORDED = ("onnxruntime",)
+"""It waits for the device in every run, on a stream of its own: nothing that can be recorded from outside."""
+_REPLAYED_ALIKE = 1e-2
+
+
+Failure = tuple[Literal["missing", "failed"], str] | None
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,72 @@ def open_job(job: Job) -> Opened:
     Raises ZtpError where it cannot be had.
     """
     return _Module(job) if job.runtime in IN_PROCESS else _Engine(job)
+
+
+def prepare(
+    load: Callable[[str, str], nn.Module], name: str, weights: str, job: Callable[[nn.Module], Job], images: ImageSet
+) -> Failure:
+    """Does in a process of its own what opens a job quickly afterwards: engines built and proved, kernels compiled.
+
+    `job` makes it of the model, which is loaded here. Says what failed: the status of the row and the reason.
+    """
+    try:
+        opened = open_job(job(_loaded(load, name, weights)))
+        try:
+            opened.edges(images)
+        finally:
+            opened.close()
+    except Exception as error:  # six runtimes, each with exceptions of its own
+        return failure(error)
+    return None
+
+
+@cache
+def _loaded(load: Callable[[str, str], nn.Module], name: str, weights: str) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RandomWeightsWarning)
+        return load(name, weights)
+
+
+def share_cores(workers: int) -> None:
+    """Begins a process that works beside others: each takes its share of the cores."""
+    share = max(1, environment.usable_cores() // workers)
+    torch.set_num_threads(share)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(share)
+
+
+def recorded(opened: Opened, runtime: str, images: Tensor) -> Recorded | None:
+    """The plan replayed from a CUDA graph, None where the runtime or the device has none.
+
+    Raises GateFailed where a replay does not repeat what a plain run says of other images.
+    """
+    if images.device.type != "cuda" or runtime in NOT_RECORDED:
+        return None
+    one = Recorded(opened)
+    with torch.inference_mode():
+        one.run(images)
+        other = images.flip(0).flip(-1)
+        plain, replayed = _logits(opened.run(other)).clone(), _logits(one.run(other))
+    far = (replayed - plain).abs().amax(1) > _REPLAYED_ALIKE * plain.std(1)
+    if float(far.float().mean()) > 0.5:  # a near-tie may fall otherwise where kernels of other sizes are chosen
+        raise GateFailed("The recorded CUDA graph does not repeat what a plain run says.", "It was not timed.")
+    return one
+
+
+class Recorded:
+    """A plan whose runs are replayed from a CUDA graph a shape."""
+
+    def __init__(self, opened: Opened) -> None:
+        self._replay = Replay(opened.run)
+
+    def run(self, images: Tensor) -> object:
+        """As `Opened.run`; the outputs are the recording's buffers."""
+        return self._replay(images)
+
+
+def _logits(outputs: Any) -> Tensor:
+    first: Tensor = next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
+    return first.float()
 
 
 def clock_for(device: str) -> Callable[[Callable[[], object]], float]:
@@ -217,6 +296,11 @@ class _Silent:
 
     def warn(self, text: str) -> None:
         """Nothing is shown; the report's rows say what matters."""
+
+
+def failure(error: Exception) -> tuple[Literal["missing", "failed"], str]:
+    """The status and the reason of a row that could not be measured."""
+    return "missing" if isinstance(error, MissingSoftware) else "failed", reason(error)
 
 
 def reason(error: Exception) -> str:

@@ -22,18 +22,24 @@ def render_gpu_report(report: GpuReport) -> str:
             RUNTIMES.index(row.runtime),
             PRECISIONS.index(row.precision),
             row.batch,
+            row.cuda_graph,
         ),
     )
     plans = list(dict.fromkeys(row.plan for row in latest if row.plan != "dense"))
     head = ["model", "runtime", "precision", "batch", "dense: ms an image", *(f"{plan} over dense" for plan in plans)]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---:|---:|" + "---|" * len(plans)]
-    for cell in dict.fromkeys((row.model, row.runtime, row.precision, row.batch) for row in measured):
-        rows = {row.plan: row for row in measured if (row.model, row.runtime, row.precision, row.batch) == cell}
+    for cell in dict.fromkeys(map(_cell, measured)):
+        rows = {row.plan: row for row in measured if _cell(row) == cell}
         dense = rows.get("dense")
         time = "" if dense is None or dense.median is None else f"{dense.median / dense.batch:.3f}"
         values = [*map(str, cell), time, *(_gain(rows.get(plan)) for plan in plans)]
         lines.append(f"| {' | '.join(values)} |")
     return "\n".join([*lines, "", *_absent(latest), *_machine(report, measured)]) + "\n"
+
+
+def _cell(row: Row) -> tuple[str, str, str, int]:
+    """Model, runtime with whether it is replayed, precision and batch."""
+    return row.model, f"{row.runtime}, CUDA graph" if row.cuda_graph else row.runtime, row.precision, row.batch
 
 
 def _gain(row: Row | None) -> str:
@@ -42,7 +48,9 @@ def _gain(row: Row | None) -> str:
     if row.speedup is None:
         return f"{row.images_per_second:.0f} images/s" if row.images_per_second else ""
     text = speedup_text(row.speedup)
-    return text if row.speedup.verdict == "measured" else f"{text} inconclusive"
+    if row.speedup.verdict != "measured":
+        text += " inconclusive"
+    return f"{text}, {row.of_twin.speedup:.1%} of its twin" if row.of_twin else text
 
 
 def _absent(rows: list[Row]) -> list[str]:
@@ -60,6 +68,10 @@ def _absent(rows: list[Row]) -> list[str]:
 def _machine(report: GpuReport, measured: list[Row]) -> list[str]:
     versions = dict.fromkeys(f"{row.runtime} {row.version}" for row in measured)
     lines = [f"- GPU: {report.gpu}. Timed with {report.clock}, inputs on the device, outputs left there."]
+    if any(row.of_twin for row in measured):
+        lines.append(
+            "- Its twin has the same token counts, tokens cut off unseen: what is missing to 100 % is selection."
+        )
     if versions:
         lines.append(f"- {', '.join(versions)}.")
     for calibration in dict.fromkeys(row.calibration for row in measured if row.calibration):
