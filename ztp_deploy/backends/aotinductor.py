@@ -10,6 +10,7 @@ import contextlib
 import io
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.cuda_graph import Replay
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.manifest import EngineManifest
@@ -39,12 +41,14 @@ class Settings(BaseModel):
 
     `threads` 0: as many as torch uses where the engine is opened; else that many, compiled in and set for the
     whole process. `max_autotune` tries kernels at the optimal batch and keeps the fastest: a build takes minutes longer.
+    `cuda_graph`: on a GPU, record one CUDA graph per batch size when it first comes and replay it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     threads: int = Field(default=0, ge=0, le=1024)
     max_autotune: bool = False
+    cuda_graph: bool = False
 
 
 def missing() -> str | None:
@@ -81,8 +85,10 @@ def build(job: BuildJob) -> dict[str, Any]:
     """Compiles `model.pt2` and reports the instruction set it was compiled for.
 
     The compiler works in a scratch folder of its own, which goes whatever happens.
-    Raises MissingSoftware (no C++ compiler) and GateFailed (the compiler gave up).
+    Raises BadRequest (a CUDA graph on a CPU), MissingSoftware (no C++ compiler) and GateFailed (the compiler gave up).
     """
+    if job.settings["cuda_graph"] and job.device.name != "cuda":
+        raise BadRequest("cuda_graph=true was asked for on the CPU.", "Leave it out, or build with device=cuda.")
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     from ztp_deploy.exporters.torch_export import GRAPH_FILE, read
@@ -123,9 +129,9 @@ class AotInductorRunner:
                 "Build it again on this machine.",
             )
         torch_device.prepare(manifest.provider)
-        threads = Settings(**manifest.settings).threads
-        if threads:
-            torch.set_num_threads(threads)
+        settings = Settings(**manifest.settings)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         self._manifest = manifest
         self._names = (*manifest.outputs, *manifest.audit)
         try:
@@ -134,6 +140,8 @@ class AotInductorRunner:
         except Exception as error:  # a damaged archive raises anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedFiles(f"torch cannot open {package}: {reason}.", "Build the engine again.") from error
+        self._replay = Replay(self._model) if settings.cuda_graph else None
+        self._one_at_a_time = threading.Lock()
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return self._run(images, self._manifest.outputs)
@@ -142,7 +150,7 @@ class AotInductorRunner:
         return self._run(images, self._names)
 
     def close(self) -> None:
-        self._model = None
+        self._model = self._replay = None
 
     def compute(self, images: Any) -> tuple[Any, ...]:
         """All outputs for a tensor on the engine's device; nothing is copied."""
@@ -151,7 +159,10 @@ class AotInductorRunner:
         if self._model is None:
             raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         with torch.inference_mode():
-            return tuple(self._model(images))
+            if self._replay is None:
+                return tuple(self._model(images))
+            with self._one_at_a_time:  # the recording's buffers are written to by the next call
+                return tuple(value.clone() for value in self._replay(images))
 
     def _run(self, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
         import torch

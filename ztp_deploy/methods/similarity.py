@@ -38,26 +38,25 @@ def raster_order(positions: Tensor, partition: Partition) -> Tensor:
     return raster.index_select(1, torch.tensor(places, device=positions.device))
 
 
-def best_match(less: Tensor, more: Tensor, metric: Metric = "cosine", apart: bool = True) -> Tensor:
-    """Likeness [B, a] of each feature [B, a, D] to the one of [B, b, D] most like it; larger is more alike.
+def best_match(features: Tensor, half: int, metric: Metric = "cosine") -> Tensor:
+    """Likeness [B, n - half] of each of features [B, n, D] from `half` on to the one before most like it.
 
-    Distances count negatively (the Euclidean one squared). With `apart` False both are the same tokens, and none is held
-    against itself.
+    Larger is more alike; distances count negatively (the Euclidean one squared). With `half` 0 each is held against all
+    but itself.
     """
     if metric == "cosine":
-        # The candidates' own lengths can wait until one product each is left.
-        likeness = less @ (more * inverse_length(more)).transpose(1, 2)
-    elif metric in ("dot", "euclidean"):
+        features = features * inverse_length(features)
+    less, more = features[:, half:], features[:, :half] if half else features
+    if metric in ("cosine", "dot", "euclidean"):
         likeness = less @ more.transpose(1, 2)
         if metric == "euclidean":
             likeness = 2 * likeness - _squares(less) - _squares(more).transpose(1, 2)
     else:
         distances = (less.unsqueeze(2) - more.unsqueeze(1)).abs()  # [B, a, b, D]
         likeness = -(distances.sum(-1) if metric == "manhattan" else distances.amax(-1))
-    if not apart:
+    if not half:
         likeness = likeness - _ITSELF * torch.eye(less.shape[1], device=less.device)
-    best = likeness.amax(-1)
-    return best * inverse_length(less).squeeze(-1) if metric == "cosine" else best
+    return likeness.amax(-1)
 
 
 def inverse_length(features: Tensor) -> Tensor:

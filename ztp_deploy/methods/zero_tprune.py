@@ -171,9 +171,10 @@ def score_names(stage: Stage) -> tuple[str, ...]:
 # --- pure scores -------------------------------------------------------------------------------
 
 
-def start_scores(count: int, participants: int, class_token: int | None) -> Tensor:
+def start_scores(count: int, participants: int, class_token: int | None, device: torch.device | None = None) -> Tensor:
     """Start vector [N] of the vote, mean 1 over `participants`: √participants times the others for the class token."""
-    start = torch.ones(count, dtype=torch.float32)
+    # Made where it is needed: a copy from the host makes a GPU wait, and cannot be recorded in a CUDA graph.
+    start = torch.ones(count, dtype=torch.float32, device=device)
     total = float(participants)
     if class_token is not None:
         boost = participants**0.5
@@ -196,20 +197,29 @@ def vote(
     score = start.to(attention).reshape(1, 1, 1, count)
     if survivors is None:
         for _ in range(rounds):
-            score = score @ attention
+            score = _cast(score, attention)
         return score.squeeze(2)
     mask = survivors.to(attention).reshape(-1, 1, 1, count)
     if not renormalise:
         for _ in range(rounds):
-            score = (score * mask) @ attention * mask
+            score = _cast(score * mask, attention) * mask
             score = score * (mask.sum(-1, keepdim=True) / score.sum(-1, keepdim=True).clamp_min(1e-30))
         return score.squeeze(2)
     row_sums = mask @ attention.transpose(-1, -2)  # [B, H, 1, N]
     # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
     weight = mask / row_sums.clamp_min(1e-30)
     for _ in range(rounds):
-        score = (score * weight) @ attention
+        score = _cast(score * weight, attention)
     return (score * mask).squeeze(2)
+
+
+def _cast(votes: Tensor, attention: Tensor) -> Tensor:
+    """Every token's votes [B, H, 1, N] handed out along its row of attention [B, H, N, N] → [B, H, 1, N]."""
+    if torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
+        # Compilers write this as one pass over the probabilities as they are; a product of matrices wants its own
+        # float32 copy of them, and GPUs have no fast one for a single row.
+        return (votes.transpose(-1, -2) * attention).sum(-2, keepdim=True)
+    return votes @ attention
 
 
 def score_spread(scores: Tensor, survivors: Tensor | None = None) -> Tensor:
@@ -252,7 +262,7 @@ def importance(
 ) -> Importance:
     """WPR, VHF and EIR in one: attention [B, H, N, N] → scores [B, N] and head spreads [B, H, 1]."""
     boosted = class_token if options.start == "class" else None
-    start = start_scores(attention.shape[-1], participants, boosted).to(attention.device)
+    start = start_scores(attention.shape[-1], participants, boosted, attention.device)
     per_head = vote(attention, start, rounds, survivors, options.renormalise)
     spread = score_spread(per_head, survivors)
     counted = counted_heads(spread, options.variance_bounds, participants)
@@ -290,8 +300,7 @@ def select(
             order = raster_order(positions, options.partition)
         half = staying(stage.tokens_in, options.partition)
         ordered = take(join_heads(features.float(), options.feature_heads), order, skip=special_tokens)
-        others = ordered[:, :half] if half else ordered
-        match = best_match(ordered[:, half:], others, options.metric, apart=half > 0)
+        match = best_match(ordered, half, options.metric)
         least = take(order, top_k(match, similar), skip=half)
         dropped = membership(least, everyone, skip=special_tokens)
         scores["similarity"] = match
