@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import ztp_deploy as ztp
 from tests import tiny
@@ -56,6 +58,46 @@ def test_every_method_traces_with_its_counts_and_replays_its_selection(name, mod
         for carried in trace.assignment:
             assert set(carried[carried >= 0].tolist()) == set(range(stage.tokens_out))
             assert merges or (carried >= 0).sum() == stage.tokens_out
+
+
+class HostCopies(TorchFunctionMode):
+    """The calls that would copy from the host to a GPU, made while the module is on a device that is not the CPU."""
+
+    MAKERS = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.__setitem__)
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        tensors = [value for value in tree_leaves((arguments, keywords)) if isinstance(value, torch.Tensor)]
+        if function in self.MAKERS or any(tensor.device.type == "cpu" for tensor in tensors):
+            self.found.append(getattr(function, "__name__", str(function)))
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_no_method_copies_from_the_host(name, model):
+    """A copy would make a GPU wait for the host in every run, and no CUDA graph can record it."""
+    plan = ztp.make_plan(model, method=name, ratio=0.6, options=tiny.OPTIONS.get(name))
+    pruned = ztp.prune(model, plan).to("meta")
+    with torch.inference_mode(), HostCopies() as copies:
+        pruned.run(torch.empty(2, 3, 96, 96, device="meta"))
+    assert copies.found == []
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda: torch.ones(3).to("meta"),
+        lambda: torch.tensor([1, 2], device="meta"),
+        lambda: torch.ones(3, device="meta").__setitem__(0, 2.0),
+    ],
+)
+def test_a_copy_from_the_host_is_noticed(copy):
+    with HostCopies() as copies:
+        copy()
+    assert len(copies.found) == 1
 
 
 @pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if "cpu" in backends.get(name).DEVICES])

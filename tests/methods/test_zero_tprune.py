@@ -49,12 +49,18 @@ def oracle_stage(name):
     return to_tensor(attention), to_tensor(keys), stage, options
 
 
+def select(attention, keys, stage, options):
+    """One stage of a model with a class token."""
+    starts = zt.Starts.of(stage, 1, 0, options)
+    return zt.select(attention, keys, stage, starts, special_tokens=1, options=options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ORACLE)
 def test_oracle(name, dtype):
     attention, keys, stage, options = oracle_stage(name)
     truth = golden.arrays(name)
-    chosen = zt.select(attention.to(dtype), keys.to(dtype), stage, special_tokens=1, class_token=0, options=options)
+    chosen = select(attention.to(dtype), keys.to(dtype), stage, options)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     scores = {key: value[0].double().numpy() for key, value in chosen.scores.items()}
     np.testing.assert_allclose(scores["pre_score"], truth["pre_score"][1:], **tolerance)
@@ -85,7 +91,7 @@ def test_oracle_notices_mistakes(name, mistake):
         options = options.model_copy(update={"start": "uniform" if options.start == "class" else "class"})
     else:
         options = options.model_copy(update={"variance_bounds": None, "heads": "mean"})
-    chosen = zt.select(attention, keys, stage, special_tokens=1, class_token=0, options=options)
+    chosen = select(attention, keys, stage, options)
     gap = np.abs(chosen.scores["pre_score"][0].numpy() - golden.arrays(name)["pre_score"][1:]).max()
     assert gap > 1e-3
 
@@ -221,7 +227,7 @@ def test_ties_go_to_the_lower_index():
     uniform = torch.full((1, 2, 9, 9), 1 / 9)
     keys = torch.ones(1, 2, 9, 4)
     stage = Stage(block=1, place="after_block", tokens_in=8, tokens_out=4, static={"similar": 2, "rounds": 3})
-    chosen = zt.select(uniform, keys, stage, special_tokens=1, class_token=0, options=zt.Options())
+    chosen = select(uniform, keys, stage, zt.Options())
     # All alike: slots 4 and 5 lead the less important half and go; the first four of the rest stay.
     assert chosen.kept.tolist() == [[0, 1, 2, 3]]
     assert (chosen.scores["score"] < 0).nonzero()[:, 1].tolist() == [4, 5]
@@ -241,7 +247,7 @@ def test_published_rounds_are_an_option(said):
 
 def test_replay_recomputes_the_selection_from_scores_alone():
     attention, keys, stage, options = oracle_stage("zt_n197_boost")
-    chosen = zt.select(attention, keys, stage, special_tokens=1, class_token=0, options=options)
+    chosen = select(attention, keys, stage, options)
     replay = zt.replay(stage, chosen.scores, SimpleNamespace(special_tokens=1), options)
     assert replay.kept.tolist() == chosen.kept.tolist()
     margins = {d.name: d.margin.abs().min().item() for d in replay.decisions}

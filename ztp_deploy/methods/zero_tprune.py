@@ -171,10 +171,9 @@ def score_names(stage: Stage) -> tuple[str, ...]:
 # --- pure scores -------------------------------------------------------------------------------
 
 
-def start_scores(count: int, participants: int, class_token: int | None, device: torch.device | None = None) -> Tensor:
+def start_scores(count: int, participants: int, class_token: int | None) -> Tensor:
     """Start vector [N] of the vote, mean 1 over `participants`: √participants times the others for the class token."""
-    # Made where it is needed: a copy from the host makes a GPU wait, and cannot be recorded in a CUDA graph.
-    start = torch.ones(count, dtype=torch.float32, device=device)
+    start = torch.ones(count, dtype=torch.float32)
     total = float(participants)
     if class_token is not None:
         boost = participants**0.5
@@ -254,28 +253,42 @@ def combine_heads(scores: Tensor, counted: Tensor, how: Literal["rms", "mean"] =
 def importance(
     attention: Tensor,
     rounds: int,
+    start: Tensor,
     *,
     participants: int,
-    class_token: int | None,
     options: Options,
     survivors: Tensor | None = None,
 ) -> Importance:
-    """WPR, VHF and EIR in one: attention [B, H, N, N] → scores [B, N] and head spreads [B, H, 1]."""
-    boosted = class_token if options.start == "class" else None
-    start = start_scores(attention.shape[-1], participants, boosted, attention.device)
+    """WPR, VHF and EIR in one: attention [B, H, N, N] and start [N] → scores [B, N] and head spreads [B, H, 1]."""
     per_head = vote(attention, start, rounds, survivors, options.renormalise)
     spread = score_spread(per_head, survivors)
     counted = counted_heads(spread, options.variance_bounds, participants)
     return Importance(combine_heads(per_head, counted, options.heads), spread)
 
 
+@dataclass(frozen=True)
+class Starts:
+    """Start vectors [N] of a stage's two votes: among all tokens, and among those that the S-stage leaves."""
+
+    everyone: Tensor
+    survivors: Tensor
+
+    @classmethod
+    def of(cls, stage: Stage, special_tokens: int, class_token: int | None, options: Options) -> Starts:
+        """Those of a stage, on the CPU."""
+        everyone = stage.tokens_in + special_tokens
+        boosted = class_token if options.start == "class" else None
+        left = everyone - stage.static["similar"]
+        return cls(start_scores(everyone, everyone, boosted), start_scores(everyone, left, boosted))
+
+
 def select(
     attention: Tensor,
     features: Tensor,
     stage: Stage,
+    starts: Starts,
     *,
     special_tokens: int,
-    class_token: int | None,
     options: Options,
     positions: Tensor | None = None,
 ) -> Selection:
@@ -290,7 +303,7 @@ def select(
     dropped = None
     if similar:
         if options.partition == "importance":
-            ranking = importance(attention, 1, participants=everyone, class_token=class_token, options=options)
+            ranking = importance(attention, 1, starts.everyone, participants=everyone, options=options)
             pre_score = ranking.score[:, special_tokens:]
             order = top_k(pre_score, stage.tokens_in)
             scores |= {"pre_score": pre_score, "pre_spread": ranking.spread}
@@ -307,8 +320,8 @@ def select(
     final = importance(
         attention,
         rounds,
+        starts.survivors,
         participants=everyone - similar,
-        class_token=class_token,
         options=options,
         survivors=None if dropped is None else 1 - dropped,
     )
@@ -334,13 +347,18 @@ class ZeroTPruneStage(StageModule):
     """Runs `select` on the block's attention and keys, then keeps the chosen tokens."""
 
     needs_attention = True
+    start: Tensor
+    start_of_survivors: Tensor
 
     def __init__(self, stage: Stage, geometry: Geometry, options: Options) -> None:
         super().__init__()
         self.stage = stage
         self.special_tokens = geometry.special_tokens
-        self.class_token = geometry.class_token
         self.options = options
+        starts = Starts.of(stage, geometry.special_tokens, geometry.class_token, options)
+        # With the module on its device: a copy from the host makes a GPU wait, and no CUDA graph can record it.
+        self.register_buffer("start", starts.everyone, persistent=False)
+        self.register_buffer("start_of_survivors", starts.survivors, persistent=False)
 
     def forward(
         self, tokens: Tensor, state: TokenState, attention: Attention | None, forced: Tensor | None = None
@@ -353,8 +371,8 @@ class ZeroTPruneStage(StageModule):
             probabilities,
             _features(attention, self.options),
             self.stage,
+            Starts(self.start, self.start_of_survivors),
             special_tokens=self.special_tokens,
-            class_token=self.class_token,
             options=self.options,
             positions=state.positions,
         )

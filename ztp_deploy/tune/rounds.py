@@ -70,13 +70,14 @@ def by_block(model: nn.Module, images: Tensor) -> dict[int, int]:
         for number, block in enumerate(host.blocks, start=1):
             attention = host.attention(block, tokens, state)
             everyone = attention.probabilities.shape[-1]
+            start = zero_tprune.start_scores(everyone, everyone, geometry.class_token).to(images.device)
             kept = {}
             for rounds in GRID:
                 score = zero_tprune.importance(
                     attention.probabilities.float(),
                     rounds,
+                    start,
                     participants=everyone,
-                    class_token=geometry.class_token,
                     options=options,
                 ).score[:, geometry.special_tokens :]
                 kept[rounds] = top_k(score, max(1, geometry.patch_tokens // 2)).cpu().numpy()
