@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import environment
-from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.evidence import gpu_report, gpu_runtimes, latency
 from ztp_deploy.evidence.gpu_report import Grid, measure_gpu
 from ztp_deploy.evidence.gpu_rows import GpuReport
@@ -135,6 +136,70 @@ def test_the_table_names_gpu_runtimes_and_what_is_missing(grid, tmp_path):
     assert "NVIDIA Test" in text
     assert "clocks.sm 1980 → 1980" in text
     assert "Random weights" in text
+
+
+def test_replays_are_rows_beside_the_plain_runs(grid, tmp_path, monkeypatch):
+    def recorded(opened, runtime, images):
+        if len(images) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return None if runtime == "onnxruntime" else opened
+
+    monkeypatch.setattr(gpu_runtimes, "recorded", recorded)
+    one = Grid(**{**vars(grid), "runtimes": ("eager", "onnxruntime")})
+    report = measure_gpu(one, tmp_path / "r.json").report
+    found = {(row.runtime, row.batch, row.plan, row.cuda_graph): row for row in report.rows}
+    assert len(found) == len(report.rows) == 3 * (2 + 2 + 1 + 2)
+    replayed, plain = found["eager", 1, "pruned", True], found["eager", 1, "pruned", False]
+    assert replayed.status == plain.status == "measured"
+    assert replayed.milliseconds != plain.milliseconds
+    assert (replayed.speedup.engine, replayed.speedup.reference) == ("pruned, CUDA graph", "dense, CUDA graph")
+    assert (plain.of_twin.engine, plain.of_twin.reference) == ("pruned", "slice")
+    assert found["eager", 1, "slice", True].of_twin is None
+    refused = found["eager", 2, "dense", True]
+    assert (refused.status, refused.milliseconds) == ("failed", [])
+    assert "is capturing" in refused.reason
+    assert found["eager", 2, "dense", False].status == "measured"
+    text = render_gpu_report(report)
+    assert f"| deit_t | eager, CUDA graph | fp32 | 1 | {found['eager', 1, 'dense', True].median:.3f} |" in text
+    assert f"{plain.of_twin.speedup:.1%} of its twin" in text
+    assert "tokens cut off unseen" in text
+
+
+class OnGpu:
+    """Images that say they lie on a GPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def __init__(self, values):
+        self.values = values
+
+    def flip(self, *axes):
+        return OnGpu(self.values.flip(*axes))
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_replay_that_repeats_old_logits_is_not_timed(stale, monkeypatch):
+    class Replay:
+        def __init__(self, compute):
+            self.compute, self.first = compute, None
+
+        def __call__(self, images):
+            self.first = self.first if stale and self.first else self.compute(images)
+            return self.first
+
+    monkeypatch.setattr(gpu_runtimes, "Replay", Replay)
+    opened = SimpleNamespace(run=lambda images: {"logits": images.values.flatten(1)[:, :9] * 2})
+    images = OnGpu(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    if stale:
+        with pytest.raises(GateFailed, match="does not repeat"):
+            gpu_runtimes.recorded(opened, "eager", images)
+    else:
+        assert gpu_runtimes.recorded(opened, "eager", images)
+        assert gpu_runtimes.recorded(opened, "onnxruntime", images) is None
+
+
+def test_nothing_is_recorded_on_a_cpu():
+    assert gpu_runtimes.recorded(SimpleNamespace(), "eager", torch.zeros(1, 3, 4, 4)) is None
 
 
 def test_a_failing_parity_is_a_row_and_not_a_crash(grid, tmp_path, monkeypatch):

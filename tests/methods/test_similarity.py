@@ -10,7 +10,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.similarity import PARTITIONS, best_match, raster_order, staying
+from ztp_deploy.methods.similarity import PARTITIONS, best_match, comparable, raster_order, staying
 
 METRICS = {
     "cosine": lambda x, y: x @ y / (np.linalg.norm(x) * np.linalg.norm(y)),
@@ -25,15 +25,15 @@ METRICS = {
 def test_likeness_to_the_most_alike(metric):
     draw = np.random.default_rng(1)
     less, more = draw.standard_normal((2, 5, 7)), draw.standard_normal((2, 6, 7))
-    found = best_match(torch.from_numpy(np.concatenate([more, less], axis=1)), 6, metric)
+    found = best_match(*(comparable(torch.from_numpy(half), metric) for half in (less, more)), metric)
     expected = [[max(METRICS[metric](x, y) for y in more[b]) for x in less[b]] for b in range(2)]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_no_token_is_held_against_itself():
     tokens = torch.eye(3).unsqueeze(0)
-    assert best_match(tokens, 0).tolist() == [[0.0, 0.0, 0.0]]
-    assert best_match(torch.cat([tokens, tokens], dim=1), 3).tolist() == [[1.0, 1.0, 1.0]]
+    assert best_match(tokens, tokens, apart=False).tolist() == [[0.0, 0.0, 0.0]]
+    assert best_match(tokens, tokens).tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_partitions_go_by_position_not_by_slot():

@@ -10,11 +10,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +26,7 @@ from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence import gpu_runtimes
 from ztp_deploy.evidence.gpu_rows import Effort, GpuReport, Row, Session
 from ztp_deploy.evidence.gpu_runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
+from ztp_deploy.evidence.gpu_workers import Failure, side_by_side
 from ztp_deploy.evidence.images import ImageSet, load_images
 from ztp_deploy.evidence.latency import Runs, interleave, paired_ratio
 from ztp_deploy.manifest import write_text
@@ -203,7 +202,6 @@ class _Call:
     _weights: dict[str, str] = field(default_factory=dict)
     _packages: dict[str, str] = field(default_factory=lambda: environment.versions())
     _earlier: int = 0
-    _ending: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def report(self) -> GpuReport:
@@ -226,10 +224,9 @@ class _Call:
         groups = self.grid.groups()
         because = None
         try:
-            with ExitStack() as self._ending:
-                for group in sorted(groups, key=self._turn):
-                    if self._due(group):
-                        self._group(group)
+            for group in sorted(groups, key=self._turn):
+                if self._due(group):
+                    self._group(group)
         except _OutOfTime as end:
             because = str(end)
         cells = len(groups) * len(self.grid.batches)
@@ -312,6 +309,7 @@ class _Call:
                 )
                 effort.cells[batch] = max(effort.cells.get(batch, 0.0), seconds)
                 self.report.add(cell)
+                effort.failures = {}
                 self._gain(effort)
 
     def _open_all(
@@ -331,6 +329,7 @@ class _Call:
             base = blank.model_copy(update={"plan": label, "reason": None})
             if failure := failures.get(label):
                 bases[label] = base.model_copy(update=dict(zip(("status", "reason"), failure, strict=True)))
+                self._note(effort, bases[label])
                 continue
             bases[label], seconds = self._step(
                 effort,
@@ -343,49 +342,41 @@ class _Call:
                 effort.builds[label] = max(known or 0.0, seconds)
                 if lasting and known is None:
                     self._gain(effort)
+            else:
+                self._note(effort, bases[label])
         return opened, bases
+
+    def _note(self, effort: Effort, row: Row) -> None:
+        """Puts on file why a plan cannot be measured: its rows come with the cells, and the call may end before."""
+        self.advance(f"  {row.plan}: {row.reason}")
+        effort.failures[row.plan] = row.reason or ""
+        self._write()
 
     def _prepare(
         self, model: nn.Module, plans: dict[str, Plan], blank: Row, effort: Effort, images: ImageSet
-    ) -> dict[str, gpu_runtimes.Failure]:
+    ) -> dict[str, Failure]:
         """Builds and proves side by side what is not built yet, and says what failed, by plan."""
         fresh = {label: plan for label, plan in plans.items() if label not in effort.builds}
         if self.grid.workers == 1 or len(fresh) < 2 or blank.runtime in gpu_runtimes.BUILT_ALONE:
             return {}
 
-        def work() -> dict[str, gpu_runtimes.Failure]:
-            asked = {
-                label: self._pool.submit(
-                    gpu_runtimes.prepare,
-                    self.grid.load,
-                    blank.model,
-                    self.grid.weights,
-                    self._job(plan, blank),
-                    images,
-                )
-                for label, plan in fresh.items()
-            }
-            return {label: future.result() for label, future in asked.items()}
-
         failures, seconds = self._step(
             effort,
             f"Build and prove {len(fresh)} plans of {blank.model} side by side · {blank.runtime} {blank.precision}",
             max(self._needed(effort, label) for label in fresh),
-            work,
+            partial(
+                side_by_side,
+                {label: self._job(plan, blank) for label, plan in fresh.items()},
+                partial(self.grid.load, blank.model, self.grid.weights),
+                images,
+                self.grid.workers,
+            ),
         )
         built = [label for label, failure in failures.items() if failure is None]
         if built and blank.runtime not in IN_PROCESS:
             effort.builds |= dict.fromkeys(built, seconds)
             self._gain(effort)
         return failures
-
-    @cached_property
-    def _pool(self) -> ProcessPoolExecutor:
-        """The workers, ended with the call; CUDA cannot be used in a process that was forked from one using it."""
-        workers = self.grid.workers
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), gpu_runtimes.share_cores, (workers,))
-        self._ending.callback(pool.shutdown, wait=False, cancel_futures=True)
-        return pool
 
     def _job(self, plan: Plan, row: Row) -> Callable[[nn.Module], Job]:
         """The job that makes a row, of its model."""

@@ -66,7 +66,7 @@ class Effort(BaseModel):
     """What one model took in one runtime and precision, and what calls ended over it.
 
     `builds`: the longest seconds by plan to open and prove it. `cells`: those to measure all plans, by batch.
-    `tries`: calls since the last gain that ended, or were ended, before there was another; `minutes`: what the
+    `failures`: by plan why it cannot be measured, until its rows say so. `tries`: calls since the last gain that ended, or were ended, before there was another; `minutes`: what the
     last of them had for it alone, 0 where other work came first.
     """
 
@@ -76,6 +76,7 @@ class Effort(BaseModel):
     precision: str
     builds: dict[str, float] = Field(default_factory=dict)
     cells: dict[int, float] = Field(default_factory=dict)
+    failures: dict[str, str] = Field(default_factory=dict)
     tries: int = 0
     minutes: float = 0.0
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,7 +23,6 @@ from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import lower
 from ztp_deploy.exporters.precision import PRECISIONS as FLOATING
 from ztp_deploy.manifest import manifest_sha256
-from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.workflow import BuildRequest, Clock, build_engine, export_model
@@ -38,9 +34,6 @@ BUILT_ALONE = ("eager", "tensorrt")
 NOT_RECORDED = ("onnxruntime",)
 """It waits for the device in every run, on a stream of its own: nothing that can be recorded from outside."""
 _REPLAYED_ALIKE = 1e-2
-
-
-Failure = tuple[Literal["missing", "failed"], str] | None
 
 
 @dataclass(frozen=True)
@@ -103,38 +96,6 @@ def open_job(job: Job) -> Opened:
     Raises ZtpError where it cannot be had.
     """
     return _Module(job) if job.runtime in IN_PROCESS else _Engine(job)
-
-
-def prepare(
-    load: Callable[[str, str], nn.Module], name: str, weights: str, job: Callable[[nn.Module], Job], images: ImageSet
-) -> Failure:
-    """Does in a process of its own what opens a job quickly afterwards: engines built and proved, kernels compiled.
-
-    `job` makes it of the model, which is loaded here. Says what failed: the status of the row and the reason.
-    """
-    try:
-        opened = open_job(job(_loaded(load, name, weights)))
-        try:
-            opened.edges(images)
-        finally:
-            opened.close()
-    except Exception as error:  # six runtimes, each with exceptions of its own
-        return failure(error)
-    return None
-
-
-@cache
-def _loaded(load: Callable[[str, str], nn.Module], name: str, weights: str) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RandomWeightsWarning)
-        return load(name, weights)
-
-
-def share_cores(workers: int) -> None:
-    """Begins a process that works beside others: each takes its share of the cores."""
-    share = max(1, environment.usable_cores() // workers)
-    torch.set_num_threads(share)
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(share)
 
 
 def recorded(opened: Opened, runtime: str, images: Tensor) -> Recorded | None:

@@ -38,15 +38,17 @@ def raster_order(positions: Tensor, partition: Partition) -> Tensor:
     return raster.index_select(1, torch.tensor(places, device=positions.device))
 
 
-def best_match(features: Tensor, half: int, metric: Metric = "cosine") -> Tensor:
-    """Likeness [B, n - half] of each of features [B, n, D] from `half` on to the one before most like it.
+def comparable(features: Tensor, metric: Metric) -> Tensor:
+    """Features [..., n, D] as `best_match` compares them by this metric: at length 1 where lengths do not count."""
+    return features * inverse_length(features) if metric == "cosine" else features
 
-    Larger is more alike; distances count negatively (the Euclidean one squared). With `half` 0 each is held against all
-    but itself.
+
+def best_match(less: Tensor, more: Tensor, metric: Metric = "cosine", apart: bool = True) -> Tensor:
+    """Likeness [B, a] of each feature [B, a, D] to the one of [B, b, D] most like it, both `comparable`.
+
+    Larger is more alike; distances count negatively (the Euclidean one squared). With `apart` False both are the same
+    tokens, and none is held against itself.
     """
-    if metric == "cosine":
-        features = features * inverse_length(features)
-    less, more = features[:, half:], features[:, :half] if half else features
     if metric in ("cosine", "dot", "euclidean"):
         likeness = less @ more.transpose(1, 2)
         if metric == "euclidean":
@@ -54,7 +56,7 @@ def best_match(features: Tensor, half: int, metric: Metric = "cosine") -> Tensor
     else:
         distances = (less.unsqueeze(2) - more.unsqueeze(1)).abs()  # [B, a, b, D]
         likeness = -(distances.sum(-1) if metric == "manhattan" else distances.amax(-1))
-    if not half:
+    if not apart:
         likeness = likeness - _ITSELF * torch.eye(less.shape[1], device=less.device)
     return likeness.amax(-1)
 
