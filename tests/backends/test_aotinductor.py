@@ -93,6 +93,50 @@ def test_a_compiler_that_gives_up_is_one_sentence(half, tmp_path, capfd):
 
 
 def test_settings():
-    assert aotinductor.parse_settings({}) == {"threads": 0, "max_autotune": False}
+    assert aotinductor.parse_settings({}) == {"threads": 0, "max_autotune": False, "cuda_graph": False}
     with pytest.raises(BadRequest, match="aotinductor does not take cache"):
         aotinductor.parse_settings({"cache": 1})
+
+
+def test_a_cuda_graph_needs_a_gpu(half, tmp_path):
+    with pytest.raises(BadRequest, match="cuda_graph=true was asked for on the CPU"):
+        ztp.build(
+            half,
+            "aotinductor",
+            device="cpu",
+            precision="bf16",
+            settings={"cuda_graph": True},
+            directory=tmp_path / "e",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replayed_outputs_are_the_callers(aotinductor_engine, monkeypatch):
+    """The recording writes to the same buffers again and again; what was handed out must not change with them."""
+
+    class Replay:
+        def __init__(self, compute):
+            self.compute, self.buffers = compute, None
+
+        def __call__(self, images):
+            fresh = self.compute(images)
+            self.buffers = self.buffers or tuple(value.clone() for value in fresh)
+            for buffer, value in zip(self.buffers, fresh, strict=True):
+                buffer.copy_(value)
+            return self.buffers
+
+    monkeypatch.setattr(aotinductor, "Replay", Replay)
+    manifest = aotinductor_engine.manifest
+    replaying = manifest.model_copy(update={"settings": {**manifest.settings, "cuda_graph": True}})
+    runner = aotinductor.open_runner(aotinductor_engine.directory, replaying)
+    one, two = tiny.images(4)[:2], tiny.images(4)[2:]
+    first = runner.run(one)["logits"]
+    kept = first.copy()
+    second = runner.run(two)["logits"]
+    with ztp.load_engine(aotinductor_engine.directory) as session:
+        np.testing.assert_array_equal(first, session.run(one))
+        np.testing.assert_array_equal(second, session.run(two))
+    np.testing.assert_array_equal(first, kept)
+    runner.close()
+    with pytest.raises(BadRequest, match="closed"):
+        runner.run(one)
