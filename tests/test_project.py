@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 import ztp_deploy as ztp
+from ztp_deploy.evidence.gpu_rows import GpuReport
 from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.methods import MethodsReport
 from ztp_deploy.evidence.report.comparison import render_comparison
+from ztp_deploy.evidence.report.gpu import render_gpu_report
 from ztp_deploy.evidence.report.markdown import render_tables
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.evidence.report.summary import Summary
@@ -30,6 +32,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SUMMARIES = [path for path in (ROOT / "engines" / "evidence").glob("*.json") if ".samples" not in path.name]
 METHODS_MEASURED = list((ROOT / "engines" / "evidence").glob("*--methods--*.samples.json"))
+GPU_REPORTS = list((ROOT / "engines" / "evidence" / "gpu").glob("*.json"))
+GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 COMPARISONS = list((ROOT / "engines" / "evidence").glob("*--comparison--*.samples.json"))
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
@@ -121,6 +125,15 @@ def test_the_readmes_methods_are_the_recorded_ones():
     assert shown in {render_methods(report).strip() for report in reports}
     for path in METHODS_MEASURED:
         assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text(encoding="utf-8"))
+
+
+def test_the_page_on_gpus_shows_the_recorded_reports():
+    shown = [part.split("<!-- /gpu -->")[0].strip() for part in GPU_PAGE.split("<!-- gpu -->")[1:]]
+    assert len(shown) == len(GPU_REPORTS) > 0
+    texts = [path.read_text(encoding="utf-8") for path in GPU_REPORTS]
+    assert set(shown) == {render_gpu_report(GpuReport.model_validate_json(text)).strip() for text in texts}
+    for text in texts:
+        assert not re.search(r"/(home|root|work|tmp|Users)/", text)
 
 
 def test_the_studies_on_the_page_of_accuracies_are_the_recorded_ones():
