@@ -140,3 +140,20 @@ def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
     engine = ztp.build(artifact, backend, device="cuda", directory=tmp_path / "engine")
     assert engine.manifest.device == "cuda"
     assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_can_be_replayed_from_a_cuda_graph(name, model):
+    from ztp_deploy import environment
+    from ztp_deploy.backends.cuda_graph import Replay
+
+    if not environment.gpus():
+        pytest.skip("needs an NVIDIA GPU and its driver; none was found on this machine")
+    plan = ztp.make_plan(model, method=name, ratio=0.6, options=tiny.OPTIONS.get(name))
+    pruned = ztp.prune(model, plan).to("cuda")
+    one, two = torch.from_numpy(tiny.images(4)).to("cuda").chunk(2)
+    with torch.inference_mode():
+        replay = Replay(pruned)
+        replay(one)
+        torch.testing.assert_close(replay(two), pruned(two), rtol=1e-4, atol=1e-4)
