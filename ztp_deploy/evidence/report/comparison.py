@@ -10,7 +10,8 @@ def render_comparison(report: LatencyReport) -> str:
     """A line an engine and batch, with its speed over the first engine's; then the machine."""
     lines = [f"| {' | '.join(comparison_head(report))} |", "|---:|---|---:|---:|---:|---|"]
     lines += [f"| {' | '.join(row)} |" for row in comparison_rows(report)]
-    if any(ratio.verdict == "inconclusive" for ratio in report.ratios):
+    first = report.samples[0].role
+    if any(ratio.verdict == "inconclusive" for ratio in report.ratios if ratio.reference == first):
         lines += [
             "",
             "- Inconclusive: the interval is wide or the machine drifted; measure longer, with nothing else running.",
