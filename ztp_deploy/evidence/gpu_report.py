@@ -299,13 +299,14 @@ class _Call:
         with ExitStack() as stack:
             opened, bases = self._open_all(model, plans, blank, effort, stack)
             side = source_of(model).preprocessing.input_size[1]
+            twins = _twins(plans)
             for batch in batches:
                 rows = {label: base.model_copy(update={"batch": batch}) for label, base in bases.items()}
                 cell, seconds = self._step(
                     effort,
                     f"Measure {name} · {runtime} {precision} · batch {batch}",
                     self.report.longest(effort, "cells"),
-                    partial(self._measured, rows, opened, _twins(plans), batch, side),
+                    partial(self._measured, rows, opened, twins, batch, side),
                 )
                 effort.cells[batch] = max(effort.cells.get(batch, 0.0), seconds)
                 self.report.add(cell)

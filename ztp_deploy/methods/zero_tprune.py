@@ -197,29 +197,20 @@ def vote(
     score = start.to(attention).reshape(1, 1, 1, count)
     if survivors is None:
         for _ in range(rounds):
-            score = _cast(score, attention)
+            score = score @ attention
         return score.squeeze(2)
     mask = survivors.to(attention).reshape(-1, 1, 1, count)
     if not renormalise:
         for _ in range(rounds):
-            score = _cast(score * mask, attention) * mask
+            score = (score * mask) @ attention * mask
             score = score * (mask.sum(-1, keepdim=True) / score.sum(-1, keepdim=True).clamp_min(1e-30))
         return score.squeeze(2)
     row_sums = mask @ attention.transpose(-1, -2)  # [B, H, 1, N]
     # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
     weight = mask / row_sums.clamp_min(1e-30)
     for _ in range(rounds):
-        score = _cast(score * weight, attention)
+        score = (score * weight) @ attention
     return (score * mask).squeeze(2)
-
-
-def _cast(votes: Tensor, attention: Tensor) -> Tensor:
-    """Every token's votes [B, H, 1, N] handed out along its row of attention [B, H, N, N] → [B, H, 1, N]."""
-    if torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
-        # Compilers write this as one pass over the probabilities as they are; a product of matrices wants its own
-        # float32 copy of them, and GPUs have no fast one for a single row.
-        return (votes.transpose(-1, -2) * attention).sum(-2, keepdim=True)
-    return votes @ attention
 
 
 def score_spread(scores: Tensor, survivors: Tensor | None = None) -> Tensor:
