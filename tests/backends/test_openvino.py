@@ -167,6 +167,86 @@ def test_a_kept_model_of_another_machine_is_compiled_anew(artifact, tmp_path):
         assert session.run(tiny.images(1)).shape == (1, 10)
 
 
+READ_AS_THEY_ARE = {
+    "votes and likenesses": ("zero_tprune", {}, 9),
+    "the first of two votes each": ("zero_tprune", {"rounds": 2}, 9),
+    "what survivors attend to, not their votes": ("zero_tprune", {"renormalise": True}, 9),
+    "distances are computed": ("zero_tprune", {"metric": "manhattan"}, 6),
+    "normalised features are computed": ("zero_tprune", {"feature_heads": "normalised"}, 6),
+    "keys are averaged": ("tome", {}, 0),
+    "weights of a predictor are no mask": ("dynamicvit", tiny.OPTIONS["dynamicvit"], 0),
+}
+
+
+@pytest.mark.parametrize("method, options, products", READ_AS_THEY_ARE.values(), ids=READ_AS_THEY_ARE)
+def test_scores_read_bf16_where_it_holds_what_they_read(method, options, products, model, tmp_path):
+    plan = ztp.make_plan(model, method=method, ratio=0.7, options=options)
+    graph = ir_model(ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a"))
+    marked = ir.outside_the_tokens_way(graph)
+    kinds = {op.get_friendly_name(): op.get_type_name() for op in graph.get_ops()}
+    freed = ir.read_bf16(graph, marked)
+    assert sum(kinds[name] == "MatMul" for name in freed) == products
+    assert {kinds[name] for name in freed} <= {"MatMul", *ir._MOVES}
+    # What it puts in has names that the rule finds again, and the float32 sums are marked.
+    added = {name for name in ir.outside_the_tokens_way(graph) - marked if name.endswith("_in_float32")}
+    assert len(added) == products
+    # In float32 nothing has changed: what is added is too small, and the outputs keep their names.
+    assert_same_results(graph, tmp_path / "a")
+
+
+def test_attention_that_a_stage_reads_is_summed_in_pairs(artifact):
+    """37 tokens enter the first stage, 26 and 18 the others."""
+    graph = ir_model(artifact)
+    ir.even_sums(graph, ir.outside_the_tokens_way(graph))
+    padded = [op for op in graph.get_ops() if op.get_type_name() == "Pad"]
+    assert sorted([d.get_length() for d in list(op.get_output_partial_shape(0))[1:]] for op in padded) == [
+        [3, 37, 38],
+        [3, 38, 16],
+    ]
+    assert_same_results(graph, artifact.directory)
+
+
+def test_bf16_scores_are_summed_in_float32(model, tmp_path):
+    if not HAS_BF16:
+        with pytest.raises(MissingSoftware):
+            backend._check_processor("bf16", backend.Settings())
+        return
+    pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
+    artifact = ztp.export(pruned, "onnx", tmp_path / "a")
+    try:
+        engine = ztp.build(artifact, "openvino", precision="bf16", directory=tmp_path / "e")
+    except GateFailed as refusal:
+        assert "precision=bf16 was asked for, but OpenVINO computes" in refusal.problem  # noqa: PT017
+        return
+    # The classifier is the tenth, and what the note is about.
+    assert engine.manifest.built["score_precisions"] == {"bf16 to f32": 9, "bf16": 1}
+    [note] = engine.manifest.built["notes"]
+    assert "1 of 10 products of scores and classifier in bf16" in note
+    with ztp.load_engine(tmp_path / "e") as session:
+        found = session.audit(tiny.images(4))
+    for name in ("similarity_1", "score_1", "similarity_3", "score_3"):
+        values = found[name][found[name] > 0]  # a dropped token's -1 is exact
+        assert (values.view(np.uint32) & 0xFFFF != 0).mean() > 0.9, name  # bf16 has none of these bits
+
+
+def ir_model(artifact):
+    graph = openvino.Core().read_model(str(artifact.directory / "model.onnx"))
+    ir.fuse(graph)
+    return graph
+
+
+def assert_same_results(graph, directory):
+    """The graph gives what the one in the folder gives, under the same names."""
+    results = []
+    for one in (graph, openvino.Core().read_model(str(directory / "model.onnx"))):
+        compiled = openvino.Core().compile_model(one, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found = compiled(tiny.images(2))
+        results.append({name: found[output] for output in compiled.outputs for name in output.get_names()})
+    assert results[0].keys() == results[1].keys()
+    for name, values in results[0].items():
+        np.testing.assert_allclose(values, results[1][name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
 def test_only_the_processor_is_offered():
     with pytest.raises(MissingSoftware, match="device=cuda"):
         backend.resolve_device("cuda")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import pytest
 from onnx import numpy_helper, parser
 from onnx.reference import ReferenceEvaluator
 
-from tests import tiny
 from ztp_deploy.exporters.fold import constants, drop_unread, fold_constants
 
 TURNED = """
@@ -53,33 +51,9 @@ def test_only_the_kinds_named_are_dropped():
     assert [node.op_type for node in model.graph.node] == ["Split", "ReduceSum", "MatMul"]
 
 
-@pytest.fixture(scope="module")
-def folded(artifact):
-    return fold_constants(onnx.load(str(artifact.directory / "model.onnx")))
-
-
-def weighted(model):
-    known = constants(model.graph)
-    return sum(node.op_type == "MatMul" and node.input[1] in known for node in model.graph.node)
-
-
-def test_a_pruned_model_computes_the_same_with_every_weight_in_one_piece(artifact, folded):
-    """Blocks that carry a stage project queries, keys and values apart, from one weight that is split."""
-    import onnxruntime
-
+def test_every_weight_of_an_exported_graph_is_in_one_piece(artifact):
+    """Queries, keys and values are projected apart by parts of one weight, which the graph holds as three."""
     model = onnx.load(str(artifact.directory / "model.onnx"))
-    assert "Split" in {node.op_type for node in model.graph.node}
-    assert weighted(model) == 22 - 3 * 3
-    assert weighted(folded) == 22
-    onnx.checker.check_model(folded, full_check=True)
-    images = tiny.images(2)
-    names = [output.name for output in model.graph.output]
-    both = [
-        onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(
-            names, {"images": images}
-        )
-        for graph in (model, folded)
-    ]
-    np.testing.assert_allclose(both[0][0], both[1][0], rtol=1e-5, atol=1e-5)
-    for one, other in zip(both[0][1:], both[1][1:], strict=True):
-        assert np.array_equal(one, other)
+    known = constants(model.graph)
+    assert sum(node.op_type == "MatMul" and node.input[1] in known for node in model.graph.node) == 4 * 6
+    assert fold_constants(model) == model

@@ -43,8 +43,8 @@ def test_only_the_tokens_way_is_lowered(lowered, artifact):
     for name in lowered.manifest.audit:
         assert types[name] == TensorProto.FLOAT
     counts = precision.matrix_types(model)
-    # Patch embedding, per block four products of the attention (six where it is open) and two of the MLP.
-    assert counts[TensorProto.DataType.Name(low).lower()] == 1 + 4 * 6 + 3 * 2
+    # Patch embedding, per block six products of the attention and two of the MLP.
+    assert counts[TensorProto.DataType.Name(low).lower()] == 1 + 4 * 8
     assert precision.matrix_types(graph_of(artifact)) == {"float": sum(counts.values())}
 
 

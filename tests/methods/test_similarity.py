@@ -10,7 +10,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.similarity import PARTITIONS, best_match, comparable, raster_order, staying
+from ztp_deploy.methods.similarity import PARTITIONS, best_match, raster_order, staying
 
 METRICS = {
     "cosine": lambda x, y: x @ y / (np.linalg.norm(x) * np.linalg.norm(y)),
@@ -21,19 +21,30 @@ METRICS = {
 }
 
 
+@pytest.mark.parametrize("skip", [0, 2])
 @pytest.mark.parametrize("metric", METRICS)
-def test_likeness_to_the_most_alike(metric):
-    draw = np.random.default_rng(1)
-    less, more = draw.standard_normal((2, 5, 7)), draw.standard_normal((2, 6, 7))
-    found = best_match(*(comparable(torch.from_numpy(half), metric) for half in (less, more)), metric)
-    expected = [[max(METRICS[metric](x, y) for y in more[b]) for x in less[b]] for b in range(2)]
+def test_likeness_to_the_most_alike(metric, skip):
+    features = np.random.default_rng(1).standard_normal((2, skip + 11, 7))
+    slots = np.stack([np.random.default_rng(seed).permutation(11) for seed in range(2)])
+    less, more = slots[:, :5], slots[:, 5:]
+    found = best_match(torch.from_numpy(features), *map(torch.from_numpy, (less, more)), metric, skip)
+    expected = [
+        [max(METRICS[metric](features[b, skip + x], features[b, skip + y]) for y in more[b]) for x in less[b]]
+        for b in range(2)
+    ]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_no_token_is_held_against_itself():
-    tokens = torch.eye(3).unsqueeze(0)
-    assert best_match(tokens, tokens, apart=False).tolist() == [[0.0, 0.0, 0.0]]
-    assert best_match(tokens, tokens).tolist() == [[1.0, 1.0, 1.0]]
+    tokens, slots = torch.eye(3).unsqueeze(0), torch.arange(3).unsqueeze(0)
+    assert best_match(tokens, slots, slots, apart=False).tolist() == [[0.0, 0.0, 0.0]]
+    assert best_match(tokens, slots, slots).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_a_token_without_features_is_like_none():
+    tokens = torch.tensor([[[0.0, 0.0], [3.0, 4.0], [4.0, 3.0]]])
+    less, more = torch.tensor([[0, 2]]), torch.tensor([[0, 1]])
+    assert best_match(tokens, less, more)[0].tolist() == pytest.approx([0.0, 0.96])
 
 
 def test_partitions_go_by_position_not_by_slot():

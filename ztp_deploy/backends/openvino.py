@@ -102,19 +102,25 @@ def build(job: BuildJob) -> dict[str, Any]:
     job.advance(0.1)
     ir.fuse(model)
     scores = ir.outside_the_tokens_way(model)
+    as_they_are: set[str] = set()
     if job.precision == "int8":
         model = ir.quantised(model, job.calibration, scores, job.advance)
+    elif job.precision == "bf16":
+        if "amx_bf16" in environment.cpu_features():
+            ir.even_sums(model, scores)
+        as_they_are = ir.read_bf16(model, scores)
+        scores = ir.outside_the_tokens_way(model)
     path = job.directory / MODEL_FILE
     ov.save_model(model, str(path), compress_to_fp16=False)
-    ir.keep_float32(path, scores)
+    ir.keep_float32(path, scores - as_they_are)
     properties = _properties(job.precision, settings)
     compiled = core.compile_model(str(path), DEVICE, properties)
-    counts, score_counts = ir.matrix_precisions(compiled, scores)
+    counts, score_counts = ir.matrix_precisions(compiled, scores, as_they_are)
     _check_precision(job.precision, counts)
     if settings.cache:
         (job.directory / CACHE_FILE).write_bytes(compiled.export_model().getvalue())
     notes = []
-    if lower := set(score_counts) - {"f32"}:
+    if lower := set(score_counts) - {"f32", "bf16 to f32"}:
         notes.append(
             f"OpenVINO computes {sum(score_counts[name] for name in lower)} of {sum(score_counts.values())} products of "
             f"scores and classifier in {', '.join(sorted(lower))} although float32 was asked for."

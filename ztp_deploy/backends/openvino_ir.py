@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.quiet import quiet
 
 _MATRIX_LAYERS = frozenset({"MatMul", "FullyConnected", "Convolution"})
-_NOTES = ("layerType", "runtimePrecision", "originalLayersNames")
+_NOTES = ("layerType", "runtimePrecision", "outputPrecisions", "originalLayersNames")
 _MATRIX_OPERATIONS = frozenset({"MatMul", "Convolution"})
+_MOVES = frozenset({"Gather", "Reshape", "Slice", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit"})
+_TOO_SMALL = 1e-30
+"""Added to a score, it changes no digit of it."""
 
 
 def outside_the_tokens_way(model: Any) -> set[str]:
@@ -40,6 +44,55 @@ def fuse(model: Any) -> None:
     from openvino._offline_transformations import apply_moc_transformations
 
     apply_moc_transformations(model, cf=False)
+
+
+def read_bf16(model: Any, scores: set[str]) -> set[str]:
+    """Lets scores read what is in bf16 anyway as it is, in place; names of the operations that then need no mark.
+
+    They move what lies on the tokens' way, or multiply two operands that bf16 holds, and sum in float32: likenesses
+    of features, and votes along the attention by a start vector and a mask. Marked, each would first copy its operands
+    into float32. Of the start vector bf16 rounds the class token's share, by 0.4 % at most.
+    """
+    moved: set[str] = set()
+    products: set[str] = set()
+
+    def held(value: Any) -> bool:
+        source = value.get_node()
+        known = source.get_type_name() not in ("Constant", "Parameter")
+        return known and source.get_friendly_name() not in scores - moved
+
+    for operation in model.get_ordered_ops():
+        name, kind = operation.get_friendly_name(), operation.get_type_name()
+        if name not in scores:
+            continue
+        if kind in _MOVES and held(operation.input_value(0)):
+            moved.add(name)
+        elif kind == "MatMul":
+            first, second = operation.input_values()
+            if held(second) and (held(first) or (_is_attention(second) and _from_constants(first))):
+                products.add(name)
+                _give_out_float32(operation)
+    return moved | products
+
+
+def even_sums(model: Any, scores: set[str]) -> None:
+    """Products of an attention that a stage reads with the values get an even number of terms, in place.
+
+    AMX multiplies bf16 in pairs; a sum of 197 terms runs several times as long without it. Attention that no stage
+    reads is fused with its products, and OpenVINO sees to it there.
+    """
+    from openvino import opset13 as opset
+
+    for operation in model.get_ordered_ops():
+        if operation.get_friendly_name() in scores or not _is_product_of_read_attention(operation):
+            continue
+        terms = operation.input_value(0).get_partial_shape()[-1].get_length()
+        if terms % 2 == 0:
+            continue
+        for port, axis in ((0, 3), (1, 2)):
+            more = [int(number == axis) for number in range(4)]
+            padded = opset.pad(operation.input_value(port), [0] * 4, more, "constant", opset.constant(np.float32(0)))
+            operation.input(port).replace_source_output(padded.output(0))
 
 
 def keep_float32(path: Path, names: set[str]) -> None:
@@ -93,10 +146,11 @@ def _nncf() -> Any:
     return nncf
 
 
-def matrix_precisions(compiled: Any, scores: set[str]) -> tuple[dict[str, int], dict[str, int]]:
+def matrix_precisions(compiled: Any, scores: set[str], as_they_are: set[str]) -> tuple[dict[str, int], dict[str, int]]:
     """How many matrix products the compiled model computes in each precision, by its runtime's own account.
 
-    First those on the way of the tokens, second those of the operations named in `scores`.
+    First those on the way of the tokens, second those of the operations named in `scores`, of these as "bf16 to f32"
+    what was chosen to multiply its operands `as_they_are`, and gives out float32.
     """
     way: Counter[str] = Counter()
     apart: Counter[str] = Counter()
@@ -104,7 +158,11 @@ def matrix_precisions(compiled: Any, scores: set[str]) -> tuple[dict[str, int], 
         notes = {name: operation.get_rt_info()[name].astype(str) for name in _NOTES if name in operation.get_rt_info()}
         if notes.get("layerType") in _MATRIX_LAYERS:
             names = set(notes.get("originalLayersNames", "").split(","))
-            (apart if names & scores else way)[notes["runtimePrecision"]] += 1
+            precision, given = notes["runtimePrecision"], notes["outputPrecisions"]
+            if not names & scores:
+                way[precision] += 1
+            else:
+                apart[f"{precision} to {given}" if names & as_they_are and given != precision else precision] += 1
     return dict(way), dict(apart)
 
 
@@ -121,6 +179,58 @@ def _back(result: Any, through: Callable[[Any], bool]) -> set[str]:
         if through(operation):
             waiting.extend(operation.input_values())
     return found
+
+
+def _is_attention(value: Any) -> bool:
+    """Whether a value is the result of a softmax, turned or not."""
+    operation = value.get_node()
+    if operation.get_type_name() == "Transpose":
+        operation = operation.input_value(0).get_node()
+    return bool(operation.get_type_name() == "Softmax")
+
+
+def _from_constants(value: Any) -> bool:
+    """Whether constants and integers alone decide a float value."""
+    found = [value.get_node()]
+    seen: set[str] = set()
+    while found:
+        operation = found.pop()
+        name = operation.get_friendly_name()
+        if name in seen:
+            continue
+        seen.add(name)
+        if operation.get_type_name() == "Parameter" or operation.get_type_name() in _MATRIX_OPERATIONS:
+            return False
+        found.extend(i.get_node() for i in operation.input_values() if i.get_element_type().is_real())
+    return True
+
+
+def _give_out_float32(product: Any) -> None:
+    """OpenVINO gives a product of bf16 out in float32 only where a float32 operation is fused with it."""
+    from openvino import opset13 as opset
+
+    readers = list(product.output(0).get_target_inputs())
+    names = product.output(0).get_names()
+    first = product.input_value(0)
+    if first.get_node().get_type_name() == "Constant":
+        # It takes constants for float32 and the other operand with them.
+        batch = opset.gather(opset.shape_of(product.input_value(1)), np.array([0]), np.array(0))
+        shape = opset.concat([batch, opset.constant(np.array(first.get_shape()[1:]))], 0)
+        product.input(0).replace_source_output(opset.broadcast(first, shape).output(0))
+    sums = opset.add(product, np.float32(_TOO_SMALL))
+    sums.set_friendly_name(f"{product.get_friendly_name()}_in_float32")
+    for reader in readers:
+        reader.replace_source_output(sums.output(0))
+    product.output(0).set_names(set())
+    sums.output(0).set_names(names)
+
+
+def _is_product_of_read_attention(operation: Any) -> bool:
+    if operation.get_type_name() != "MatMul":
+        return False
+    attention = operation.input_value(0)
+    read = _is_attention(attention) and len(attention.get_target_inputs()) > 1
+    return read and attention.get_partial_shape().rank.get_length() == 4
 
 
 def _computes_floats(operation: Any) -> bool:

@@ -8,7 +8,8 @@ import onnx
 import torch
 
 from ztp_deploy.errors import GateFailed
-from ztp_deploy.exporters import precision, vocabulary
+from ztp_deploy.exporters import attention, precision, vocabulary
+from ztp_deploy.exporters.fold import fold_constants
 from ztp_deploy.exporters.graph import AuditedGraph, InferenceGraph
 from ztp_deploy.plan import Plan
 from ztp_deploy.quiet import quiet
@@ -79,9 +80,11 @@ def _traced(graph: InferenceGraph, image_batch: int) -> onnx.ModelProto:
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             external_data=False,
             verbose=False,
+            custom_translation_table=attention.translations(),
         )
-    assert program is not None
-    model: onnx.ModelProto = program.model_proto
+        assert program is not None
+        attention.simplify(program.model)
+    model = fold_constants(program.model_proto)
     # Traces of Python source in the metadata would put the builder's paths into the file.
     for node in model.graph.node:
         del node.metadata_props[:]

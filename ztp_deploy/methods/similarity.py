@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ztp_deploy.pruning.tokens import top_k
+from ztp_deploy.pruning.tokens import take, top_k
 
 Partition = Literal["importance", "sequential", "alternate", "random", "none"]
 """Who may go and who they are held against: the less against the more important half; in raster order the later half
@@ -38,32 +38,36 @@ def raster_order(positions: Tensor, partition: Partition) -> Tensor:
     return raster.index_select(1, torch.tensor(places, device=positions.device))
 
 
-def comparable(features: Tensor, metric: Metric) -> Tensor:
-    """Features [..., n, D] as `best_match` compares them by this metric: at length 1 where lengths do not count."""
-    return features * inverse_length(features) if metric == "cosine" else features
+def best_match(
+    features: Tensor, less: Tensor, more: Tensor, metric: Metric = "cosine", skip: int = 0, apart: bool = True
+) -> Tensor:
+    """Likeness [B, a] of the tokens in slots less [B, a] to that token in slots more [B, b] which is most like each.
 
-
-def best_match(less: Tensor, more: Tensor, metric: Metric = "cosine", apart: bool = True) -> Tensor:
-    """Likeness [B, a] of each feature [B, a, D] to the one of [B, b, D] most like it, both `comparable`.
-
-    Larger is more alike; distances count negatively (the Euclidean one squared). With `apart` False both are the same
-    tokens, and none is held against itself.
+    features [B, skip + n, D]; slots count from `skip` on. Larger is more alike; distances count negatively (the
+    Euclidean one squared). With `apart` False both are the same tokens, and none is held against itself.
     """
+    ones, others = take(features, less, skip), take(features, more, skip)
+    lengths = inverse_length(features) if metric == "cosine" else None
     if metric in ("cosine", "dot", "euclidean"):
-        likeness = less @ more.transpose(1, 2)
+        # Products of features as they came, and cosines of products: what is in low precision is cut no further.
+        likeness = ones @ others.transpose(1, 2)
         if metric == "euclidean":
-            likeness = 2 * likeness - _squares(less) - _squares(more).transpose(1, 2)
+            likeness = 2 * likeness - _squares(ones) - _squares(others).transpose(1, 2)
+        elif lengths is not None:
+            likeness = likeness * take(lengths, more, skip).transpose(1, 2)
     else:
-        distances = (less.unsqueeze(2) - more.unsqueeze(1)).abs()  # [B, a, b, D]
+        distances = (ones.unsqueeze(2) - others.unsqueeze(1)).abs()  # [B, a, b, D]
         likeness = -(distances.sum(-1) if metric == "manhattan" else distances.amax(-1))
     if not apart:
         likeness = likeness - _ITSELF * torch.eye(less.shape[1], device=less.device)
-    return likeness.amax(-1)
+    best = likeness.amax(-1)
+    return best if lengths is None else best * take(lengths, less, skip).squeeze(-1)
 
 
 def inverse_length(features: Tensor) -> Tensor:
     """1 / length [..., n, 1] of features [..., n, D], finite for zeros."""
-    return _squares(features).clamp_min(1e-24).rsqrt()
+    # A power, not a reciprocal root: OpenVINO makes a power of the latter by itself, and computes that in bf16.
+    return _squares(features).clamp_min(1e-24) ** -0.5
 
 
 def _squares(features: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ from ztp_deploy.methods.similarity import (
     Metric,
     Partition,
     best_match,
-    comparable,
     inverse_length,
     raster_order,
     staying,
@@ -304,11 +303,14 @@ def select(
             scores["position"] = positions.float()
             order = raster_order(positions, options.partition)
         half = staying(stage.tokens_in, options.partition)
-        compared = comparable(join_heads(features.float(), options.feature_heads), options.metric)
-        less = take(compared, order[:, half:], skip=special_tokens)
-        # Taken on its own, not cut off one sorted copy: OpenVINO cuts in bf16, whatever is said of the scores.
-        more = take(compared, order[:, :half], skip=special_tokens) if half else less
-        match = best_match(less, more, options.metric, apart=half > 0)
+        match = best_match(
+            join_heads(features.float(), options.feature_heads),
+            less=order[:, half:],
+            more=order[:, :half] if half else order,
+            metric=options.metric,
+            skip=special_tokens,
+            apart=half > 0,
+        )
         least = take(order, top_k(match, similar), skip=half)
         dropped = membership(least, everyone, skip=special_tokens)
         scores["similarity"] = match

@@ -67,7 +67,7 @@ def test_one_batch_size_makes_the_graph_static(artifact):
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
 
 
-@pytest.mark.parametrize("precision, share", [("fp32", 0), ("fp16", 31), ("bf16", 31)])
+@pytest.mark.parametrize("precision, share", [("fp32", 0), ("fp16", 33), ("bf16", 33)])
 def test_products_in_low_precision_are_listed_by_name(artifact, precision, share):
     from ztp_deploy.exporters.precision import lower
 

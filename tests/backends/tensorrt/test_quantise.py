@@ -65,17 +65,17 @@ class TestTheGraph:
     def test_products_of_tokens_with_weights_are_quantised_and_nothing_else(self, precision, graphs, folded):
         model = graphs[precision]
         names = {node.name for node in weight_products(folded)}
-        # Per block four products of the attention with weights (six where a stage opens it), two of the MLP.
+        # Per block four products of the attention with weights and two of the MLP.
         assert low_products(model, precision) == names
-        assert len(names) == 3 * 6 + 4
+        assert len(names) == 4 * 6
         producer = {name: node for node in model.graph.node for name in node.output}
         for node in model.graph.node:
             sources = {producer[name].op_type for name in node.input if name in producer}
             if node.name not in names and node.op_type != "DequantizeLinear":
                 assert not sources & vocabulary.QUANTISATION, node.name
         kinds = matrix_types(model)
-        assert kinds[TensorProto.DataType.Name(QUANTISED[precision]).lower()] == 22
-        assert kinds["float"] == sum(matrix_types(folded).values()) - 22
+        assert kinds[TensorProto.DataType.Name(QUANTISED[precision]).lower()] == 24
+        assert kinds["float"] == sum(matrix_types(folded).values()) - 24
 
     def test_scales_are_symmetric_per_channel_for_weights_and_per_tensor_for_tokens(self, precision, graphs):
         model = graphs[precision]
@@ -90,14 +90,14 @@ class TestTheGraph:
                 weights = node.input[0] in known
                 assert list(scale.dims) == ([known[node.input[0]].dims[1]] if weights else [])
                 shapes.append(weights)
-        # Queries, keys and values that are projected apart read the same tokens.
-        assert (shapes.count(True), shapes.count(False)) == (22, 16)
+        # Queries, keys and values read the same tokens.
+        assert (shapes.count(True), shapes.count(False)) == (24, 16)
 
     def test_it_keeps_the_vocabulary_that_an_exported_graph_must_not_leave(self, precision, graphs, artifact):
         plan = artifact.manifest.plan
         assert vocabulary.lint(graphs[precision], plan, quantised=True) == []
         faults = vocabulary.lint(graphs[precision], plan)
-        assert len(faults) == 2 * (22 + 16)
+        assert len(faults) == 2 * (24 + 16)
         assert all("Linear '" in fault and "is not in the vocabulary" in fault for fault in faults)
 
     def test_the_rest_of_the_tokens_way_goes_to_16_bits(self, precision, graphs):
@@ -326,8 +326,8 @@ def no_gpu(monkeypatch):
 def test_the_builder_takes_it_and_its_layers_prove_it(precision, low, artifact, calibration, tmp_path, no_gpu):
     engine = build(artifact, tmp_path / "e", precision, calibration, float_precision=low)
     built = engine.manifest.built
-    assert built["matrix_products"] == 22
-    assert built["engine_products"] == {"asked": 22, "proved": 22}
+    assert built["matrix_products"] == 24
+    assert built["engine_products"] == {"asked": 24, "proved": 24}
     assert built["attention_fused"] == built["attention_expected"] == 1
     assert built["calibration"]["method"] == "max"
     assert built["calibration"]["images"] == 8
@@ -335,7 +335,7 @@ def test_the_builder_takes_it_and_its_layers_prove_it(precision, low, artifact, 
     # What it was built from lies beside it; the artifact is what it was.
     assert set(engine.manifest.files) == {"model.plan", "model.onnx"}
     model = onnx.load(str(engine.directory / "model.onnx"))
-    assert len(low_products(model, precision)) == 22
+    assert len(low_products(model, precision)) == 24
     assert len(low_products(model, low)) == 9
     assert hash_files(artifact.directory).keys() - {"manifest.json"} == artifact.manifest.files.keys()
     assert built["notes"] == (
@@ -368,7 +368,7 @@ def test_the_audit_plan_and_the_progress(artifact, calibration, tmp_path, no_gpu
 def test_pixels_calibrate_as_they_come(pruned, tmp_path, no_gpu):
     artifact = ztp.export(pruned, "onnx", tmp_path / "a", input="uint8")
     pixels = load_images(None, pruned.source.preprocessing, "uint8", 2, purpose="calibration").pixels
-    assert build(artifact, tmp_path / "e", "int8", pixels).manifest.built["engine_products"]["proved"] == 22
+    assert build(artifact, tmp_path / "e", "int8", pixels).manifest.built["engine_products"]["proved"] == 24
 
 
 @needs_rtx
@@ -436,8 +436,8 @@ def test_deit_s_is_quantised_whole(precision, tmp_path, no_gpu):
     images: ImageSet = load_images(None, pruned.source.preprocessing, "float32", 8, purpose="calibration")
     engine = build(artifact, tmp_path / "e", precision, images.pixels)
     built = engine.manifest.built
-    # Nine plain blocks with four products each, three that carry a stage with six.
-    assert built["engine_products"] == {"asked": 54, "proved": 54}
+    # Twelve blocks with six products each.
+    assert built["engine_products"] == {"asked": 72, "proved": 72}
     assert (built["attention_expected"], built["attention_fused"]) == (9, 9)
     edge = compare(onnx.load(str(engine.directory / "model.onnx")), artifact, pruned, precision, tmp_path, count=8)
     assert edge.holds

@@ -53,12 +53,12 @@ def test_release_11s_own_interface_builds(artifact, tmp_path):
     built = run("tests.backends.tensorrt.standard", str(artifact.directory), str(tmp_path))
     assert built["version"].startswith("11.")
     assert built["fp16"]["attention_fused"] == built["fp16"]["attention_expected"] == 1
-    assert built["fp16"]["engine_products"]["proved"] == built["fp16"]["matrix_products"] == 31
+    assert built["fp16"]["engine_products"]["proved"] == built["fp16"]["matrix_products"] == 33
     assert built["fp32"]["attention_fused"] == 0
     assert built["gpu"] == {"name": "NVIDIA Test", "compute_capability": "8.9"}
     assert built["files"] == ["audit.plan", "model.plan"]
     assert "Unsupported reduction type" in built["refused"]
     for precision in ("int8", "fp8") if environment.installed("nvidia-modelopt") else ():
-        assert built[precision]["engine_products"] == {"asked": 22, "proved": 22}
-        assert built[precision]["matrix_products"] == 22
+        assert built[precision]["engine_products"] == {"asked": 24, "proved": 24}
+        assert built[precision]["matrix_products"] == 24
         assert built[precision]["attention_fused"] == 1

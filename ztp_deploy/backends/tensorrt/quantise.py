@@ -26,7 +26,7 @@ from ztp_deploy.backends.tensorrt.graph import GRAPH_FILE, low_products
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.exporters import vocabulary
-from ztp_deploy.exporters.fold import constants, drop_unread, fold_constants
+from ztp_deploy.exporters.fold import constants, drop_unread
 from ztp_deploy.exporters.precision import lower, weight_products
 from ztp_deploy.exporters.vocabulary import QUANTISATION
 from ztp_deploy.quiet import quiet
@@ -82,7 +82,7 @@ def derive(job: BuildJob, settings: Settings) -> Derived:
         raise BadRequest("fp8 is calibrated by the largest values only.", "Leave calibration out, or use int8.")
     calibration = Calibration(job.calibration, job.precision, settings.calibration)
     manifest = job.artifact.manifest
-    model = fold_constants(onnx.load(str(job.artifact.directory / GRAPH_FILE)))
+    model = onnx.load(str(job.artifact.directory / GRAPH_FILE))
     wanted = [node.name for node in weight_products(model) if node.op_type in _OPERATORS[job.precision]]
     # As outputs the scores survive a tool that takes away what nothing reads.
     model = with_audit(model, manifest.audit)
