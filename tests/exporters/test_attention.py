@@ -113,6 +113,38 @@ def test_turns_that_undo_each_other_are_left_out():
         np.testing.assert_array_equal(after, before)
 
 
+def test_keys_are_turned_where_they_are_multiplied():
+    model = parser.parse_model("""
+    <ir_version: 10, opset_import: ["" : 18]>
+    g (float[batch,2,6,4] queries, float[batch,6,2,4] keys) => (float[batch,2,6,6] logits)
+    {
+      turned = Transpose <perm = [0, 2, 3, 1]> (keys)
+      logits = MatMul (queries, turned)
+    }
+    """)
+    draw = np.random.default_rng(6)
+    fed = {"queries": draw.standard_normal((1, 2, 6, 4)), "keys": draw.standard_normal((1, 6, 2, 4))}
+    fed = {name: values.astype(np.float32) for name, values in fed.items()}
+    done = simplified(model)
+    assert [list(node.attribute[0].ints) for node in done.graph.node[:2]] == [[0, 2, 1, 3], [0, 1, 3, 2]]
+    one, other = (ReferenceEvaluator(m).run(None, fed)[0] for m in (model, done))
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_gelu(approximate):
+    inputs = torch.linspace(-6, 6, 97).reshape(1, -1)
+    program = torch.onnx.export(
+        nn.GELU(approximate).eval(),
+        (inputs,),
+        dynamo=True,
+        verbose=False,
+        custom_translation_table=attention.translations(),
+    )
+    found = ReferenceEvaluator(program.model_proto).run(None, {program.model.graph.inputs[0].name: inputs.numpy()})[0]
+    np.testing.assert_allclose(found, functional.gelu(inputs, approximate=approximate), atol=1e-6)
+
+
 @pytest.fixture(scope="module", params=["zero_tprune", "dense"])
 def graph(request, model, tmp_path_factory):
     """The exported graph of the tiny ViT."""

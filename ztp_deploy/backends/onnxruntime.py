@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ztp_deploy import environment
 from ztp_deploy.backends import onnxruntime_rtx as rtx
 from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.onnxruntime_graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest
@@ -32,7 +33,8 @@ _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}
 class Settings(BaseModel):
     """`threads` 0: one per core. `spin_between_runs`: idle threads keep a core busy for a faster wake-up.
 
-    `provider`: the device's own (CPU or CUDA), or on RTX GPUs NVIDIA's plugin for TensorRT-RTX.
+    `provider`: the device's own (CPU or CUDA), or on RTX GPUs NVIDIA's plugin for TensorRT-RTX. `attention`: fused into
+    the library's own operator where no stage reads it (fp32 on the CPU, fp16 on CUDA), or left as it was exported.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +42,7 @@ class Settings(BaseModel):
     threads: int = Field(default=0, ge=0, le=1024)
     spin_between_runs: bool = False
     provider: Literal["auto", "tensorrt_rtx"] = "auto"
+    attention: Literal["fused", "open"] = "fused"
 
 
 def missing() -> str | None:
@@ -86,8 +89,9 @@ def graph_precision(precision: str) -> str:
 
 
 def build(job: BuildJob) -> dict[str, Any]:
-    """The engine is the graph itself. Raises BadRequest for precisions the device does not compute in."""
-    if Settings(**job.settings).provider == "tensorrt_rtx":
+    """The engine is a graph. Raises BadRequest for precisions the device does not compute in."""
+    settings = Settings(**job.settings)
+    if settings.provider == "tensorrt_rtx":
         return _build_for_rtx(job)
     known = _PRECISIONS_OF[job.device.name]
     if job.precision not in known:
@@ -96,7 +100,11 @@ def build(job: BuildJob) -> dict[str, Any]:
             f"Use precision={known[0]}, or on a CPU BACKEND=openvino, which has bf16 and int8.",
         )
     job.copy_graph()
-    return {}
+    # On CUDA its float32 may be TF32 whatever is asked, and its bf16 is younger than the releases that are supported.
+    if settings.attention == "open" or job.precision != {"cpu": "fp32", "cuda": "fp16"}[job.device.name]:
+        return {}
+    fused, unread = fuse_attention(job.directory / GRAPH_FILE)
+    return {"attention_fused": fused, "attention_expected": unread}
 
 
 def _build_for_rtx(job: BuildJob) -> dict[str, Any]:

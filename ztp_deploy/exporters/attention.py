@@ -1,12 +1,14 @@
-"""Attention in an ONNX graph, written as engines run it fastest: nothing is copied that need not be.
+"""Attention and GELU in an ONNX graph, written as engines run them fastest.
 
 PyTorch's own graph projects queries, keys and values at once and cuts them apart again, scales queries and keys each,
 and turns the keys by way of a flattened copy. Here each has its own projection, the queries alone are scaled, the
-keys are turned once, and turns that undo each other are left out. The results are the same up to rounding.
+keys are turned where they are multiplied, and turns that undo each other are left out. GELU has the form that engines know as one. The
+results are the same up to rounding.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ztp_deploy.errors import GateFailed
+from ztp_deploy.exporters.nodes import axes, bias_of, constant, maker, only_reader, permutation
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -22,10 +25,11 @@ if TYPE_CHECKING:
 _PARTS_FIRST = (2, 0, 3, 1, 4)
 _HEADS_FIRST = (0, 2, 1, 3)
 _KEYS_TURNED = (0, 1, 3, 2)
+_BOTH_TURNS = (0, 2, 3, 1)
 
 
 def translations() -> dict[Any, Callable[..., Any]]:
-    """For `torch.onnx.export`: how scaled dot-product attention is written. The export fails where a ViT's is not."""
+    """For `torch.onnx.export`: how attention and GELU are written. The export fails on attention that no ViT has."""
     from onnxscript import opset18 as op
 
     def attention(
@@ -50,16 +54,31 @@ def translations() -> dict[Any, Callable[..., Any]]:
             logits = op.Add(logits, attn_mask)
         return op.MatMul(op.Softmax(logits, axis=-1), value)
 
-    return {torch.ops.aten.scaled_dot_product_attention.default: attention}
+    def gelu(x: Any, approximate: str = "none") -> Any:
+        half, one = op.Constant(value_float=0.5), op.Constant(value_float=1.0)
+        if approximate == "tanh":
+            cube = op.Mul(op.Mul(op.Mul(x, x), x), op.Constant(value_float=0.044715))
+            curve = op.Tanh(op.Mul(op.Add(x, cube), op.Constant(value_float=math.sqrt(2 / math.pi))))
+        else:
+            curve = op.Erf(op.Div(x, op.Constant(value_float=math.sqrt(2))))
+        return op.Mul(op.Mul(x, half), op.Add(curve, one))
+
+    return {
+        torch.ops.aten.scaled_dot_product_attention.default: attention,
+        torch.ops.aten.gelu.default: gelu,
+    }
 
 
 def simplify(model: onnx_ir.Model) -> None:
-    """Splits joint projections and leaves out turns that undo each other, in place; the graph's outputs stay."""
+    """Splits joint projections, turns keys at their product and leaves out turns that undo each other, in place; the graph's outputs stay."""
     from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     for node in list(model.graph):
         if node.op_type == "MatMul":
             _split_projection(node)
+    for node in list(model.graph):
+        if node.op_type == "Transpose" and permutation(node) == _BOTH_TURNS:
+            _turn_twice(node)
     for node in list(model.graph):
         if node.op_type == "Transpose":
             _undo_turn(node)
@@ -70,19 +89,18 @@ def _split_projection(product: onnx_ir.Node) -> None:
     """Tokens → MatMul (→ Add) → [B, N, parts, H, d] → [parts, B, H, N, d] → a part: one projection a part instead."""
     import onnx_ir
 
-    tokens, weight = product.inputs[0], _constant(product.inputs[1])
+    tokens, weight = product.inputs[0], constant(product.inputs[1])
     if weight is None or weight.ndim != 2:
         return
     last, bias = product.outputs[0], None
-    if addition := _only_reader(last, "Add"):
-        [other] = [value for value in addition.inputs if value is not last]
-        last, bias = addition.outputs[0], _constant(other)
+    if addition := only_reader(last, "Add"):
+        last, bias = addition.outputs[0], bias_of(addition, last)
         if bias is None:
             return
-    shaped = _only_reader(last, "Reshape")
-    turned = _only_reader(shaped.outputs[0], "Transpose") if shaped else None
-    shape = _constant(shaped.inputs[1]) if shaped else None
-    if turned is None or shape is None or _permutation(turned) != _PARTS_FIRST:
+    shaped = only_reader(last, "Reshape")
+    turned = only_reader(shaped.outputs[0], "Transpose") if shaped else None
+    shape = constant(shaped.inputs[1]) if shaped else None
+    if turned is None or shape is None or permutation(turned) != _PARTS_FIRST:
         return
     parts = int(shape[2])
     taken = [_taken_part(reader) for reader in turned.outputs[0].consumers()]
@@ -110,7 +128,7 @@ def _taken_part(reader: onnx_ir.Node) -> tuple[int, onnx_ir.Value] | None:
 
     None where it does anything else, or where the graph gives the part out, whose name is then its own.
     """
-    numbers = [value for value in map(_constant, reader.inputs[1:]) if value is not None]
+    numbers = [value for value in map(constant, reader.inputs[1:]) if value is not None]
     if len(numbers) < len(reader.inputs) - 1:
         return None
     taken = None
@@ -118,26 +136,38 @@ def _taken_part(reader: onnx_ir.Node) -> tuple[int, onnx_ir.Value] | None:
         taken = int(numbers[0]), reader.outputs[0]
     elif reader.op_type == "Slice" and [value.tolist() for value in numbers[2:]] in ([[0]], [[0], [1]]):
         start, end = (int(value[0]) for value in numbers[:2])
-        squeezed = _only_reader(reader.outputs[0], "Squeeze")
-        if 0 <= start == end - 1 and squeezed and _axes(squeezed) == [0]:
+        squeezed = only_reader(reader.outputs[0], "Squeeze")
+        if 0 <= start == end - 1 and squeezed and axes(squeezed) == [0]:
             taken = start, squeezed.outputs[0]
     return None if taken is None or taken[1].is_graph_output() else taken
 
 
+def _turn_twice(both: onnx_ir.Node) -> None:
+    """Keys [B, N, H, d] → [B, H, d, N] by way of [B, H, N, d]: a product does the second turn for nothing."""
+    import onnx_ir
+
+    if both.outputs[0].is_graph_output():
+        return
+    tape = onnx_ir.tape.Tape()
+    heads = tape.op("Transpose", [both.inputs[0]], {"perm": _HEADS_FIRST})
+    both.outputs[0].replace_all_uses_with(tape.op("Transpose", [heads], {"perm": _KEYS_TURNED}))
+    assert both.graph is not None
+    both.graph.insert_before(both, tape.nodes)
+
+
 def _undo_turn(second: onnx_ir.Node) -> None:
     """Reshape → Transpose → Transpose back → Reshape: the second pair reads what the first one read."""
-    turned = second.inputs[0]
-    first = turned.producer() if turned is not None else None
-    if first is None or first.op_type != "Transpose":
+    first = maker(second.inputs[0], "Transpose")
+    if first is None:
         return
-    there, back = _permutation(first), _permutation(second)
+    there, back = permutation(first), permutation(second)
     if there is None or back is None or [there[axis] for axis in back] != list(range(len(there))):
         return
     source = first.inputs[0]
     assert source is not None
-    shaped = source.producer()
+    shaped = maker(source, "Reshape")
     for reader in list(second.outputs[0].consumers()):
-        if shaped is not None and shaped.op_type == "Reshape" and reader.op_type == "Reshape":
+        if shaped is not None and reader.op_type == "Reshape":
             reader.replace_input_with(0, shaped.inputs[0])
     if not second.outputs[0].is_graph_output():
         second.outputs[0].replace_all_uses_with(source)
@@ -145,26 +175,3 @@ def _undo_turn(second: onnx_ir.Node) -> None:
 
 def _part(values: NDArray[Any], part: int, parts: int) -> NDArray[Any]:
     return np.ascontiguousarray(np.split(values, parts, axis=-1)[part])
-
-
-def _constant(value: onnx_ir.Value | None) -> NDArray[Any] | None:
-    import onnx_ir
-
-    tensor = None if value is None else onnx_ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()
-
-
-def _only_reader(value: onnx_ir.Value, kind: str) -> onnx_ir.Node | None:
-    """The one node that reads a value, where it is of that kind and the graph does not give the value out."""
-    readers = value.consumers()
-    return readers[0] if len(readers) == 1 and readers[0].op_type == kind and not value.is_graph_output() else None
-
-
-def _permutation(node: onnx_ir.Node) -> tuple[int, ...] | None:
-    attribute = node.attributes.get("perm")
-    return None if attribute is None else tuple(attribute.as_ints())
-
-
-def _axes(squeeze: onnx_ir.Node) -> list[int] | None:
-    axes = _constant(squeeze.inputs[1]) if len(squeeze.inputs) > 1 else None
-    return None if axes is None else np.ravel(axes).tolist()

@@ -1,0 +1,115 @@
+"""ONNX Runtime's own attention in place of the open one, where no stage reads what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ztp_deploy.exporters.nodes import bias_of, constant, maker, only_reader, permutation
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+DOMAIN = "com.microsoft"
+FUSED = "MultiHeadAttention"
+_HEADS_FIRST = (0, 2, 1, 3)
+_KEYS_TURNED = (0, 1, 3, 2)
+
+
+def fuse_attention(path: Path) -> tuple[int, int]:
+    """Fuses, in the graph in a file, every attention that has the form of a ViT's; weights beside it stay there.
+
+    Returns how many were fused, of how many that nothing but the values reads: what a stage reads has to stay open.
+    """
+    import onnx_ir
+
+    model = onnx_ir.load(path)
+    softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
+    unread = [node for node in softmaxes if only_reader(node.outputs[0], "MatMul") is not None]
+    fused = sum([_fuse(node) for node in unread])
+    if fused:
+        model.opset_imports[DOMAIN] = 1
+    onnx_ir.save(model, path)
+    return fused, len(unread)
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Tokens [B, N, H·d] that became heads [B, H, N, d].
+
+    `product` and `bias`: what they are the sum of, where that is a product and a constant. `made`: the
+    nodes that nothing needs once the heads are fused, from the last to the first.
+    """
+
+    tokens: onnx_ir.Value
+    product: onnx_ir.Value | None
+    bias: NDArray[Any] | None
+    heads: int
+    made: tuple[onnx_ir.Node, ...]
+
+    @classmethod
+    def of(cls, value: onnx_ir.Value | None) -> _Heads | None:
+        """How a value was made, where it was made so."""
+        turned = maker(value, "Transpose")
+        shaped = maker(turned.inputs[0], "Reshape") if turned is not None else None
+        shape = constant(shaped.inputs[1]) if shaped is not None else None
+        if turned is None or shaped is None or shape is None or len(shape) != 4 or permutation(turned) != _HEADS_FIRST:
+            return None
+        tokens = shaped.inputs[0]
+        assert tokens is not None
+        addition = maker(tokens, "Add")
+        if addition is not None:
+            for product in addition.inputs:
+                bias = bias_of(addition, product) if product is not None and maker(product, "MatMul") else None
+                if bias is not None:
+                    return cls(tokens, product, bias, int(shape[2]), (turned, shaped, addition))
+        return cls(tokens, None, None, int(shape[2]), (turned, shaped))
+
+
+def _fuse(softmax: onnx_ir.Node) -> bool:
+    """Heads → queries · scale @ keysᵀ → softmax → @ values → heads joined, as one node; False where it is not that."""
+    import onnx_ir
+
+    values = only_reader(softmax.outputs[0], "MatMul")
+    turned = only_reader(values.outputs[0], "Transpose") if values is not None else None
+    joined = only_reader(turned.outputs[0], "Reshape") if turned is not None else None
+    product = maker(softmax.inputs[0], "MatMul")
+    scaled = maker(product.inputs[0], "Mul") if product is not None else None
+    keys = maker(product.inputs[1], "Transpose") if product is not None else None
+    if values is None or turned is None or joined is None or product is None or scaled is None or keys is None:
+        return False
+    scale = constant(scaled.inputs[1])
+    parts = [_Heads.of(value) for value in (scaled.inputs[0], keys.inputs[0], values.inputs[1])]
+    three = [part for part in parts if part is not None]
+    formed = (
+        softmax.attributes.get_int("axis", -1) in (-1, 3)
+        and values.inputs[0] is softmax.outputs[0]
+        and permutation(turned) == _HEADS_FIRST
+        and permutation(keys) == _KEYS_TURNED
+        and not joined.outputs[0].is_graph_output()
+    )
+    if not formed or scale is None or scale.size != 1 or len(three) < 3 or len({part.heads for part in three}) > 1:
+        return False
+    graph = softmax.graph
+    assert graph is not None
+    tape = onnx_ir.tape.Tape()
+    inputs = [part.tokens for part in three]
+    biases = [part.bias for part in three if part.bias is not None]
+    if len(biases) == 3:
+        inputs = [part.product for part in three if part.product is not None]
+        joint = np.concatenate(biases)
+        bias = tape.initializer(onnx_ir.tensor(joint, name=f"{softmax.outputs[0].name}_biases"))
+        graph.register_initializer(bias)
+        inputs.append(bias)
+    attributes = {"num_heads": three[0].heads, "scale": float(scale.reshape(()))}
+    mixed = tape.op(FUSED, inputs, attributes, domain=DOMAIN)
+    graph.insert_after(joined, tape.nodes)
+    joined.outputs[0].replace_all_uses_with(mixed)
+    for node in (joined, turned, values, softmax, product, scaled, keys, *(n for part in three for n in part.made)):
+        if not any(value.consumers() for value in node.outputs):
+            graph.remove(node, safe=True)
+    return True
