@@ -104,6 +104,28 @@ def test_half_precision_is_fused_in_half_precision(artifact, tmp_path):
     assert len({name for node in graph.node for name in node.output}) == sum(len(node.output) for node in graph.node)
 
 
+def test_what_every_place_adds_for_itself_is_no_bias(artifact, tmp_path):
+    """The operator takes one bias for all places; sums of another form go in as they are."""
+    model = onnx.load(str(artifact.directory / "model.onnx"))
+    made = {name: node for node in model.graph.node for name in node.output}
+    softmax = [n for n in model.graph.node if n.op_type == "Softmax"][-1]
+    heads = made[made[made[softmax.input[0]].input[0]].input[0]]
+    shaped = made[heads.input[0]]
+    addition = made[shaped.input[0]]
+    [shape] = [tensor for tensor in model.graph.initializer if tensor.name == shaped.input[1]]
+    tokens = onnx.numpy_helper.to_array(shape)[1]
+    [bias] = [tensor for tensor in model.graph.initializer if tensor.name in addition.input]
+    places = np.random.default_rng(2).standard_normal((tokens, tiny.SIZE.embed_dim)).astype(np.float32)
+    bias.CopyFrom(onnx.numpy_helper.from_array(places, bias.name))
+    changed = tmp_path / "changed.onnx"
+    onnx.save_model(model, str(changed))
+    path = shutil.copyfile(changed, tmp_path / "model.onnx")
+    assert fuse_attention(path) == (1, 1)
+    [node] = [node for node in onnx.load(str(path)).graph.node if node.op_type == FUSED]
+    assert len(node.input) == 3
+    assert_same(changed, path)
+
+
 def turn_keys_wrongly(graph):
     [node] = [n for n in graph.node if n.op_type == "Transpose" and list(n.attribute[0].ints) == [0, 1, 3, 2]][-1:]
     node.attribute[0].ints[:] = [0, 1, 2, 3]

@@ -39,7 +39,7 @@ g (float[batch,3,4] tokens) => (float[batch,2,3,2] queries, float[batch,2,3,2] v
 def joint(biased: str = "product, bias", perm: str = "2, 0, 3, 1, 4", end: str = "one") -> onnx.ModelProto:
     model = parser.parse_model(JOINT.replace("BIASED", biased).replace("PERM", perm).replace("END", end))
     draw = np.random.default_rng(3)
-    for name, shape in {"weight": (4, 12), "bias": (12,)}.items():
+    for name, shape in {"weight": (4, 12), "bias": (12,), "places": (3, 12)}.items():
         values = draw.standard_normal(shape).astype(np.float32)
         model.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     return model
@@ -81,8 +81,14 @@ def test_a_joint_projection_is_split_and_what_nothing_reads_goes(biased):
 
 @pytest.mark.parametrize(
     "other",
-    [joint(perm="2, 0, 3, 4, 1"), joint(end="two"), joint(biased="product, tokens"), given_out()],
-    ids=["another order", "two parts at once", "no bias but tokens", "a part is a result"],
+    [
+        joint(perm="2, 0, 3, 4, 1"),
+        joint(end="two"),
+        joint(biased="product, tokens"),
+        joint(biased="product, places"),
+        given_out(),
+    ],
+    ids=["another order", "two parts at once", "no bias but tokens", "a bias for every place", "a part is a result"],
 )
 def test_what_is_no_joint_projection_stays(other):
     assert kinds(simplified(other)) == kinds(other)

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ztp_deploy.exporters.nodes import bias_of, constant, maker, only_reader, permutation
+from ztp_deploy.exporters.nodes import HEADS_FIRST, KEYS_TURNED, bias_of, constant, maker, only_reader, permutation
 
 if TYPE_CHECKING:
     import onnx_ir
 
 DOMAIN = "com.microsoft"
 FUSED = "MultiHeadAttention"
-_HEADS_FIRST = (0, 2, 1, 3)
-_KEYS_TURNED = (0, 1, 3, 2)
 
 
 def fuse_attention(path: Path) -> tuple[int, int]:
@@ -57,14 +55,15 @@ class _Heads:
         turned = maker(value, "Transpose")
         shaped = maker(turned.inputs[0], "Reshape") if turned is not None else None
         shape = constant(shaped.inputs[1]) if shaped is not None else None
-        if turned is None or shaped is None or shape is None or len(shape) != 4 or permutation(turned) != _HEADS_FIRST:
+        if turned is None or shaped is None or shape is None or len(shape) != 4 or permutation(turned) != HEADS_FIRST:
             return None
         tokens = shaped.inputs[0]
         assert tokens is not None
         addition = maker(tokens, "Add")
         if addition is not None:
+            width = int(shape[2] * shape[3])
             for product in addition.inputs:
-                bias = bias_of(addition, product) if product is not None and maker(product, "MatMul") else None
+                bias = bias_of(addition, product, width) if product is not None and maker(product, "MatMul") else None
                 if bias is not None:
                     return cls(tokens, product, bias, int(shape[2]), (turned, shaped, addition))
         return cls(tokens, None, None, int(shape[2]), (turned, shaped))
@@ -88,8 +87,8 @@ def _fuse(softmax: onnx_ir.Node) -> bool:
     formed = (
         softmax.attributes.get_int("axis", -1) in (-1, 3)
         and values.inputs[0] is softmax.outputs[0]
-        and permutation(turned) == _HEADS_FIRST
-        and permutation(keys) == _KEYS_TURNED
+        and permutation(turned) == HEADS_FIRST
+        and permutation(keys) == KEYS_TURNED
         and not joined.outputs[0].is_graph_output()
     )
     if not formed or scale is None or scale.size != 1 or len(three) < 3 or len({part.heads for part in three}) > 1:

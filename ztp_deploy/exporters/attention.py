@@ -17,14 +17,21 @@ import torch
 from numpy.typing import NDArray
 
 from ztp_deploy.errors import GateFailed
-from ztp_deploy.exporters.nodes import axes, bias_of, constant, maker, only_reader, permutation
+from ztp_deploy.exporters.nodes import (
+    HEADS_FIRST,
+    KEYS_TURNED,
+    axes,
+    bias_of,
+    constant,
+    maker,
+    only_reader,
+    permutation,
+)
 
 if TYPE_CHECKING:
     import onnx_ir
 
 _PARTS_FIRST = (2, 0, 3, 1, 4)
-_HEADS_FIRST = (0, 2, 1, 3)
-_KEYS_TURNED = (0, 1, 3, 2)
 _BOTH_TURNS = (0, 2, 3, 1)
 
 
@@ -49,7 +56,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
             )
         factor = op.Constant(value_float=query.shape[-1] ** -0.5 if scale is None else scale)
         scaled = op.Mul(query, factor)
-        logits = op.MatMul(scaled, op.Transpose(key, perm=_KEYS_TURNED))
+        logits = op.MatMul(scaled, op.Transpose(key, perm=KEYS_TURNED))
         if attn_mask is not None:
             logits = op.Add(logits, attn_mask)
         return op.MatMul(op.Softmax(logits, axis=-1), value)
@@ -94,7 +101,7 @@ def _split_projection(product: onnx_ir.Node) -> None:
         return
     last, bias = product.outputs[0], None
     if addition := only_reader(last, "Add"):
-        last, bias = addition.outputs[0], bias_of(addition, last)
+        last, bias = addition.outputs[0], bias_of(addition, last, weight.shape[1])
         if bias is None:
             return
     shaped = only_reader(last, "Reshape")
@@ -116,7 +123,7 @@ def _split_projection(product: onnx_ir.Node) -> None:
             own = tape.initializer(onnx_ir.tensor(_part(bias, part, parts), name=f"{name}_bias_{part}"))
             value = tape.op("Add", [value, own])
         value = tape.op("Reshape", [value, heads], {"allowzero": 1})
-        output.replace_all_uses_with(tape.op("Transpose", [value], {"perm": _HEADS_FIRST}))
+        output.replace_all_uses_with(tape.op("Transpose", [value], {"perm": HEADS_FIRST}))
     assert product.graph is not None
     product.graph.insert_before(product, tape.nodes)
     for initializer in tape.initializers:
@@ -149,8 +156,8 @@ def _turn_twice(both: onnx_ir.Node) -> None:
     if both.outputs[0].is_graph_output():
         return
     tape = onnx_ir.tape.Tape()
-    heads = tape.op("Transpose", [both.inputs[0]], {"perm": _HEADS_FIRST})
-    both.outputs[0].replace_all_uses_with(tape.op("Transpose", [heads], {"perm": _KEYS_TURNED}))
+    heads = tape.op("Transpose", [both.inputs[0]], {"perm": HEADS_FIRST})
+    both.outputs[0].replace_all_uses_with(tape.op("Transpose", [heads], {"perm": KEYS_TURNED}))
     assert both.graph is not None
     both.graph.insert_before(both, tape.nodes)
 

@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx_ir
 
+HEADS_FIRST = (0, 2, 1, 3)
+"""Turns [B, N, H, d] into [B, H, N, d], and back."""
+KEYS_TURNED = (0, 1, 3, 2)
+"""Turns keys [B, H, N, d] into the right operand of a product."""
+
 
 def constant(value: onnx_ir.Value | None) -> NDArray[Any] | None:
     """What a constant value is; None for one that is computed."""
@@ -43,7 +48,8 @@ def axes(node: onnx_ir.Node) -> list[int] | None:
     return None if found is None else np.ravel(found).tolist()
 
 
-def bias_of(addition: onnx_ir.Node, product: onnx_ir.Value) -> NDArray[Any] | None:
-    """The constant that an Add adds to a product."""
+def bias_of(addition: onnx_ir.Node, product: onnx_ir.Value, width: int) -> NDArray[Any] | None:
+    """The constant [width] that an Add adds to every row of a product; None where it adds anything else."""
     others = [value for value in addition.inputs if value is not product]
-    return constant(others[0]) if len(others) == 1 else None
+    added = constant(others[0]) if len(others) == 1 else None
+    return None if added is None or added.shape != (width,) else added
