@@ -76,8 +76,8 @@ def test_oracle(name, dtype):
     assert order[half:] == truth["group_a"].tolist()
     assert sorted(np.flatnonzero(scores["score"] < 0)) == sorted(truth["s_dropped"])
     assert sorted(chosen.kept[0].tolist()) == truth["kept"].tolist()
-    used = zt.counted_heads(chosen.scores["pre_spread"], options.variance_bounds, everyone)[0]
-    assert used[:, 0].tolist() == truth["pre_mask"].tolist()
+    used = zt.head_weights(chosen.scores["pre_spread"], options.variance_bounds, everyone)[0]
+    assert used[:, 0].round().tolist() == truth["pre_mask"].tolist()
 
 
 @pytest.mark.parametrize("name", ORACLE)
@@ -177,7 +177,7 @@ def test_votes_of_dropped_tokens_are_lost_without_renormalising():
     survivors = torch.ones(2, 17, dtype=torch.float64)
     survivors[:, [3, 8, 14]] = 0
     start = zt.start_scores(17, 14, class_token=0).double()
-    lost = zt.vote(attention, start, 7, survivors, renormalise=False)
+    lost = zt.vote(attention, start, 7, survivors, participants=14)
     keep = survivors[0].nonzero().squeeze(1)
     score = start[keep].expand(2, 3, 1, -1)
     for _ in range(7):
@@ -186,14 +186,14 @@ def test_votes_of_dropped_tokens_are_lost_without_renormalising():
     assert lost[..., [3, 8, 14]].abs().max() == 0
     assert (lost - zt.vote(attention, start, 7, survivors)).abs().max() > 1e-3
     start = zt.start_scores(17, 17, class_token=0).double()
-    whole = zt.vote(attention, start, 7, torch.ones(2, 17), renormalise=False)
+    whole = zt.vote(attention, start, 7, torch.ones(2, 17), participants=17)
     torch.testing.assert_close(whole, zt.vote(attention, start, 7))
 
 
 def test_hundreds_of_rounds_do_not_underflow_without_renormalising():
     survivors = torch.zeros(2, 17)
     survivors[:, :5] = 1
-    scores = zt.vote(random_attention().float(), torch.ones(17), 500, survivors, renormalise=False)
+    scores = zt.vote(random_attention().float(), torch.ones(17), 500, survivors, participants=5)
     torch.testing.assert_close(scores.sum(-1), torch.full((2, 3), 5.0))
 
 
@@ -212,15 +212,19 @@ def test_features_of_heads_are_joined():
 def test_heads_out_of_bounds_are_left_out_and_all_count_when_none_qualifies():
     variance = torch.tensor([[0.0099, 0.0101, 0.699, 0.701], [0.0, 0.001, 5.0, 9.0]]).unsqueeze(-1)
     spread = (variance * 197).sqrt()
-    assert zt.counted_heads(spread, (0.01, 0.7), 197).flatten(1).tolist() == [[0, 1, 1, 0], [1, 1, 1, 1]]
-    assert zt.counted_heads(spread, None, 197).flatten(1).tolist() == [[1] * 4] * 2
+    weights = zt.head_weights(spread, (0.01, 0.7), 197)
+    # Each head tells in a digit of its own who was counted.
+    scores = torch.tensor([1.0, 10.0, 100.0, 1000.0]).reshape(1, 4, 1).expand(2, 4, 1)
+    assert zt.combine_heads(scores, weights, "mean").flatten().tolist() == pytest.approx([55, 277.75], rel=1e-6)
+    assert zt.combine_heads(scores, weights).square().flatten().tolist() == pytest.approx([5050, 252525.25], rel=1e-6)
+    assert zt.head_weights(spread, None, 197).flatten(1).tolist() == [[1] * 4] * 2
 
 
 def test_root_mean_square_over_counted_heads():
     scores = torch.tensor([[[3.0, 1.0], [4.0, 1.0], [100.0, 1.0]]])
-    counted = torch.tensor([[[1.0], [1.0], [0.0]]])
-    assert zt.combine_heads(scores, counted)[0, 0].item() == pytest.approx(math.sqrt(12.5))
-    assert zt.combine_heads(scores, counted, "mean")[0, 0].item() == pytest.approx(3.5)
+    weights = torch.tensor([[[1.0], [1.0], [0.0]]])
+    assert zt.combine_heads(scores, weights)[0, 0].item() == pytest.approx(math.sqrt(12.5))
+    assert zt.combine_heads(scores, weights, "mean")[0, 0].item() == pytest.approx(3.5)
 
 
 def test_ties_go_to_the_lower_index():

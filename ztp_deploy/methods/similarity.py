@@ -47,27 +47,27 @@ def best_match(
     Euclidean one squared). With `apart` False both are the same tokens, and none is held against itself.
     """
     ones, others = take(features, less, skip), take(features, more, skip)
-    lengths = inverse_length(features) if metric == "cosine" else None
+    lengths = length(features) if metric == "cosine" else None
     if metric in ("cosine", "dot", "euclidean"):
         # Products of features as they came, and cosines of products: what is in low precision is cut no further.
         likeness = ones @ others.transpose(1, 2)
         if metric == "euclidean":
             likeness = 2 * likeness - _squares(ones) - _squares(others).transpose(1, 2)
         elif lengths is not None:
-            likeness = likeness * take(lengths, more, skip).transpose(1, 2)
+            likeness = likeness / take(lengths, more, skip).transpose(1, 2)
     else:
         distances = (ones.unsqueeze(2) - others.unsqueeze(1)).abs()  # [B, a, b, D]
         likeness = -(distances.sum(-1) if metric == "manhattan" else distances.amax(-1))
     if not apart:
         likeness = likeness - _ITSELF * torch.eye(less.shape[1], device=less.device)
     best = likeness.amax(-1)
-    return best if lengths is None else best * take(lengths, less, skip).squeeze(-1)
+    return best if lengths is None else best / take(lengths, less, skip).squeeze(-1)
 
 
-def inverse_length(features: Tensor) -> Tensor:
-    """1 / length [..., n, 1] of features [..., n, D], finite for zeros."""
-    # A power, not a reciprocal root: OpenVINO makes a power of the latter by itself, and computes that in bf16.
-    return _squares(features).clamp_min(1e-24) ** -0.5
+def length(features: Tensor) -> Tensor:
+    """Length [..., n, 1] of features [..., n, D], at least 1e-12, so that zeros are like nothing."""
+    norm: Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return norm.clamp_min(1e-12)
 
 
 def _squares(features: Tensor) -> Tensor:

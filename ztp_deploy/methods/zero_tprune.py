@@ -35,7 +35,7 @@ from ztp_deploy.methods.similarity import (
     Metric,
     Partition,
     best_match,
-    inverse_length,
+    length,
     raster_order,
     staying,
 )
@@ -52,6 +52,8 @@ untrained = needs_no_training
 
 MAX_ROUNDS = 1000
 EARLY_ROUNDS, MIDDLE_ROUNDS, LATE_ROUNDS = 30, 8, 1
+_OUT_OF_BOUNDS = 1e-12
+"""Weight of a head that VHF leaves out; its square is far below float32's last digit of what the others give."""
 
 
 class Options(MethodOptions):
@@ -183,14 +185,14 @@ def start_scores(count: int, participants: int, class_token: int | None) -> Tens
 
 
 def vote(
-    attention: Tensor, start: Tensor, rounds: int, survivors: Tensor | None = None, renormalise: bool = True
+    attention: Tensor, start: Tensor, rounds: int, survivors: Tensor | None = None, participants: int | None = None
 ) -> Tensor:
     """Weighted PageRank: s ← Aᵀs, `rounds` times, on the graph restricted to the survivors.
 
     attention [B, H, N, N] with rows that sum to 1, start [N], survivors [B, N] of 0 and 1 (None: all)
     → scores [B, H, N], 0 outside the survivors. With row sums q = A m over the survivors m, one round is
-    s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered (DESIGN section 5). Not to `renormalise` leaves out q and
-    scales s back to mean 1 each time, since votes are then lost.
+    s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered (DESIGN section 5). With their number, `participants`, q is
+    left out and s scaled back to mean 1 over them each time, since votes are then lost.
     """
     count = attention.shape[-1]
     score = start.to(attention).reshape(1, 1, 1, count)
@@ -199,10 +201,10 @@ def vote(
             score = score @ attention
         return score.squeeze(2)
     mask = survivors.to(attention).reshape(-1, 1, 1, count)
-    if not renormalise:
+    if participants is not None:
         for _ in range(rounds):
             score = (score * mask) @ attention * mask
-            score = score * (mask.sum(-1, keepdim=True) / score.sum(-1, keepdim=True).clamp_min(1e-30))
+            score = score / (score.sum(-1, keepdim=True) / participants).clamp_min(1e-30)
         return score.squeeze(2)
     row_sums = mask @ attention.transpose(-1, -2)  # [B, H, 1, N]
     # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
@@ -214,31 +216,29 @@ def vote(
 
 def score_spread(scores: Tensor, survivors: Tensor | None = None) -> Tensor:
     """Length [B, H, 1] of the mean-1 scores' deviation from 1, scores [B, H, N]: √(participants · variance)."""
-    deviation = scores - 1
-    if survivors is not None:
-        deviation = deviation * survivors.to(scores).unsqueeze(1)
+    deviation = scores - (1 if survivors is None else survivors.to(scores).unsqueeze(1))
     spread: Tensor = torch.linalg.vector_norm(deviation, dim=-1, keepdim=True)
     return spread
 
 
-def counted_heads(spread: Tensor, bounds: tuple[float, float] | None, participants: int) -> Tensor:
+def head_weights(spread: Tensor, bounds: tuple[float, float] | None, participants: int) -> Tensor:
     """VHF: 1.0 for heads whose population variance, spread² / participants [B, H, 1], lies in the bounds.
 
-    All heads count where none does.
+    Other heads get so little that no digit shows it, and therefore count alike where no head lies in the bounds.
     """
     if bounds is None:
         return torch.ones_like(spread)
     low, high = ((participants * bound) ** 0.5 for bound in bounds)
-    inside = (spread.clamp(low, high) == spread).to(spread.dtype)
-    return inside + (1 - inside.amax(1, keepdim=True))
+    return (spread.clamp(low, high) == spread).to(spread.dtype).clamp_min(_OUT_OF_BOUNDS)
 
 
-def combine_heads(scores: Tensor, counted: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
-    """EIR: root of the mean square over the counted heads, scores [B, H, N] and counted [B, H, 1] → [B, N]."""
-    weight = counted / counted.sum(1, keepdim=True)
+def combine_heads(scores: Tensor, weights: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
+    """EIR: root of the mean square over the heads, scores [B, H, N] weighted by [B, H, 1] → [B, N]."""
+    weighted = scores * weights
     if how == "mean":
-        return (scores * weight).sum(1)
-    return (scores * scores * weight).sum(1).sqrt()
+        return weighted.sum(1) / weights.sum(1)
+    combined: Tensor = torch.linalg.vector_norm(weighted, dim=1) / torch.linalg.vector_norm(weights, dim=1)
+    return combined
 
 
 def importance(
@@ -251,10 +251,10 @@ def importance(
     survivors: Tensor | None = None,
 ) -> Importance:
     """WPR, VHF and EIR in one: attention [B, H, N, N] and start [N] → scores [B, N] and head spreads [B, H, 1]."""
-    per_head = vote(attention, start, rounds, survivors, options.renormalise)
+    per_head = vote(attention, start, rounds, survivors, None if options.renormalise else participants)
     spread = score_spread(per_head, survivors)
-    counted = counted_heads(spread, options.variance_bounds, participants)
-    return Importance(combine_heads(per_head, counted, options.heads), spread)
+    weights = head_weights(spread, options.variance_bounds, participants)
+    return Importance(combine_heads(per_head, weights, options.heads), spread)
 
 
 @dataclass(frozen=True)
@@ -333,7 +333,7 @@ def join_heads(features: Tensor, how: Literal["concatenated", "normalised", "ave
     if how == "averaged":
         return features.mean(1)
     if how == "normalised":
-        features = features * inverse_length(features)
+        features = features / length(features)
     return features.transpose(1, 2).flatten(2)
 
 
