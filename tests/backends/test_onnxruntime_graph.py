@@ -36,6 +36,14 @@ def kinds(path):
     return [node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node]
 
 
+def unused(path):
+    """Nodes and weights that lead to no output; ONNX Runtime warns of each weight."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    dead = [node.name for node in graph.node if not read & set(node.output)]
+    return dead + [weight.name for weight in graph.initializer if weight.name not in read]
+
+
 CASES = {
     "a stage reads three of four": ("deit_t", "zero_tprune", (1, 1)),
     "nothing is read": ("deit_t", "dense", (4, 4)),
@@ -55,6 +63,7 @@ def test_what_no_stage_reads_is_fused(name, method, fused, tmp_path):
     assert kinds(path).count(FUSED) == fused[0]
     assert kinds(path).count("Softmax") == 4 - fused[0]
     assert_same(artifact.directory / "model.onnx", path)
+    assert not unused(path)
 
 
 def test_an_engine_says_how_many_and_keeps_its_scores(artifact, tmp_path):
