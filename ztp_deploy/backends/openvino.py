@@ -110,6 +110,10 @@ def build(job: BuildJob) -> dict[str, Any]:
             ir.even_sums(model, scores)
         as_they_are = ir.read_bf16(model, scores)
         scores = ir.outside_the_tokens_way(model)
+    if job.batch.min == job.batch.max:
+        # Shapes that are known spare OpenVINO working them out in every run.
+        [images] = model.inputs
+        model.reshape({images: [job.batch.max, *images.get_partial_shape()[1:]]})
     path = job.directory / MODEL_FILE
     ov.save_model(model, str(path), compress_to_fp16=False)
     ir.keep_float32(path, scores - as_they_are)

@@ -55,6 +55,7 @@ def read_bf16(model: Any, scores: set[str]) -> set[str]:
     """
     moved: set[str] = set()
     products: set[str] = set()
+    zero: Any = None
 
     def held(value: Any) -> bool:
         source = value.get_node()
@@ -71,7 +72,8 @@ def read_bf16(model: Any, scores: set[str]) -> set[str]:
             first, second = operation.input_values()
             if held(second) and (held(first) or (_is_attention(second) and _from_constants(first))):
                 products.add(name)
-                _give_out_float32(operation)
+                zero = zero if zero is not None else _zero(model)
+                _give_out_float32(operation, zero)
     return moved | products
 
 
@@ -205,7 +207,16 @@ def _from_constants(value: Any) -> bool:
     return True
 
 
-def _give_out_float32(product: Any) -> None:
+def _zero(model: Any) -> Any:
+    """A zero [1, 1, 1, 1] that no simplification knows to be constant: whether a pixel is less than itself."""
+    from openvino import opset13 as opset
+
+    [images] = model.inputs
+    pixel = opset.slice(images, *(np.array([number] * 4) for number in (0, 1, 1)))
+    return opset.convert(opset.less(pixel, pixel), "f32").output(0)
+
+
+def _give_out_float32(product: Any, zero: Any) -> None:
     """OpenVINO gives a product of bf16 out in float32 only where a float32 operation is fused with it."""
     from openvino import opset13 as opset
 
@@ -214,9 +225,7 @@ def _give_out_float32(product: Any) -> None:
     first = product.input_value(0)
     if first.get_node().get_type_name() == "Constant":
         # It takes constants for float32 and the other operand with them.
-        batch = opset.gather(opset.shape_of(product.input_value(1)), np.array([0]), np.array(0))
-        shape = opset.concat([batch, opset.constant(np.array(first.get_shape()[1:]))], 0)
-        product.input(0).replace_source_output(opset.broadcast(first, shape).output(0))
+        product.input(0).replace_source_output(opset.add(first, zero).output(0))
     sums = opset.add(product, np.float32(_TOO_SMALL))
     sums.set_friendly_name(f"{product.get_friendly_name()}_in_float32")
     for reader in readers:
