@@ -40,3 +40,21 @@ def test_other_work_is_noticed():
         for process in spin:
             process.kill()
             process.wait()
+
+
+def test_instructions_held_back_are_in_the_name(monkeypatch):
+    """Figures made so are not those of the processor, and lie in files of their own."""
+    monkeypatch.setattr(environment, "_cpu_flags", lambda: {"avx512f", "avx512_bf16", "amx_tile", "amx_bf16"})
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    names, features = {}, {}
+    for limit in ("", "DEFAULT", "AVX512_CORE_AMX", "avx512_core_bf16"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        environment.cpu_name.cache_clear()
+        names[limit], features[limit] = environment.cpu_name(), environment.cpu_features()
+    environment.cpu_name.cache_clear()
+    assert names["DEFAULT"] == names[""]
+    assert names["AVX512_CORE_AMX"] == f"{names['']}, oneDNN held to AVX512_CORE_AMX"
+    assert names["avx512_core_bf16"] == f"{names['']}, oneDNN held to AVX512_CORE_BF16"
+    assert features[""] == features["DEFAULT"] == features["AVX512_CORE_AMX"]
+    assert features[""] == ["avx512f", "avx512_bf16", "amx_tile", "amx_bf16"]
+    assert features["avx512_core_bf16"] == ["avx512f", "avx512_bf16"]

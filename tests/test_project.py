@@ -12,6 +12,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -266,3 +267,18 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {"ztp_deploy/evidence/report/report.html.jinja", "ztp_deploy/reference/vit_digits.safetensors"} <= set(names)
     assert {"ztp_deploy/cpp/CMakeLists.txt", "ztp_deploy/cpp/include/ztp/session.h"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ztp_deploy"}
+
+
+@pytest.mark.parametrize("batch, ending", [("1:8:64", ""), ("8:8:8", "-b8")])
+def test_evidence_of_a_fixed_batch_lies_in_files_of_its_own(batch, ending, tmp_path):
+    from ztp_deploy import console
+
+    path = min(SUMMARIES)
+    summary = Summary.model_validate_json(path.read_text(encoding="utf-8"))
+    latency = LatencyReport.model_validate_json(path.with_suffix(".samples.json").read_text(encoding="utf-8"))
+    console.record_result(
+        SimpleNamespace(summary=summary.model_copy(update={"batch": batch}), latency=latency), tmp_path
+    )
+    head, tail = f"{summary.backend.split()[0]}-{summary.precision}--", path.name.split("--")[-1]
+    [written] = [file.name for file in tmp_path.glob("*.json") if ".samples" not in file.name]
+    assert written == f"{summary.model}--{summary.label}--{head.removesuffix('--')}{ending}--{tail}"

@@ -71,14 +71,16 @@ def show_parity(report: Any) -> None:
 
 
 def record_result(result: Any, folder: Path) -> None:
-    """Writes summary, raw samples and table, named after model, plan, back end and machine, without local paths."""
+    """Writes summary, raw samples and table, named after model, plan, engine and machine, without local paths."""
     from ztp_deploy.evidence.report.markdown import render_tables
     from ztp_deploy.manifest import write_text
 
     where = Path(result.summary.engine)
     summary = result.summary.model_copy(update={"engine": f"engines/{where.parent.name}/{where.name}"})
     backend = summary.backend.split()[0]
-    name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}--{_slug(summary.machine)}"
+    smallest, _, largest = summary.batch.split(":")
+    batch = f"-b{largest}" if smallest == largest else ""
+    name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}{batch}--{_slug(summary.machine)}"
     write_text(folder / f"{name}.json", summary.to_json())
     write_text(folder / f"{name}.samples.json", result.latency.to_json())
     write_text(folder / f"{name}.md", render_tables(summary))

@@ -84,7 +84,10 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
 
 @cache
 def cpu_name() -> str:
-    """The processor's model name, with family and model number where the name alone is vague."""
+    """The processor's model name, with family and model number where the name alone is vague.
+
+    Where a variable holds oneDNN (OpenVINO, torch) to older instructions, it is in the name: figures are not the same.
+    """
     fields: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -95,11 +98,18 @@ def cpu_name() -> str:
     name = fields.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in fields:
         name += f" (family {fields['cpu family']}, model {fields.get('model', '?')})"
-    return name
+    limit = _instruction_limit()
+    return f"{name}, oneDNN held to {limit}" if limit else name
+
+
+def _instruction_limit() -> str | None:
+    """What `ONEDNN_MAX_CPU_ISA` says, None where it does not limit."""
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+    return limit if limit not in ("", "ALL", "DEFAULT") else None
 
 
 def cpu_features() -> list[str]:
-    """The vector extensions that decide matrix speed."""
+    """The vector extensions that decide matrix speed, without AMX where oneDNN is held to less."""
     known = (
         "avx2",
         "avx_vnni",
@@ -113,7 +123,8 @@ def cpu_features() -> list[str]:
         "i8mm",
     )
     flags = _cpu_flags()
-    return [name for name in known if name in flags]
+    held = "AMX" not in (_instruction_limit() or "AMX")
+    return [name for name in known if name in flags and not (held and name.startswith("amx"))]
 
 
 def instruction_flags() -> set[str]:
