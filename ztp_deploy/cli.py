@@ -231,7 +231,7 @@ def bench(
     device: DeviceName = None,
     precision: Precision = None,
     batch: Batch = None,
-    batches: Batches = "1,8",
+    batches: Batches = None,
     seconds: Seconds = 60.0,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Build everything anew in a scratch folder, so that its time counts.")
@@ -247,7 +247,7 @@ def bench(
     """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer."""
     from ztp_deploy import workflow
 
-    sizes = integers("batches", batches)
+    sizes = integers("batches", batches) if batches else None
     if bool(engine) == bool(model):
         raise BadRequest(
             "Give either engine folders (--engine) or a model (--model).",
@@ -320,7 +320,7 @@ def compare(
     device: DeviceName = None,
     precision: Precision = None,
     batch: Batch = None,
-    batches: Batches = "1,8",
+    batches: Batches = None,
     seconds: Seconds = 60.0,
     images: Images = None,
     record: Annotated[Path | None, typer.Option(help="Also write JSON and Markdown into this folder.")] = None,
@@ -345,7 +345,7 @@ def compare(
         request,
         Bars(),
         images=images,
-        batches=integers("batches", batches),
+        batches=integers("batches", batches) if batches else None,
         seconds=seconds,
         command=_command(),
     )
@@ -392,7 +392,7 @@ def engine(
     batch: Batch = None,
     input: InputType = None,
     images: Images = None,
-    batches: Batches = "1,8",
+    batches: Batches = None,
     seconds: Seconds = 12.0,
     measure: Annotated[
         bool, typer.Option("--bench/--no-bench", help="Measure latency against the dense engine and the slice twin.")
@@ -411,7 +411,7 @@ def engine(
         request,
         Bars(),
         images=images,
-        batches=integers("batches", batches),
+        batches=integers("batches", batches) if batches else None,
         seconds=seconds,
         measure=measure,
         command=_command(),

@@ -55,7 +55,9 @@ EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="An engine folde
 Images = Annotated[
     str | None, typer.Option(help="Folder of photographs for the proof; by default crops that scikit-learn ships.")
 ]
-Batches = Annotated[str, typer.Option(help="Batch sizes to measure.")]
+Batches = Annotated[
+    str | None, typer.Option(help="Batch sizes to measure; by default 1 and 8, as far as the engine takes them.")
+]
 Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 

@@ -27,6 +27,7 @@ from ztp_deploy.evidence.latency import (
     LatencyReport,
     check_seconds,
     measure_latency,
+    usual_batches,
 )
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, twin_role
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
@@ -251,12 +252,25 @@ def check(
 
 
 def bench(
-    engines: dict[str, Engine], batches: Sequence[int], seconds: float, clock: Clock, command: str
+    engines: dict[str, Engine], batches: Sequence[int] | None, seconds: float, clock: Clock, command: str
 ) -> LatencyReport:
-    """Interleaved latency of the engines by role."""
+    """Interleaved latency of the engines by role, by default at `usual_batches`."""
+    if batches is None:
+        batches = usual_batches([engine.manifest.batch for engine in engines.values()])
     gc.collect()
     with clock.step(f"{MEASURING} at batch {', '.join(map(str, batches))}", float(len(batches))) as advance:
         return measure_latency(engines, batches, seconds=seconds, command=command, progress=advance)
+
+
+def _measured_batches(asked: Sequence[int] | None, build: BuildRequest) -> Sequence[int]:
+    """What to measure, before anything is built. Raises BadRequest for batches that the engine will not take."""
+    span = BatchRange.parse(build.batch)
+    if outside := [batch for batch in asked or () if not span.min <= batch <= span.max]:
+        raise BadRequest(
+            f"Latency at batch {outside[0]} was asked for, but the engine's range is {build.batch}.",
+            "Widen BATCH or measure other batches.",
+        )
+    return usual_batches([span]) if asked is None else asked
 
 
 def make_engine(
@@ -265,7 +279,7 @@ def make_engine(
     monitor: Monitor,
     *,
     images: Path | str | None = None,
-    batches: Sequence[int] = (1, 8),
+    batches: Sequence[int] | None = None,
     seconds: float = DEFAULT_SECONDS,
     measure: bool = True,
     command: str | None = None,
@@ -277,14 +291,9 @@ def make_engine(
     Raises GateFailed after the evidence is written where parity does not hold.
     """
     clock = Clock(monitor)
-    span = BatchRange.parse(build.batch)
-    outside = [batch for batch in batches if not span.min <= batch <= span.max]
-    if measure and outside:
-        raise BadRequest(
-            f"Latency at batch {outside[0]} was asked for, but the engine's range is {build.batch}.",
-            "Widen BATCH or measure other batches.",
-        )
+    measured: Sequence[int] = ()
     if measure:
+        measured = _measured_batches(batches, build)
         check_seconds(seconds)
     backend = backends.choose(build.backend)
     module = backends.usable(backend)
@@ -319,7 +328,7 @@ def make_engine(
     line = command or shlex.join(sys.argv)
     if measure:
         roles: dict[str, Engine] = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
-        latency = bench(roles, batches, seconds, clock, line)
+        latency = bench(roles, measured, seconds, clock, line)
         write_text(engines["pruned"].evidence / LATENCY_FILE, latency.to_json())
     summary = summarise(
         engines["pruned"].manifest,
@@ -346,7 +355,7 @@ def compare_methods(
     monitor: Monitor,
     *,
     images: Path | str | None = None,
-    batches: Sequence[int] = (1, 8),
+    batches: Sequence[int] | None = None,
     seconds: float = DEFAULT_SECONDS,
     command: str | None = None,
 ) -> MethodsReport:
@@ -355,6 +364,7 @@ def compare_methods(
     Every method's engine passes the parity gate first. Raises GateFailed where one does not, and what `make_engine` raises.
     """
     clock = Clock(monitor)
+    batches = _measured_batches(batches, build)
     check_seconds(seconds)
     check_runnable(build)
     for request in wanted:

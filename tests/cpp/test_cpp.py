@@ -402,14 +402,21 @@ def doctored_tokens(record):
     record["kept_2"][1, 0] = min(free)
 
 
+def doctored_merges(record):
+    patch = np.argmax(record["assignment_2"][1] < 0)
+    record["assignment_2"][1, patch] = 0
+
+
 @pytest.mark.parametrize(
     "change, metadata, code, message",
     [
         (doctored_logits, {}, 1, "the same tokens are kept but logits differ by 0.0002 σ (at most 0.0001) on image 1"),
         (doctored_tokens, {}, 1, "stage 2 keeps other tokens on image 1"),
+        (doctored_merges, {}, 1, "stage 2 carries patches in other tokens on image 1"),
         (None, {"manifest_sha256": "0" * 64}, 2, "belongs to another manifest"),
         (None, {"tolerance": "nan"}, 2, "gives no tolerance above zero"),
         (lambda record: record.pop("kept_3"), {}, 2, "holds no kept_3"),
+        (lambda record: record.pop("assignment_1"), {}, 2, "holds no assignment_1"),
         (lambda record: record.update(images=tiny.images(2, size=64)), {}, 2, "images of another size"),
     ],
 )
@@ -587,7 +594,8 @@ def test_no_memory_error(runtime, shared_engine, tmp_path):
     images.tofile(tmp_path / "two.f32")
     logits, kept = toys.expected(images)
     (engine / "evidence").mkdir()
-    save_record(engine, {"images": images, "logits": logits, "kept_1": kept})
+    [assignment] = assign([kept], [], COUNTS[0])
+    save_record(engine, {"images": images, "logits": logits, "kept_1": kept, "assignment_1": assignment})
     done = command(*valgrind, runtime.build / "run" / "ztp-run", engine, "--selftest")
     assert done.returncode == 0, done.stderr
     # The check itself can fail.

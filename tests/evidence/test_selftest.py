@@ -19,13 +19,18 @@ def test_the_record_is_the_engines_own_run(engine):
     path = selftest.write_selftest(engine.directory, images)
     assert path == engine.evidence / "selftest.safetensors"
     found = load_file(path)
-    assert set(found) == {"images", "logits", "kept_1", "kept_2", "kept_3"}
+    stages = ("kept_1", "kept_2", "kept_3", "assignment_1", "assignment_2", "assignment_3")
+    assert set(found) == {"images", "logits", *stages}
     assert np.array_equal(found["images"], images[:2])
     with ztp.load_engine(engine.directory) as session:
         assert np.array_equal(found["logits"], session.run(images[:2]))
         for stage, kept in enumerate(session.kept(), start=1):
             assert np.array_equal(found[f"kept_{stage}"], kept)
             assert found[f"kept_{stage}"].dtype == np.int32
+        for stage, carriers in enumerate(session.assignment(), start=1):
+            assert np.array_equal(found[f"assignment_{stage}"], carriers)
+            assert carriers.shape == (2, 36)
+            assert found[f"assignment_{stage}"].dtype == np.int32
     with safe_open(path, "np") as stored:
         assert stored.metadata() == {"manifest_sha256": manifest_sha256(engine.directory), "tolerance": "0.0001"}
 

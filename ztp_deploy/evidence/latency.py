@@ -22,7 +22,7 @@ from ztp_deploy.backends import Engine, find_engine, load_engine
 from ztp_deploy.backends.base import Session
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.schema import EvidenceFile
-from ztp_deploy.manifest import manifest_sha256
+from ztp_deploy.manifest import BatchRange, manifest_sha256
 
 LATENCY_FILE = "latency.json"
 SITTINGS = 5
@@ -114,9 +114,14 @@ class LatencyReport(EvidenceFile):
         raise KeyError(f"{role} at batch {batch}")
 
 
+def usual_batches(spans: Sequence[BatchRange]) -> list[int]:
+    """1 and 8, as far as all ranges hold them; where they hold neither, the optimal batch of the first."""
+    return [batch for batch in (1, 8) if all(s.min <= batch <= s.max for s in spans)] or [spans[0].opt]
+
+
 def measure_latency(
     engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str],
-    batches: Sequence[int] = (1, 8),
+    batches: Sequence[int] | None = None,
     *,
     seconds: float = DEFAULT_SECONDS,
     command: str = "ztp.measure_latency",
@@ -128,9 +133,12 @@ def measure_latency(
     roles; the first is the reference of all ratios, and every later pair is compared too. Engines are opened
     anew in each of several sittings. In each round of a sitting every engine has one turn, in a random order,
     so that a drifting machine hits all alike; a turn is one untimed run, so that caches are the engine's own,
-    and one timed. `seconds` is the time spent a batch, warm-up aside. Raises BadRequest for batches outside an engine's range.
+    and one timed. `seconds` is the time spent a batch, warm-up aside; `batches` are by default `usual_batches`.
+    Raises BadRequest for batches outside an engine's range.
     """
     named = _named(engines)
+    if batches is None:
+        batches = usual_batches([engine.manifest.batch for engine in named.values()])
     if not batches:
         raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
     check_seconds(seconds)

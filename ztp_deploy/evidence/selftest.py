@@ -20,7 +20,7 @@ _FULL_BATCH = 2
 def write_selftest(directory: Path | str, images: NDArray[Any]) -> Path:
     """Runs an engine on the first of `images` [M, 3, H, W] and keeps what it gave in `evidence/selftest.safetensors`.
 
-    Tensors: `images`, `logits`, and `kept_1` … ascending. Metadata: `manifest_sha256`, and `tolerance` in units of
+    Tensors: `images`, `logits`, `kept_1` … ascending, and `assignment_1` …, which of them carries each patch. Metadata: `manifest_sha256`, and `tolerance` in units of
     an image's logit σ. Two images where the engine's batch range allows it. Raises what `load_engine` and `run` raise.
     """
     from safetensors.numpy import save
@@ -31,7 +31,9 @@ def write_selftest(directory: Path | str, images: NDArray[Any]) -> Path:
         batch = min(max(_FULL_BATCH, manifest.batch.min), manifest.batch.max)
         pixels = np.ascontiguousarray(np.resize(images, (batch, *images.shape[1:])))
         tensors = {"images": pixels, "logits": session.run(pixels)}
-        tensors |= {f"kept_{stage}": np.ascontiguousarray(kept) for stage, kept in enumerate(session.kept(), start=1)}
+        for name, stages in (("kept", session.kept()), ("assignment", session.assignment())):
+            for stage, tokens in enumerate(stages, start=1):
+                tensors[f"{name}_{stage}"] = np.ascontiguousarray(tokens, dtype=np.int32)
     metadata = {
         "manifest_sha256": manifest_sha256(folder),
         "tolerance": repr(TOLERANCES[manifest.precision].logits),

@@ -71,16 +71,18 @@ double distance(const float* recorded, const float* found, std::size_t classes) 
   return largest == 0 ? 0 : largest / std::sqrt(variance);
 }
 
-void compare_kept(const Record& record, const Outputs& found) {
-  for (std::size_t stage = 0; stage < found.kept.size(); ++stage) {
-    const StoredTensor& stored = record.tensor("kept_" + std::to_string(stage + 1), "I32", 2);
+/// Holds what was found at every stage against the recorded tensors `name`1, `name`2 …; `does` says what a difference is.
+void compare_tokens(const Record& record, const std::string& name, const std::vector<std::vector<std::int32_t>>& found,
+                    std::size_t batch, const std::string& does) {
+  for (std::size_t stage = 0; stage < found.size(); ++stage) {
+    const StoredTensor& stored = record.tensor(name + std::to_string(stage + 1), "I32", 2);
     const std::vector<std::int32_t> recorded = stored.values<std::int32_t>();
-    const std::vector<std::int32_t>& kept = found.kept[stage];
-    if (recorded.size() != kept.size()) record.damaged("holds another number of kept tokens than the engine gives");
-    const auto [ours, theirs] = std::mismatch(kept.begin(), kept.end(), recorded.begin());
-    if (ours == kept.end()) continue;
-    const auto image = static_cast<std::size_t>(ours - kept.begin()) / (kept.size() / found.batch);
-    throw GateFailed("Self-test fails: stage " + std::to_string(stage + 1) + " keeps other tokens on image " +
+    const std::vector<std::int32_t>& tokens = found[stage];
+    if (recorded.size() != tokens.size()) record.damaged("holds another number of tokens than the engine gives");
+    const auto [ours, theirs] = std::mismatch(tokens.begin(), tokens.end(), recorded.begin());
+    if (ours == tokens.end()) continue;
+    const auto image = static_cast<std::size_t>(ours - tokens.begin()) / (tokens.size() / batch);
+    throw GateFailed("Self-test fails: stage " + std::to_string(stage + 1) + " " + does + " on image " +
                          std::to_string(image) + " than when the engine was checked.",
                      kDoNotShip);
   }
@@ -129,7 +131,8 @@ SelfTest repeat_recorded_run(const Session& session, const fs::path& directory) 
   const Record record(path);
   record.check_manifest(session.manifest().sha256);
   const Outputs found = run(session, record);
-  compare_kept(record, found);
+  compare_tokens(record, "kept_", found.kept, found.batch, "keeps other tokens");
+  compare_tokens(record, "assignment_", found.assignment, found.batch, "carries patches in other tokens");
   return {found.batch, compare_logits(record, found)};
 }
 
