@@ -108,6 +108,41 @@ def test_int8_is_int8_and_its_parity_is_told(int8_engine, model):
     assert report.edges[1].tolerance.logits == 1
 
 
+def test_quantising_leaves_the_scores_as_they_were(int8_engine, openvino_engine):
+    """Operation by operation; what is more makes start vectors that are no constants."""
+
+    def scores_of(engine):
+        graph = openvino.Core().read_model(str(engine.directory / "model.xml"))
+        names = ir.outside_the_tokens_way(graph)
+        kinds = {
+            op.get_friendly_name(): op.get_type_name() for op in graph.get_ops() if op.get_friendly_name() in names
+        }
+        return {name: kind for name, kind in kinds.items() if not name.endswith("_in_float32")}
+
+    plain, quantised = scores_of(openvino_engine), scores_of(int8_engine)
+    assert plain.items() <= quantised.items()
+    more = sorted(quantised[name] for name in quantised.keys() - plain.keys())
+    assert more == ["Add", "Add", "Add", "Convert", "Slice"]
+
+
+def test_what_int8_leaves_can_be_computed_in_bf16(calibration, model, tmp_path):
+    artifact = ztp.export(ztp.prune(model, ztp.make_plan(model, ratio=0.7)), "onnx", tmp_path / "a")
+    settings = {"float_precision": "bf16"}
+    job = {"precision": "int8", "calibration": calibration[:8], "settings": settings, "directory": tmp_path / "e"}
+    if not HAS_BF16:
+        with pytest.raises(MissingSoftware, match="bf16 was asked for"):
+            ztp.build(artifact, "openvino", **job)
+        return
+    engine = ztp.build(artifact, "openvino", **job)
+    built = engine.manifest.built
+    assert built["properties"]["INFERENCE_PRECISION_HINT"] == "bf16"
+    assert built["matrix_precisions"].get("u8", 0) + built["matrix_precisions"].get("i8", 0) > 0
+    assert set(built["matrix_precisions"]) <= {"u8", "i8", "bf16"}
+    # Scores are summed in float32 all the same; the classifier is what the note is about.
+    assert built["score_precisions"] == {"bf16 to f32": 9, "bf16": 1}
+    assert ztp.check_parity(engine, model, tiny.images(6)).edges[1].worst_logit < 1
+
+
 def test_int8_on_a_processor_without_dot_products_is_noted(artifact, calibration, tmp_path, monkeypatch):
     build = {"precision": "int8", "calibration": calibration[:2]}
     monkeypatch.setattr(environment, "cpu_features", lambda: ["avx2"])

@@ -8,6 +8,7 @@ import pytest
 import ztp_deploy as ztp
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence import latency
+from ztp_deploy.manifest import BatchRange
 
 
 def test_bootstrap_interval_of_the_median():
@@ -105,6 +106,28 @@ def test_the_order_of_a_round_is_random(shared_engine):
     rounds = ["".join(measured[start : start + 6 : 2]) for start in range(0, len(measured), 6)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) == 6
+
+
+@pytest.mark.parametrize(
+    "spans, batches",
+    [
+        (["1:8:64"], [1, 8]),
+        (["1:1:1"], [1]),
+        (["4:8:16"], [8]),
+        (["4:4:4"], [4]),
+        (["2:4:6"], [4]),
+        (["1:8:64", "1:1:4"], [1]),
+        (["8:8:8", "1:8:64"], [8]),
+        (["2:4:7", "1:8:64"], [4]),
+    ],
+)
+def test_usual_batches_are_those_that_all_engines_take(spans, batches):
+    assert latency.usual_batches([BatchRange.parse(span) for span in spans]) == batches
+
+
+def test_unasked_batches_are_the_usual_ones(shared_engine):
+    report = ztp.measure_latency([shared_engine], seconds=0.1)
+    assert [sample.batch for sample in report.samples] == [1, 8]
 
 
 def test_refusals(shared_engine):

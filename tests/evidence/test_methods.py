@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ztp_deploy import workflow
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.latency import LatencyReport, Samples, paired_ratio
 from ztp_deploy.evidence.methods import MethodRow, MethodsReport, twin_role
 from ztp_deploy.evidence.report.methods import render_methods
@@ -89,10 +90,14 @@ def test_every_engine_is_proved_and_measured(tmp_path, monkeypatch):
             pass
 
     request = BuildRequest(
-        backend="onnxruntime", device="cpu", batch="1:2:4", export_root=tmp_path / "x", engines_root=tmp_path / "e"
+        backend="onnxruntime", device="cpu", batch="2", export_root=tmp_path / "x", engines_root=tmp_path / "e"
     )
     wanted = [PlanRequest("deit_t", "zero_tprune", ratio=0.6)]
-    found = compare_methods("deit_t", wanted, request, Silent(), batches=(1,), seconds=0.2, command="test")
+    with pytest.raises(BadRequest, match="Latency at batch 1 was asked for, but the engine's range is 2"):
+        compare_methods("deit_t", wanted, request, Silent(), batches=(1,))
+    assert not (tmp_path / "x").exists()  # told before anything is built
+    found = compare_methods("deit_t", wanted, request, Silent(), seconds=0.2, command="test")
+    assert {sample.batch for sample in found.latency.samples} == {2}
     assert [sample.role for sample in found.latency.samples] == ["dense", "zero_tprune", "zero_tprune slice twin"]
     assert found.asked == {"ratio": 0.6}
     assert found.methods[0].tokens == [36, 21, 12, 7]

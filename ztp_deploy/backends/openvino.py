@@ -103,13 +103,14 @@ def build(job: BuildJob) -> dict[str, Any]:
     ir.fuse(model)
     scores = ir.outside_the_tokens_way(model)
     as_they_are: set[str] = set()
-    if job.precision == "int8":
-        model = ir.quantised(model, job.calibration, scores, job.advance)
-    elif job.precision == "bf16":
-        if "amx_bf16" in environment.cpu_features():
-            ir.even_sums(model, scores)
+    if job.precision != "fp32":
+        # Before NNCF sees it: to a product with a constant, as the first vote is, it adds a scaling of the attention.
         as_they_are = ir.read_bf16(model, scores)
         scores = ir.outside_the_tokens_way(model)
+    if job.precision == "int8":
+        model = ir.quantised(model, job.calibration, scores, job.advance)
+    if _float_precision(job.precision, settings) == "bf16" and "amx_bf16" in environment.cpu_features():
+        ir.even_sums(model, scores)
     if job.batch.min == job.batch.max:
         # Shapes that are known spare OpenVINO working them out in every run.
         [images] = model.inputs
@@ -209,7 +210,7 @@ def _infer(request: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[s
 def _properties(precision: str, settings: Settings) -> dict[str, str]:
     """What the library is told, as the manifest records it and the C++ runtime repeats it."""
     properties = {
-        "INFERENCE_PRECISION_HINT": _HINTS[settings.float_precision if precision == "int8" else precision],
+        "INFERENCE_PRECISION_HINT": _HINTS[_float_precision(precision, settings)],
         "PERFORMANCE_HINT": settings.hint.upper(),
     }
     if settings.threads:
@@ -219,10 +220,15 @@ def _properties(precision: str, settings: Settings) -> dict[str, str]:
     return properties
 
 
+def _float_precision(precision: str, settings: Settings) -> str:
+    """What is computed in where nothing is quantised."""
+    return settings.float_precision if precision == "int8" else precision
+
+
 def _check_processor(precision: str, settings: Settings) -> None:
     import openvino as ov
 
-    wanted = {precision, settings.float_precision} if precision == "int8" else {precision}
+    wanted = {precision, _float_precision(precision, settings)}
     known = ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
     for name in sorted(wanted):
         if _CAPABILITY[name] not in known:
