@@ -92,7 +92,9 @@ def record_comparison(report: Any, model: str, folder: Path) -> None:
     from ztp_deploy.evidence.report.comparison import render_comparison
     from ztp_deploy.manifest import write_text
 
-    name = f"{model}--comparison--{_slug(report.environment)}"
+    batches = {sample.batch for sample in report.samples}
+    batch = f"-b{batches.pop()}" if len(batches) == 1 else ""
+    name = f"{model}--comparison{batch}--{_slug(report.environment)}"
     write_text(folder / f"{name}.samples.json", report.to_json())
     write_text(folder / f"{name}.md", render_comparison(report))
     err.print(f"Recorded {folder / name}.samples.json and .md", soft_wrap=True)

@@ -146,6 +146,7 @@ def test_a_comparison_names_back_ends_and_plans(shared_engine, torchscript_engin
 
     roles = {
         "onnxruntime-1.31.1-cpu/deit_t--dense--fp32--b1-4-8": shared_engine,
+        "openvino-2026.4.1-cpu/deit_t--dense--int8--b2-2-2--s58160a": shared_engine,
         "torchscript-2.15.0-cpu/deit_t--zero_tprune-0.7--bf16--b1-4-8--random": torchscript_engine,
     }
     report = ztp.measure_latency(roles, batches=(2,), seconds=0.2)
@@ -153,7 +154,8 @@ def test_a_comparison_names_back_ends_and_plans(shared_engine, torchscript_engin
     assert lines[0].startswith("| batch | engine |")
     assert "over onnxruntime 1.31.1 dense fp32 (95 % interval)" in lines[0]
     assert lines[2].startswith("| 2 | onnxruntime 1.31.1 dense fp32 |")
-    assert lines[3].startswith("| 2 | torchscript 2.15.0 zero_tprune-0.7 bf16 |")
-    dense, pruned = roles
+    assert lines[3].startswith("| 2 | openvino 2026.4.1 dense int8, fixed batch |")
+    assert lines[4].startswith("| 2 | torchscript 2.15.0 zero_tprune-0.7 bf16 |")
+    dense, _, pruned = roles
     ratio = report.ratio(pruned, dense, 2)
-    assert f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})" in lines[3]
+    assert f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})" in lines[4]

@@ -44,8 +44,9 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
 
 
 def _short(role: str) -> str:
-    """`openvino-2026.4.1-cpu/deit_s--dense--fp32--b1-8-64` → `openvino 2026.4.1 dense fp32`."""
+    """`openvino-2026.4.1-cpu/deit_s--dense--fp32--b1-8-64` → `openvino 2026.4.1 dense fp32`; `b8-8-8`: fixed batch."""
     machine, _, engine = role.partition("/")
     backend, version, *_ = [*machine.split("-"), ""]
-    _, plan, precision, *_ = [*engine.split("--"), "", "", ""]
-    return f"{backend} {version} {plan} {precision}" if plan and precision else role
+    _, plan, precision, batch, *_ = [*engine.split("--"), "", "", "", ""]
+    fixed = ", fixed batch" if len(set(batch.removeprefix("b").split("-"))) == 1 < len(batch) else ""
+    return f"{backend} {version} {plan} {precision}{fixed}" if plan and precision else role
