@@ -23,13 +23,14 @@ def render_comparison(report: LatencyReport) -> str:
 
 def comparison_head(report: LatencyReport) -> list[str]:
     """The columns' names."""
-    over = f"over {_short(report.samples[0].role)} (95 % interval)"
+    over = f"over {_names(report)[report.samples[0].role]} (95 % interval)"
     return ["batch", "engine", "ms an image: median", "p90", "images/s", over]
 
 
 def comparison_rows(report: LatencyReport) -> list[list[str]]:
     """One row an engine and batch, as text."""
     first = report.samples[0].role
+    names = _names(report)
     rows = []
     for sample in report.samples:
         gain = ""
@@ -38,15 +39,27 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
             gain = speedup_text(ratio)
             gain += " inconclusive" if ratio.verdict == "inconclusive" else ""
         median, p90 = sample.median / sample.batch, sample.p90 / sample.batch
-        cells = [str(sample.batch), _short(sample.role), f"{median:.2f}", f"{p90:.2f}"]
+        cells = [str(sample.batch), names[sample.role], f"{median:.2f}", f"{p90:.2f}"]
         rows.append([*cells, f"{sample.images_per_second:.1f}", gain])
     return rows
 
 
+def _names(report: LatencyReport) -> dict[str, str]:
+    """What the engines are called by role, those for one batch size told apart where there are others."""
+    roles = list(dict.fromkeys(sample.role for sample in report.samples))
+    fixed = {role for role in roles if _batch(role).count("-") == 2 and len(set(_batch(role)[1:].split("-"))) == 1}
+    apart = fixed if len(fixed) < len(roles) else ()
+    return {role: _short(role) + (", fixed batch" if role in apart else "") for role in roles}
+
+
+def _batch(role: str) -> str:
+    """`openvino-2026.4.1-cpu/deit_s--dense--fp32--b1-8-64` → `b1-8-64`."""
+    return [*role.split("--"), "", "", "", ""][3]
+
+
 def _short(role: str) -> str:
-    """`openvino-2026.4.1-cpu/deit_s--dense--fp32--b1-8-64` → `openvino 2026.4.1 dense fp32`; `b8-8-8`: fixed batch."""
+    """`openvino-2026.4.1-cpu/deit_s--dense--fp32--b1-8-64` → `openvino 2026.4.1 dense fp32`."""
     machine, _, engine = role.partition("/")
     backend, version, *_ = [*machine.split("-"), ""]
-    _, plan, precision, batch, *_ = [*engine.split("--"), "", "", "", ""]
-    fixed = ", fixed batch" if len(set(batch.removeprefix("b").split("-"))) == 1 < len(batch) else ""
-    return f"{backend} {version} {plan} {precision}{fixed}" if plan and precision else role
+    _, plan, precision, *_ = [*engine.split("--"), "", "", ""]
+    return f"{backend} {version} {plan} {precision}" if plan and precision else role
