@@ -5,10 +5,6 @@
 
 MODEL     ?= deit_s
 RATIO     ?= $(if $(FLOPS)$(KEEP)$(RECIPE)$(filter dense,$(METHOD)),,0.7)
-METHOD    ?= zero_tprune
-BACKEND   ?= auto
-PRECISION ?= fp32
-BATCH     ?= 1:8:64
 WEIGHTS   ?= auto
 PYTHON    ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
                $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -18,17 +14,18 @@ READY := $(VENV)/.ready
 ZTP   := $(VENV)/bin/ztp
 
 flag   = $(if $($(1)),$(2) "$($(1))")
-WANTED = --model "$(MODEL)" --method "$(METHOD)" $(call flag,RATIO,--ratio) $(call flag,FLOPS,--flops) \
+WANTED = --model "$(MODEL)" $(call flag,METHOD,--method) $(call flag,RATIO,--ratio) $(call flag,FLOPS,--flops) \
          $(call flag,KEEP,--keep) $(call flag,SITES,--sites) $(call flag,RECIPE,--recipe) --weights "$(WEIGHTS)"
-BUILT  = $(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)" --batch "$(BATCH)"
+# Only what is asked for: it wins over a recipe or a profile, which win over the defaults.
+BUILT  = $(call flag,PROFILE,--profile) $(call flag,BACKEND,--backend) $(call flag,PRECISION,--precision) $(call flag,BATCH,--batch)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup engine demo export check bench compare eval tune gpu-report classify show report list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
-	@echo "Variables: MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(METHOD) BACKEND=$(BACKEND) PRECISION=$(PRECISION)"
-	@echo "  BATCH=$(BATCH) WEIGHTS=$(WEIGHTS) IMAGES=folder FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name"
+	@echo "Variables: MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(or $(METHOD),zero_tprune) BACKEND=$(or $(BACKEND),auto)"
+	@echo "  PRECISION=$(or $(PRECISION),fp32) BATCH=$(or $(BATCH),1:8:64) WEIGHTS=$(WEIGHTS) IMAGES=folder FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name"
 
 setup: $(READY)  ## Make .venv from requirements.lock (every other target does it by itself)
 
@@ -55,8 +52,8 @@ eval: $(READY)  ## What pruning costs in accuracy: make eval ENGINE=engines/… 
 	@$(ZTP) eval $(if $(ENGINE),--engine "$(ENGINE)",$(WANTED)) $(call flag,DATA,--data)
 
 tune: $(READY)  ## Search the plan that changes predictions least: make tune IMAGES=photos/ BUDGET=flops=0.65
-	@$(ZTP) tune --model "$(MODEL)" --method "$(METHOD)" --weights "$(WEIGHTS)" --budget "$(or $(BUDGET),flops=0.65)" \
-	    $(call flag,IMAGES,--images) $(call flag,TRIALS,--trials) $(if $(filter latency%,$(BUDGET)),$(call flag,PROFILE,--profile) --backend "$(BACKEND)" --precision "$(PRECISION)")
+	@$(ZTP) tune --model "$(MODEL)" $(call flag,METHOD,--method) --weights "$(WEIGHTS)" --budget "$(or $(BUDGET),flops=0.65)" \
+	    $(call flag,IMAGES,--images) $(call flag,TRIALS,--trials) $(if $(filter latency%,$(BUDGET)),$(call flag,PROFILE,--profile) $(call flag,BACKEND,--backend) $(call flag,PRECISION,--precision))
 
 gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a call; the next call goes on
 	@$(ZTP) gpu-report

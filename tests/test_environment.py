@@ -47,7 +47,7 @@ def test_instructions_held_back_are_in_the_name(monkeypatch):
     monkeypatch.setattr(environment, "_cpu_flags", lambda: {"avx512f", "avx512_bf16", "amx_tile", "amx_bf16"})
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
     names, features = {}, {}
-    for limit in ("", "DEFAULT", "AVX512_CORE_AMX", "avx512_core_bf16"):
+    for limit in ("", "DEFAULT", "AVX512_CORE_AMX", "avx512_core_bf16", "AVX2"):
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
         environment.cpu_name.cache_clear()
         names[limit], features[limit] = environment.cpu_name(), environment.cpu_features()
@@ -58,3 +58,4 @@ def test_instructions_held_back_are_in_the_name(monkeypatch):
     assert features[""] == features["DEFAULT"] == features["AVX512_CORE_AMX"]
     assert features[""] == ["avx512f", "avx512_bf16", "amx_tile", "amx_bf16"]
     assert features["avx512_core_bf16"] == ["avx512f", "avx512_bf16"]
+    assert features["AVX2"] == []

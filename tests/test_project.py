@@ -209,17 +209,27 @@ def test_make_prints_its_own_help():
         assert target in done.stdout
 
 
+def test_make_leaves_to_profile_and_recipe_what_nobody_asked_for():
+    """A default on the command line would win over both."""
+    quiet = ("-n", "-o", ".venv/.ready")
+    line = make(*quiet, "engine", "PROFILE=cpu_int8", "RECIPE=deit_s_paper").stdout
+    assert '--profile "cpu_int8"' in line
+    assert '--recipe "deit_s_paper"' in line
+    assert not re.search("--(backend|precision|batch|method|ratio)", line)
+    line = make(*quiet, "bench", "PROFILE=cpu_int8", "BATCH=8", "BACKEND=openvino", "PRECISION=bf16").stdout
+    assert '--backend "openvino" --precision "bf16" --batch "8"' in line
+
+
 def test_make_passes_variables_on():
-    done = make(
-        "-n", "-o", ".venv/.ready", "engine", "MODEL=deit_b", "KEEP=100,50,20", "METHOD=slice", "IMAGES=my photos"
-    )
+    wanted = ("MODEL=deit_b", "KEEP=100,50,20", "METHOD=slice", "IMAGES=my photos", "BATCH=1:4:4")
+    done = make("-n", "-o", ".venv/.ready", "engine", *wanted)
     line = done.stdout.strip().splitlines()[-1]
     for words in (
         '--model "deit_b"',
         '--keep "100,50,20"',
         '--method "slice"',
         '--images "my photos"',
-        '--batch "1:8:64"',
+        '--batch "1:4:4"',
     ):
         assert words in line
     assert "--ratio" not in line
@@ -269,16 +279,23 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ztp_deploy"}
 
 
-@pytest.mark.parametrize("batch, ending", [("1:8:64", ""), ("8:8:8", "-b8")])
-def test_evidence_of_a_fixed_batch_lies_in_files_of_its_own(batch, ending, tmp_path):
+@pytest.mark.parametrize(
+    "engine, ending",
+    [
+        ("b1-8-64--random", ""),
+        ("b8-8-8--random", "-b8"),
+        ("b1-8-64--s58160a", "-s58160a"),
+        ("b1-1-1--s58160a", "-b1-s58160a"),
+    ],
+)
+def test_evidence_of_particular_engines_lies_in_files_of_its_own(engine, ending, tmp_path):
     from ztp_deploy import console
 
     path = min(SUMMARIES)
     summary = Summary.model_validate_json(path.read_text(encoding="utf-8"))
     latency = LatencyReport.model_validate_json(path.with_suffix(".samples.json").read_text(encoding="utf-8"))
-    console.record_result(
-        SimpleNamespace(summary=summary.model_copy(update={"batch": batch}), latency=latency), tmp_path
-    )
-    head, tail = f"{summary.backend.split()[0]}-{summary.precision}--", path.name.split("--")[-1]
+    summary = summary.model_copy(update={"engine": f"engines/somewhere/deit_s--dense--fp32--{engine}"})
+    console.record_result(SimpleNamespace(summary=summary, latency=latency), tmp_path)
     [written] = [file.name for file in tmp_path.glob("*.json") if ".samples" not in file.name]
-    assert written == f"{summary.model}--{summary.label}--{head.removesuffix('--')}{ending}--{tail}"
+    start, machine = f"{summary.model}--{summary.label}--{summary.backend.split()[0]}", path.name.split("--")[-1]
+    assert written == f"{start}-{summary.precision}{ending}--{machine}"

@@ -247,7 +247,7 @@ def bench(
     """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer."""
     from ztp_deploy import workflow
 
-    sizes = integers("batches", batches) if batches else None
+    sizes = integers("batches", batches) if batches is not None else None
     if bool(engine) == bool(model):
         raise BadRequest(
             "Give either engine folders (--engine) or a model (--model).",
@@ -345,7 +345,7 @@ def compare(
         request,
         Bars(),
         images=images,
-        batches=integers("batches", batches) if batches else None,
+        batches=integers("batches", batches) if batches is not None else None,
         seconds=seconds,
         command=_command(),
     )
@@ -411,7 +411,7 @@ def engine(
         request,
         Bars(),
         images=images,
-        batches=integers("batches", batches) if batches else None,
+        batches=integers("batches", batches) if batches is not None else None,
         seconds=seconds,
         measure=measure,
         command=_command(),

@@ -78,9 +78,8 @@ def record_result(result: Any, folder: Path) -> None:
     where = Path(result.summary.engine)
     summary = result.summary.model_copy(update={"engine": f"engines/{where.parent.name}/{where.name}"})
     backend = summary.backend.split()[0]
-    smallest, _, largest = summary.batch.split(":")
-    batch = f"-b{largest}" if smallest == largest else ""
-    name = f"{summary.model}--{summary.label}--{backend}-{summary.precision}{batch}--{_slug(summary.machine)}"
+    engine = f"{backend}-{summary.precision}{_particulars([where.name])}"
+    name = f"{summary.model}--{summary.label}--{engine}--{_slug(summary.machine)}"
     write_text(folder / f"{name}.json", summary.to_json())
     write_text(folder / f"{name}.samples.json", result.latency.to_json())
     write_text(folder / f"{name}.md", render_tables(summary))
@@ -92,9 +91,8 @@ def record_comparison(report: Any, model: str, folder: Path) -> None:
     from ztp_deploy.evidence.report.comparison import render_comparison
     from ztp_deploy.manifest import write_text
 
-    batches = {sample.batch for sample in report.samples}
-    batch = f"-b{batches.pop()}" if len(batches) == 1 else ""
-    name = f"{model}--comparison{batch}--{_slug(report.environment)}"
+    engines = _particulars([sample.engine for sample in report.samples])
+    name = f"{model}--comparison{engines}--{_slug(report.environment)}"
     write_text(folder / f"{name}.samples.json", report.to_json())
     write_text(folder / f"{name}.md", render_comparison(report))
     err.print(f"Recorded {folder / name}.samples.json and .md", soft_wrap=True)
@@ -105,11 +103,20 @@ def record_methods(report: Any, folder: Path) -> None:
     from ztp_deploy.evidence.report.methods import render_methods
     from ztp_deploy.manifest import write_text
 
-    backend = report.backend.split()[0]
-    name = f"{report.model}--methods--{backend}-{report.precision}--{_slug(report.latency.environment)}"
+    particulars = _particulars([sample.engine for sample in report.latency.samples])
+    engines = f"{report.backend.split()[0]}-{report.precision}{particulars}"
+    name = f"{report.model}--methods--{engines}--{_slug(report.latency.environment)}"
     write_text(folder / f"{name}.samples.json", report.to_json())
     write_text(folder / f"{name}.md", render_methods(report))
     err.print(f"Recorded {folder / name}.samples.json and .md", soft_wrap=True)
+
+
+def _particulars(folders: list[str]) -> str:
+    """What all these engines have in common beyond the defaults, for file names: one batch size, settings."""
+    from ztp_deploy.backends import particulars
+
+    common = [set(values) for values in zip(*map(particulars, folders), strict=True)]
+    return "".join(f"-{value}" for values in common if len(values) == 1 for value in values if value)
 
 
 def _slug(machine: dict[str, Any]) -> str:

@@ -38,6 +38,26 @@ _INSTRUCTIONS = (
     *("pclmul", "vpclmul", "gfni", "sha", "asimd", "sve", "i8mm", "bf16"),
 )
 
+_ONEDNN_LEVELS = (
+    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16"),
+    *("AVX512_CORE_FP16", "AVX10_1_512", "AVX512_CORE_AMX"),
+)
+"""Values of `ONEDNN_MAX_CPU_ISA`, each with all before it; an unknown one is newer than these."""
+
+_FEATURES = {
+    "avx2": "AVX2",
+    "avx_vnni": "AVX2_VNNI",
+    "avx512f": "AVX512_CORE",
+    "avx512_vnni": "AVX512_CORE_VNNI",
+    "avx512_bf16": "AVX512_CORE_BF16",
+    "amx_tile": "AVX512_CORE_AMX",
+    "amx_bf16": "AVX512_CORE_AMX",
+    "amx_int8": "AVX512_CORE_AMX",
+    "asimd": "SSE41",
+    "i8mm": "SSE41",
+}
+"""What oneDNN must be allowed for each; those of other processors it does not hold back."""
+
 _GPU_STATE = (
     *("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm"),
     *("temperature.gpu", "power.draw", "power.limit", "utilization.gpu"),
@@ -109,22 +129,11 @@ def _instruction_limit() -> str | None:
 
 
 def cpu_features() -> list[str]:
-    """The vector extensions that decide matrix speed, without AMX where oneDNN is held to less."""
-    known = (
-        "avx2",
-        "avx_vnni",
-        "avx512f",
-        "avx512_vnni",
-        "avx512_bf16",
-        "amx_tile",
-        "amx_bf16",
-        "amx_int8",
-        "asimd",
-        "i8mm",
-    )
+    """The vector extensions that decide matrix speed, as far as oneDNN may use them."""
     flags = _cpu_flags()
-    held = "AMX" not in (_instruction_limit() or "AMX")
-    return [name for name in known if name in flags and not (held and name.startswith("amx"))]
+    limit = _instruction_limit() or ""
+    allowed = _ONEDNN_LEVELS.index(limit) if limit in _ONEDNN_LEVELS else len(_ONEDNN_LEVELS)
+    return [name for name, level in _FEATURES.items() if name in flags and _ONEDNN_LEVELS.index(level) <= allowed]
 
 
 def instruction_flags() -> set[str]:

@@ -42,7 +42,7 @@ DeviceName = Annotated[
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, as far as the back end has it.  \\[default: fp32]")
 ]
-Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max.  \\[default: 1:8:64]")]
+Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max, or one number.  \\[default: 1:8:64]")]
 InputType = Annotated[
     str | None,
     typer.Option(
@@ -56,7 +56,8 @@ Images = Annotated[
     str | None, typer.Option(help="Folder of photographs for the proof; by default crops that scikit-learn ships.")
 ]
 Batches = Annotated[
-    str | None, typer.Option(help="Batch sizes to measure; by default 1 and 8, as far as the engine takes them.")
+    str | None,
+    typer.Option(help="Batch sizes to measure; by default 1 and 8 if the engine takes them, else its optimal one."),
 ]
 Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

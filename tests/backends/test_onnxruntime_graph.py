@@ -36,10 +36,10 @@ def kinds(path):
     return [node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node]
 
 
-def unused(path):
-    """Nodes and weights that lead to no output; ONNX Runtime warns of each weight."""
+def unused(path, audited):
+    """Nodes and weights that lead neither to an output nor to an audited score; ONNX Runtime warns of each weight."""
     graph = onnx.load(str(path), load_external_data=False).graph
-    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output} | {*audited}
     dead = [node.name for node in graph.node if not read & set(node.output)]
     return dead + [weight.name for weight in graph.initializer if weight.name not in read]
 
@@ -63,7 +63,23 @@ def test_what_no_stage_reads_is_fused(name, method, fused, tmp_path):
     assert kinds(path).count(FUSED) == fused[0]
     assert kinds(path).count("Softmax") == 4 - fused[0]
     assert_same(artifact.directory / "model.onnx", path)
-    assert not unused(path)
+    assert not unused(path, artifact.manifest.audit)
+
+
+@pytest.mark.parametrize(
+    "method, options, last", [("avit", {}, "halting_"), ("ats", {"form": "masked"}, "significance_")]
+)
+def test_scores_that_only_an_audit_reads_stay(method, options, last, model, tmp_path):
+    options = {**tiny.OPTIONS.get(method, {}), **options}
+    pruned = ztp.prune(model, ztp.make_plan(model, method=method, ratio=0.7, options=options))
+    artifact = ztp.export(pruned, "onnx", tmp_path / "a")
+    graph = onnx.load(str(artifact.directory / "model.onnx"), load_external_data=False).graph
+    read = {name for node in graph.node for name in node.input}
+    assert any(name.startswith(last) and name not in read for name in artifact.manifest.audit)
+    engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
+    assert engine.manifest.built["attention_fused"] > 0
+    with ztp.load_engine(engine.directory) as session:
+        assert set(artifact.manifest.audit) <= set(session.audit(tiny.images(2)))
 
 
 def test_an_engine_says_how_many_and_keeps_its_scores(artifact, tmp_path):

@@ -119,6 +119,7 @@ def test_the_order_of_a_round_is_random(shared_engine):
         (["1:8:64", "1:1:4"], [1]),
         (["8:8:8", "1:8:64"], [8]),
         (["2:4:7", "1:8:64"], [4]),
+        (["16:32:64", "2:4:24"], [24]),
     ],
 )
 def test_usual_batches_are_those_that_all_engines_take(spans, batches):
@@ -131,6 +132,8 @@ def test_unasked_batches_are_the_usual_ones(shared_engine):
 
 
 def test_refusals(shared_engine):
+    with pytest.raises(BadRequest, match="one begins at 8, another ends at 4"):
+        latency.usual_batches([BatchRange.parse(span) for span in ("1:1:4", "8:8:8")])
     with pytest.raises(BadRequest, match="No batch size"):
         ztp.measure_latency([shared_engine], batches=())
     with pytest.raises(BadRequest, match="outside this engine's range"):
@@ -154,7 +157,7 @@ def test_a_comparison_names_back_ends_and_plans(shared_engine, torchscript_engin
     assert lines[0].startswith("| batch | engine |")
     assert "over onnxruntime 1.31.1 dense fp32 (95 % interval)" in lines[0]
     assert lines[2].startswith("| 2 | onnxruntime 1.31.1 dense fp32 |")
-    assert lines[3].startswith("| 2 | openvino 2026.4.1 dense int8, fixed batch |")
+    assert lines[3].startswith("| 2 | openvino 2026.4.1 dense int8, fixed batch, settings s58160a |")
     assert lines[4].startswith("| 2 | torchscript 2.15.0 zero_tprune-0.7 bf16 |")
     dense, _, pruned = roles
     ratio = report.ratio(pruned, dense, 2)

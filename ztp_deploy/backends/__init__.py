@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,6 +103,13 @@ def engine_directory(
     if settings != get(backend).parse_settings({}):
         parts.append(f"s{recipe_hash(settings=settings)[:6]}")
     return root / machine / "--".join(parts)
+
+
+def particulars(folder: str) -> tuple[str | None, str | None]:
+    """Of an engine folder's name its one batch size (`b8`; None for a range) and its tag of settings (None: defaults)."""
+    batch = re.search(r"--(b(\d+))-\2-\2(?=--|$)", folder)
+    settings = re.search(r"--(s[0-9a-f]{6})(?=--|$)", folder)
+    return batch and batch[1], settings and settings[1]
 
 
 def build(

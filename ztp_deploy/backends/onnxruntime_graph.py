@@ -24,7 +24,6 @@ def fuse_attention(path: Path) -> tuple[int, int]:
     Returns how many were fused, of how many that nothing but the values reads: what a stage reads has to stay open.
     """
     import onnx_ir
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     model = onnx_ir.load(path)
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
@@ -32,22 +31,31 @@ def fuse_attention(path: Path) -> tuple[int, int]:
     fused = sum([_fuse(node) for node in unread])
     if fused:
         model.opset_imports[DOMAIN] = 1
-        RemoveUnusedNodesPass()(model)
+        _drop_unread(model.graph)
     onnx_ir.save(model, path)
     return fused, len(unread)
+
+
+def _drop_unread(graph: onnx_ir.Graph) -> None:
+    """Takes out weights that nothing reads any more; nodes that nothing reads may compute scores to audit."""
+    for name, weight in list(graph.initializers.items()):
+        if not weight.uses() and not weight.is_graph_output():
+            del graph.initializers[name]
 
 
 @dataclass(frozen=True)
 class _Heads:
     """Tokens [B, N, H·d] that became heads [B, H, N, d].
 
-    `product` and `bias`: what they are the sum of, where that is a product and a constant.
+    `product` and `bias`: what they are the sum of, where that is a product and a constant. `made`: the
+    nodes that nothing needs once the heads are fused, from the last to the first.
     """
 
     tokens: onnx_ir.Value
     product: onnx_ir.Value | None
     bias: NDArray[Any] | None
     heads: int
+    made: tuple[onnx_ir.Node, ...]
 
     @classmethod
     def of(cls, value: onnx_ir.Value | None) -> _Heads | None:
@@ -65,8 +73,8 @@ class _Heads:
             for product in addition.inputs:
                 bias = bias_of(addition, product, width) if product is not None and maker(product, "MatMul") else None
                 if bias is not None:
-                    return cls(tokens, product, bias, int(shape[2]))
-        return cls(tokens, None, None, int(shape[2]))
+                    return cls(tokens, product, bias, int(shape[2]), (turned, shaped, addition))
+        return cls(tokens, None, None, int(shape[2]), (turned, shaped))
 
 
 def _fuse(softmax: onnx_ir.Node) -> bool:
@@ -108,4 +116,7 @@ def _fuse(softmax: onnx_ir.Node) -> bool:
     mixed = tape.op(FUSED, inputs, attributes, domain=DOMAIN)
     graph.insert_after(joined, tape.nodes)
     joined.outputs[0].replace_all_uses_with(mixed)
+    for node in (joined, turned, values, softmax, product, scaled, keys, *(n for part in three for n in part.made)):
+        if not any(value.consumers() for value in node.outputs):
+            graph.remove(node, safe=True)
     return True

@@ -115,8 +115,17 @@ class LatencyReport(EvidenceFile):
 
 
 def usual_batches(spans: Sequence[BatchRange]) -> list[int]:
-    """1 and 8, as far as all ranges hold them; where they hold neither, the optimal batch of the first."""
-    return [batch for batch in (1, 8) if all(s.min <= batch <= s.max for s in spans)] or [spans[0].opt]
+    """1 and 8, as far as all ranges hold them; where they hold neither, what they hold nearest to the first's optimum.
+
+    Raises BadRequest where they have no batch in common.
+    """
+    low, high = max(span.min for span in spans), min(span.max for span in spans)
+    if low > high:
+        raise BadRequest(
+            f"No batch is within the ranges of all engines: one begins at {low}, another ends at {high}.",
+            "Build them with ranges that overlap.",
+        )
+    return [batch for batch in (1, 8) if low <= batch <= high] or [min(max(spans[0].opt, low), high)]
 
 
 def measure_latency(

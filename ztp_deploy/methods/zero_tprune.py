@@ -215,7 +215,10 @@ def vote(
 
 
 def score_spread(scores: Tensor, survivors: Tensor | None = None) -> Tensor:
-    """Length [B, H, 1] of the mean-1 scores' deviation from 1, scores [B, H, N]: √(participants · variance)."""
+    """Length [B, H, 1] of the mean-1 scores' deviation from 1: √(participants · variance).
+
+    scores [B, H, N] are 0 outside the survivors [B, N].
+    """
     deviation = scores - (1 if survivors is None else survivors.to(scores).unsqueeze(1))
     spread: Tensor = torch.linalg.vector_norm(deviation, dim=-1, keepdim=True)
     return spread

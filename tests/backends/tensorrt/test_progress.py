@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -27,6 +28,20 @@ def test_shares_follow_the_nested_phases_and_add_up():
     progress.complete()
     assert sum(told) == pytest.approx(0.5)
     assert all(share > 0 for share in told)
+
+
+def test_ctrl_c_while_the_thread_starts_cancels_the_build_too(monkeypatch):
+    progress = Progress(lambda share: None, 1.0)
+    submit = ThreadPoolExecutor.submit
+
+    def interrupted(pool, work):
+        submit(pool, work)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: progress.cancelled.wait(10), progress)
+    assert progress.cancelled.is_set()
 
 
 def test_ctrl_c_cancels_the_build_and_comes_back():

@@ -99,8 +99,8 @@ def interruptible(work: Callable[[], T], progress: Progress) -> T:
     through the library. Here it ends the waiting, which cancels the build.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorrt-build") as pool:
-        future = pool.submit(work)
         try:
+            future = pool.submit(work)  # here, since Ctrl-C may come while the thread starts
             # In pieces: a signal that another thread received does not wake a thread that waits for good.
             while not wait([future], timeout=0.1).done:
                 pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ztp_deploy.backends import particulars
 from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.report.markdown import speedup_text
 
@@ -45,16 +46,15 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
 
 
 def _names(report: LatencyReport) -> dict[str, str]:
-    """What the engines are called by role, those for one batch size told apart where there are others."""
+    """What the engines are called by role; those for one batch size are told apart where there are others."""
     roles = list(dict.fromkeys(sample.role for sample in report.samples))
-    fixed = {role for role in roles if _batch(role).count("-") == 2 and len(set(_batch(role)[1:].split("-"))) == 1}
-    apart = fixed if len(fixed) < len(roles) else ()
-    return {role: _short(role) + (", fixed batch" if role in apart else "") for role in roles}
-
-
-def _batch(role: str) -> str:
-    """`openvino-2026.4.1-cpu/deit_s--dense--fp32--b1-8-64` → `b1-8-64`."""
-    return [*role.split("--"), "", "", "", ""][3]
+    found = {role: particulars(role) for role in roles}
+    ranges = any(batch is None for batch, _ in found.values())
+    names = {}
+    for role, (batch, settings) in found.items():
+        words = [_short(role), "fixed batch" if batch and ranges else "", f"settings {settings}" if settings else ""]
+        names[role] = ", ".join(filter(None, words))
+    return names
 
 
 def _short(role: str) -> str:
