@@ -25,7 +25,8 @@ BUILT  = $(call flag,PROFILE,--profile) $(call flag,BACKEND,--backend) $(call fl
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
 	@echo "Variables: MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(or $(METHOD),zero_tprune) BACKEND=$(or $(BACKEND),auto)"
-	@echo "  PRECISION=$(or $(PRECISION),fp32) BATCH=$(or $(BATCH),1:8:64) WEIGHTS=$(WEIGHTS) IMAGES=folder FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name"
+	@echo "  PRECISION=$(or $(PRECISION),fp32) BATCH=$(or $(BATCH),1:8:64) WEIGHTS=$(WEIGHTS)"
+	@echo "  IMAGES=folder FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name"
 
 setup: $(READY)  ## Make .venv from requirements.lock (every other target does it by itself)
 

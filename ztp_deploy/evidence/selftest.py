@@ -20,8 +20,8 @@ _FULL_BATCH = 2
 def write_selftest(directory: Path | str, images: NDArray[Any]) -> Path:
     """Runs an engine on the first of `images` [M, 3, H, W] and keeps what it gave in `evidence/selftest.safetensors`.
 
-    Tensors: `images`, `logits`, `kept_1` … ascending, and `assignment_1` …, which of them carries each patch. Metadata: `manifest_sha256`, and `tolerance` in units of
-    an image's logit σ. Two images where the engine's batch range allows it. Raises what `load_engine` and `run` raise.
+    Tensors: `images`, `logits`, `kept_1` … ascending, and `assignment_1` …, which of them carries each patch.
+    Metadata: `manifest_sha256`, and `tolerance` in units of an image's logit σ. Two images where the engine's batch range allows it. Raises what `load_engine` and `run` raise.
     """
     from safetensors.numpy import save
 

@@ -71,7 +71,7 @@ double distance(const float* recorded, const float* found, std::size_t classes) 
   return largest == 0 ? 0 : largest / std::sqrt(variance);
 }
 
-/// Holds what was found at every stage against the recorded tensors `name`1, `name`2 …; `does` says what a difference is.
+/// Holds what every stage said against the recorded tensors `name`1, `name`2 …; `does` says what a difference means.
 void compare_tokens(const Record& record, const std::string& name, const std::vector<std::vector<std::int32_t>>& found,
                     std::size_t batch, const std::string& does) {
   for (std::size_t stage = 0; stage < found.size(); ++stage) {

@@ -146,7 +146,7 @@ class ZTP_API Session {
 
   /// Repeats the run that Python recorded in `evidence/selftest.safetensors` and compares.
   ///
-  /// Throws GateFailed where tokens, what is merged into them, or logits differ, BadRequest where nothing was recorded or for
+  /// Throws GateFailed where tokens, their merges or logits differ, BadRequest where nothing was recorded or for
   /// another manifest, DamagedFiles where the record cannot be read.
   SelfTest self_test() const;
 
