@@ -1,21 +1,22 @@
-"""Manifests: what a folder holds, hashed; and folders that appear whole or not at all."""
+"""Manifests: what a folder holds, hashed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ztp_deploy.errors import BadRequest, DamagedFiles, write_failed
+from ztp_deploy.errors import BadRequest, DamagedFiles
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
+from ztp_deploy.scratch import new_directory as new_directory
+from ztp_deploy.scratch import sweep as sweep
+from ztp_deploy.scratch import write_bytes as write_bytes
+from ztp_deploy.scratch import write_text as write_text
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
@@ -227,82 +228,3 @@ def check_replaceable(directory: Path, kind: type[_Manifest]) -> None:
             f"{directory} is in the way: it is no {noun} folder, and nothing of yours is overwritten.",
             "Choose another folder, or move it away.",
         )
-
-
-@contextmanager
-def new_directory(final: Path) -> Iterator[Path]:
-    """A scratch folder beside `final` that takes its place when the block ends well, else disappears.
-
-    A finished folder of that name stays usable until it is replaced. Raises WriteFailed.
-    """
-    scratch = final.parent / f".{final.name}.{os.getpid()}.partial"
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        sweep(final.parent)
-        scratch.mkdir()
-    except OSError as error:
-        raise write_failed(str(final), error) from error
-    try:
-        yield scratch
-        _replace(scratch, final)
-    except OSError as error:
-        raise write_failed(str(final), error) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all. Raises WriteFailed."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_text`, for what is no text."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        scratch.write_bytes(data)
-        scratch.replace(path)
-    except OSError as error:
-        raise write_failed(str(path), error) from error
-    finally:
-        with suppress(OSError):
-            scratch.unlink()
-
-
-def sweep(parent: Path) -> None:
-    """Removes what killed runs left in `parent`; runs that still live keep theirs."""
-    if not parent.is_dir():
-        return
-    for left in parent.glob(".*.partial"):
-        owner = left.name.split(".")[-2]
-        if owner.isdigit() and not _alive(int(owner)):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _replace(scratch: Path, final: Path) -> None:
-    if not final.exists():
-        scratch.rename(final)
-        return
-    old = final.parent / f".{final.name}-old.{os.getpid()}.partial"
-    final.rename(old)
-    try:
-        scratch.rename(final)
-    except OSError:
-        old.rename(final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,160 @@
+"""Files and folders that appear whole or not at all, and what killed runs left of them.
+
+Each is made beside its place under a name of its own, `.<name>.<8 hex>.partial`, and locked while its run lives. The
+system gives the lock back however the run ends, so what nobody holds is swept, whichever container ran it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ztp_deploy.errors import write_failed
+
+_REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_REPLACED = "-old"
+
+
+@contextmanager
+def new_directory(final: Path) -> Iterator[Path]:
+    """A scratch folder beside `final` that takes its place when the block ends well, else disappears.
+
+    A finished folder of that name stays usable until it is replaced. Raises WriteFailed where the system refuses
+    to write; other errors of the block pass.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        sweep(final.parent)
+        scratch, lock = _claim(final, folder=True)
+    except OSError as error:
+        raise write_failed(str(final), error) from error
+    try:
+        yield scratch
+        _replace(scratch, final)
+    except OSError as error:
+        if error.errno in _REFUSED_WRITES or _is_within(error, final.parent):
+            raise write_failed(str(final), error) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all. Raises WriteFailed."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`, for what is no text."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        scratch, lock = _claim(path, folder=False)
+        try:
+            scratch.write_bytes(data)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+            os.close(lock)
+    except OSError as error:
+        raise write_failed(str(path), error) from error
+
+
+def sweep(parent: Path) -> None:
+    """Removes what killed runs left in `parent`; runs that still live keep theirs.
+
+    A folder that a run was killed while replacing is put back.
+    """
+    if not parent.is_dir():
+        return
+    for left in parent.glob(".*.partial"):
+        with suppress(OSError):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(left)
+            finally:
+                os.close(lock)
+
+
+def _remove(left: Path) -> None:
+    name = left.name[1:].rsplit(".", 2)[0]
+    earlier = left.with_name(name.removesuffix(_REPLACED))
+    if not left.is_dir():
+        left.unlink(missing_ok=True)
+    elif name.endswith(_REPLACED) and not earlier.exists():
+        left.rename(earlier)
+    else:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _claim(final: Path, *, folder: bool) -> tuple[Path, int]:
+    """A new scratch of our own, and the descriptor that holds its lock until it is closed."""
+    while True:
+        scratch = _beside(final)
+        if folder:
+            scratch.mkdir()
+        else:
+            scratch.touch(exist_ok=False)
+        # Between making and locking it another run may have swept it.
+        with suppress(FileNotFoundError):
+            lock = os.open(scratch, os.O_RDONLY)
+            if _locks(lock) and scratch.exists():
+                return scratch, lock
+            os.close(lock)
+
+
+def _locks(descriptor: int) -> bool:
+    """Whether nobody else holds it. File systems without such locks hold nothing, and nothing is swept there."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _replace(scratch: Path, final: Path) -> None:
+    """Gives the scratch folder its name; runs that make the same folder take turns."""
+    turn = os.open(final.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        if final.exists():
+            _swap(scratch, final)
+        else:
+            scratch.rename(final)
+    finally:
+        os.close(turn)
+
+
+def _swap(scratch: Path, final: Path) -> None:
+    old = _beside(final, _REPLACED)
+    lock = os.open(final, os.O_RDONLY)
+    try:
+        _locks(lock)
+        final.rename(old)
+        scratch.rename(final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+        os.close(lock)
+
+
+def _beside(final: Path, suffix: str = "") -> Path:
+    return final.with_name(f".{final.name}{suffix}.{secrets.token_hex(4)}.partial")
+
+
+def _is_within(error: OSError, parent: Path) -> bool:
+    return isinstance(error.filename, (str, Path)) and parent.absolute() in Path(error.filename).absolute().parents
