@@ -53,6 +53,17 @@ def test_a_folder_is_sampled_evenly_with_its_sub_folders(preprocessing, tmp_path
     assert len(load_images(tmp_path, preprocessing, "uint8").names) == 10
 
 
+@pytest.mark.parametrize("number, shared", [(1, 1), (4, 4), (5, 3), (7, 1), (8, 0), (20, 0)])
+def test_calibration_takes_other_images_than_the_check_and_never_only_a_few(preprocessing, tmp_path, number, shared):
+    for index in range(number):
+        Image.new("RGB", (120, 100), (index, 0, 0)).save(tmp_path / f"{index:02}.png")
+    checked = load_images(tmp_path, preprocessing, "uint8", 4)
+    fitted = load_images(tmp_path, preprocessing, "uint8", 4, purpose="calibration")
+    assert len(fitted.names) == len(set(fitted.names)) == min(number, 4)
+    assert len(set(fitted.names) & set(checked.names)) == fitted.shared == shared
+    assert checked.shared == 0
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
 def test_every_colour_mode_becomes_rgb(mode, tmp_path):
     suffix = ".tiff" if mode in ("CMYK", "I;16") else ".png"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -77,6 +80,24 @@ def test_engines_are_interleaved_and_samples_kept(shared_engine, torchscript_eng
     assert sample.images_per_second == pytest.approx(3000 / sample.median)
     assert report.environment["cores"] >= 1
     assert report.gpu.startswith("GPU: ")
+
+
+def test_engines_of_one_name_in_different_places_are_all_measured(shared_engine, tmp_path):
+    """Canonical folders of two back ends differ in the parent alone."""
+    name = shared_engine.directory.name
+    for place in ("here", "there"):
+        shutil.copytree(shared_engine.directory, tmp_path / place / name)
+    report = ztp.measure_latency([tmp_path / place / name for place in ("here", "there")], (1,), seconds=0.1)
+    assert [sample.role for sample in report.samples] == [f"here/{name}", f"there/{name}"]
+    assert len(report.ratios) == 1
+    with pytest.raises(BadRequest, match="twice"):
+        ztp.measure_latency([shared_engine.directory, shared_engine.directory], (1,))
+
+
+def test_roles_are_as_short_as_tells_them_apart():
+    assert latency.path_ends([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert latency.path_ends([Path("/x/1/a"), Path("/x/2/a"), Path("/x/2/b")]) == ["1/a", "2/a", "2/b"]
+    assert latency.path_ends([Path("/1/x/a"), Path("/2/x/a")]) == ["1/x/a", "2/x/a"]
 
 
 def test_p99_needs_a_hundred_samples(shared_engine):

@@ -25,11 +25,15 @@ Transform = Callable[[Image.Image], NDArray[Any]]
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures as model input [M, 3, H, W], where they came from, and a hash of the pixels."""
+    """Pictures as model input [M, 3, H, W], where they came from, and a hash of the pixels.
+
+    `shared`: how many of a set for calibration are also in the set for checks.
+    """
 
     pixels: NDArray[Any]
     names: tuple[str, ...]
     origin: str
+    shared: int = 0
 
     @property
     def sha256(self) -> str:
@@ -90,7 +94,8 @@ def load_images(
 ) -> ImageSet:
     """`count` prepared pictures: evenly picked from a folder (sub-folders too), or the default crops.
 
-    Pictures for calibration are others than those for checks, as long as a folder has enough of them. Raises BadRequest for a missing or empty folder and for any file in it that is no image.
+    Pictures for calibration are others than those for checks, and where a folder has too few others, those as well.
+    Raises BadRequest for a missing or empty folder and for any file in it that is no image.
     """
     if count < 1:
         raise BadRequest(f"count={count} images were asked for.", "Ask for at least 1.")
@@ -101,13 +106,12 @@ def load_images(
         return ImageSet(pixels, tuple(crops), f"{count} {DEFAULT_ORIGIN}")
     root = Path(folder)
     files = image_files(root)
-    chosen = [files[index] for index in _evenly(len(files), count)]
-    if purpose == "calibration":
-        others = sorted(set(files) - set(chosen))
-        chosen = [others[index] for index in _evenly(len(others), count)] or chosen
+    checked = _evenly(files, count)
+    chosen = checked if purpose == "check" else _other_than(checked, files, count)
     pixels = np.stack([transform(open_image(path)) for path in chosen])
     names = tuple(str(path.relative_to(root)) for path in chosen)
-    return ImageSet(pixels, names, f"{len(chosen)} of {len(files)} images in {root.name}")
+    shared = len(set(chosen) & set(checked)) if purpose == "calibration" else 0
+    return ImageSet(pixels, names, f"{len(chosen)} of {len(files)} images in {root.name}", shared)
 
 
 def photograph_crops(count: int, first: int = 0) -> dict[str, Image.Image]:
@@ -154,7 +158,12 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _evenly(available: int, count: int) -> Sequence[int]:
-    if available <= count:
-        return range(available)
-    return [index * available // count for index in range(count)]
+def _evenly(files: Sequence[Path], count: int) -> list[Path]:
+    picked = min(len(files), count)
+    return [files[index * len(files) // picked] for index in range(picked)]
+
+
+def _other_than(checked: Sequence[Path], files: Sequence[Path], count: int) -> list[Path]:
+    """`count` files, of the checked ones only what is missing to that."""
+    others = _evenly(sorted(set(files) - set(checked)), count)
+    return others + _evenly(checked, count - len(others))

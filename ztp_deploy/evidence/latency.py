@@ -27,8 +27,8 @@ from ztp_deploy.manifest import BatchRange, manifest_sha256
 LATENCY_FILE = "latency.json"
 SITTINGS = 5
 WARM_UP_SECONDS = 0.4
-MIN_ROUNDS, MAX_ROUNDS = 4, 100
-"""Rounds of one sitting."""
+MIN_ROUNDS, MAX_ROUNDS = 4, 1000
+"""Rounds of one sitting. The most there can be keeps reports of very fast engines small."""
 DEFAULT_SECONDS = 20.0
 BOOTSTRAP_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -138,12 +138,12 @@ def measure_latency(
 ) -> LatencyReport:
     """Times `session.run` of several engines against each other.
 
-    `engines` by role (`{"dense": …, "pruned": …, "slice": …}`) or a sequence, which takes folder names as
-    roles; the first is the reference of all ratios, and every later pair is compared too. Engines are opened
+    `engines` by role (`{"dense": …, "pruned": …, "slice": …}`) or a sequence, which takes as roles the ends of the
+    paths, as long as tells them apart; the first is the reference of all ratios, and every later pair is compared too. Engines are opened
     anew in each of several sittings. In each round of a sitting every engine has one turn, in a random order,
     so that a drifting machine hits all alike; a turn is one untimed run, so that caches are the engine's own,
-    and one timed. `seconds` is the time spent a batch, warm-up aside; `batches` are by default `usual_batches`.
-    Raises BadRequest for batches outside an engine's range.
+    and one timed. `seconds` is the time spent a batch, warm-up aside, less where 5 × 1000 rounds take less; `batches`
+    are by default `usual_batches`. Raises BadRequest for batches outside an engine's range, and for one engine twice.
     """
     named = _named(engines)
     if batches is None:
@@ -204,10 +204,23 @@ def _named(engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path |
     if isinstance(engines, Mapping):
         named = {role: found(engine) for role, engine in engines.items()}
     else:
-        named = {engine.directory.name: engine for engine in map(found, engines)}
+        listed = [found(engine) for engine in engines]
+        named = dict(zip(path_ends([engine.directory for engine in listed]), listed, strict=True))
     if not named:
         raise BadRequest("No engine was given.", "Give at least one engine folder.")
     return named
+
+
+def path_ends(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as few as tell all apart. Raises BadRequest where one folder is there twice."""
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise BadRequest(f"{twice} was given twice.", "Give each engine folder once.")
+    length = 1
+    while len({path.parts[-length:] for path in paths}) < len(paths):
+        length += 1
+    return [str(Path(*path.parts[-length:])) for path in paths]
 
 
 def _images(session: Session, batch: int) -> NDArray[Any]:
