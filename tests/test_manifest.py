@@ -134,3 +134,25 @@ def test_folder_names_tell_weights_and_settings_apart(artifact, tmp_path):
     assert path({}) == f"deit_t--{label}--fp32--b1-2-4--random"
     assert path({"threads": 1}).startswith(f"deit_t--{label}--fp32--b1-2-4--random--s")
     assert path({"threads": 1}) != path({"threads": 2})
+
+
+def test_the_hash_of_sources_follows_names_and_contents(tmp_path, monkeypatch):
+    monkeypatch.setattr(mf, "__file__", str(tmp_path / "manifest.py"))
+    (tmp_path / "room" / "deep").mkdir(parents=True)
+    (tmp_path / "room" / "deep" / "a.py").write_text("one")
+    (tmp_path / "plan.py").write_text("plan")
+    (tmp_path / "elsewhere.py").write_text("elsewhere")
+    seen = []
+
+    def sources(change):
+        change()
+        mf.sources_sha256.cache_clear()
+        seen.append(mf.sources_sha256("plan.py", "room"))
+        return len(set(seen))
+
+    assert sources(lambda: None) == 1
+    assert sources(lambda: (tmp_path / "elsewhere.py").write_text("changed")) == 1
+    assert sources(lambda: (tmp_path / "room" / "deep" / "a.py").write_text("two")) == 2
+    assert sources(lambda: (tmp_path / "room" / "deep" / "a.py").rename(tmp_path / "room" / "b.py")) == 3
+    assert sources(lambda: (tmp_path / "plan.py").write_text("another plan")) == 4
+    mf.sources_sha256.cache_clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -156,6 +157,21 @@ def hash_files(directory: Path) -> dict[str, FileRecord]:
 def recipe_hash(**ingredients: object) -> str:
     """One hash over everything that decides a result, for finding a finished one again."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@cache
+def sources_sha256(*rooms: str) -> str:
+    """One hash over this package's own sources in `rooms` (files and folders of it): other code makes other files."""
+    package = Path(__file__).parent
+    files = [
+        path
+        for room in rooms
+        for path in ([package / room] if room.endswith(".py") else (package / room).rglob("*.py"))
+    ]
+    sha = hashlib.sha256()
+    for path in sorted(files):
+        sha.update(f"{path.relative_to(package).as_posix()} {hash_file(path).sha256}\n".encode())
+    return sha.hexdigest()
 
 
 def manifest_sha256(directory: Path) -> str:

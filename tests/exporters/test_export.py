@@ -58,6 +58,15 @@ def test_a_finished_artifact_is_found_again_and_a_damaged_one_made_anew(pruned, 
     assert exporters.load_artifact(tmp_path / "a").manifest.recipe == first.manifest.recipe
 
 
+def test_another_version_of_the_code_exports_anew(pruned, tmp_path, monkeypatch):
+    """A graph of last week's rules is not this week's engine."""
+    first = ztp.export(pruned, "torchscript", tmp_path / "a")
+    monkeypatch.setattr(exporters, "sources_sha256", lambda *rooms: f"other {rooms}")
+    second = ztp.export(pruned, "torchscript", tmp_path / "a")
+    assert second.manifest.recipe != first.manifest.recipe
+    assert ztp.export(pruned, "torchscript", tmp_path / "a").manifest == second.manifest
+
+
 def test_uint8_input_puts_the_normalisation_into_the_graph(pruned, tmp_path):
     artifact = ztp.export(pruned, "torchscript", tmp_path / "a", input="uint8")
     assert artifact.manifest.input.dtype == "uint8"

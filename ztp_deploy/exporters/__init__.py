@@ -18,6 +18,7 @@ from ztp_deploy.manifest import (
     new_directory,
     read_manifest,
     recipe_hash,
+    sources_sha256,
     sweep,
     verify_files,
     write_manifest,
@@ -31,7 +32,8 @@ FORMATS: dict[str, str] = {
     "torch_export": "ztp_deploy.exporters.torch_export",
     "torchscript": "ztp_deploy.exporters.torchscript",
 }
-EXPORTER_VERSION = 1
+_SOURCES = ("plan.py", "models", "methods", "pruning", "exporters")
+"""What of this package decides a graph: with other code, an artifact that stands is exported again."""
 
 
 class Exporter(Protocol):
@@ -153,7 +155,7 @@ def convert(artifact: Artifact, precision: str, directory: Path | str) -> Artifa
 
 def _recipe(format: str, precision: str, input: str, source: Source, plan: Plan, versions: dict[str, str]) -> str:
     return recipe_hash(
-        exporter=EXPORTER_VERSION,
+        sources=sources_sha256(*_SOURCES),
         format=format,
         precision=precision,
         input=input,
