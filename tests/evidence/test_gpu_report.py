@@ -184,11 +184,11 @@ def test_a_replay_that_repeats_old_logits_is_not_timed(stale, monkeypatch):
             self.compute, self.first = compute, None
 
         def __call__(self, images):
-            self.first = self.first if stale and self.first else self.compute(images)
+            self.first = self.first if stale and self.first is not None else self.compute(images)
             return self.first
 
     monkeypatch.setattr(gpu_runtimes, "Replay", Replay)
-    opened = SimpleNamespace(run=lambda images: {"logits": images.values.flatten(1)[:, :9] * 2})
+    opened = SimpleNamespace(run=lambda images: images.values.flatten(1)[:, :9] * 2)
     images = OnGpu(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
     if stale:
         with pytest.raises(GateFailed, match="does not repeat"):
@@ -255,7 +255,7 @@ def test_torch_compile_equals_eager_in_bf16(grid):
     [edge] = one.edges(load_images(None, model.source.preprocessing, "float32", 8))
     assert edge.holds
     assert 1e-4 < edge.worst_logit < 0.15
-    logits = one.run(torch.zeros(2, 3, 96, 96))[0]
+    logits = one.run(torch.zeros(2, 3, 96, 96))
     assert (logits.shape, logits.dtype) == ((2, 10), torch.float32)
     one.close()
 
