@@ -12,11 +12,11 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import backends, environment
 from ztp_deploy.errors import MissingSoftware
-from ztp_deploy.evidence import gpu_report, gpu_runtimes
-from ztp_deploy.evidence.gpu_report import PRECISIONS, Grid, measure_gpu
-from ztp_deploy.evidence.gpu_rows import GpuReport
-from ztp_deploy.evidence.gpu_runtimes import RUNTIMES, calibrated_on, unavailable
-from ztp_deploy.evidence.report.gpu import render_gpu_report
+from ztp_deploy.gpu_report import measure, runtimes
+from ztp_deploy.gpu_report.measure import PRECISIONS, Grid, measure_gpu
+from ztp_deploy.gpu_report.rows import GpuReport
+from ztp_deploy.gpu_report.runtimes import RUNTIMES, calibrated_on, unavailable
+from ztp_deploy.gpu_report.table import render_gpu_report
 from ztp_deploy.methods.slice import twin_of
 
 MODEL = tiny.model("deit_t", tiny.SIZE.model_copy(update={"depth": 2}))
@@ -53,7 +53,7 @@ class Machine:
         if plan in self.faults:
             raise self.faults[plan]
         self.now += 1.0 if step in self.standing else self.builds
-        if job.runtime not in gpu_runtimes.IN_PROCESS:
+        if job.runtime not in runtimes.IN_PROCESS:
             self.standing.add(step)
         return SimpleNamespace(
             run=lambda images: None,
@@ -97,11 +97,11 @@ class Machine:
 def machine(tmp_path, monkeypatch):
     one = Machine(tmp_path / "r.json")
     clock = SimpleNamespace(monotonic=lambda: one.now, strftime=time.strftime, gmtime=time.gmtime)
-    monkeypatch.setattr(gpu_report, "time", clock)
-    monkeypatch.setattr(gpu_report, "interleave", one.interleave)
-    monkeypatch.setattr(gpu_runtimes, "open_job", one.open)
-    monkeypatch.setattr(gpu_runtimes, "version_of", lambda runtime: one.versions[runtime])
-    monkeypatch.setattr(gpu_runtimes, "unavailable", lambda *wanted: one.unavailable.get(wanted))
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "interleave", one.interleave)
+    monkeypatch.setattr(runtimes, "open_job", one.open)
+    monkeypatch.setattr(runtimes, "version_of", lambda runtime: one.versions[runtime])
+    monkeypatch.setattr(runtimes, "unavailable", lambda *wanted: one.unavailable.get(wanted))
     monkeypatch.setattr(environment, "versions", lambda: dict(one.packages))
     return one
 

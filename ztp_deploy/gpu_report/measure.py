@@ -23,12 +23,12 @@ from torch import nn
 
 from ztp_deploy import environment, methods
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
-from ztp_deploy.evidence import gpu_runtimes
-from ztp_deploy.evidence.gpu_rows import Effort, GpuReport, Row, Session
-from ztp_deploy.evidence.gpu_runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
-from ztp_deploy.evidence.gpu_workers import Failure, side_by_side
 from ztp_deploy.evidence.images import ImageSet, load_images
 from ztp_deploy.evidence.latency import Runs, interleave, paired_ratio
+from ztp_deploy.gpu_report import runtimes
+from ztp_deploy.gpu_report.rows import Call, Effort, GpuReport, Row
+from ztp_deploy.gpu_report.runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
+from ztp_deploy.gpu_report.workers import Failure, side_by_side
 from ztp_deploy.manifest import write_text
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning, load_model, source_of
@@ -140,7 +140,7 @@ def _twins(plans: dict[str, Plan]) -> dict[str, str]:
 
 
 def _failed(row: Row, error: Exception) -> Row:
-    return row.model_copy(update={"status": "failed", "reason": gpu_runtimes.reason(error)})
+    return row.model_copy(update={"status": "failed", "reason": runtimes.reason(error)})
 
 
 def _named(way: Way) -> str:
@@ -182,11 +182,11 @@ def measure_gpu(
         )
     if grid.device == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, here as in the engines
-    return _Call(grid, path, minutes, retry, command, advance).run()
+    return _AtWork(grid, path, minutes, retry, command, advance).run()
 
 
 @dataclass
-class _Call:
+class _AtWork:
     """One call at work on the file; `gained` once it has brought anything that the next need not do again."""
 
     grid: Grid
@@ -240,7 +240,7 @@ class _Call:
 
     def _due(self, group: Group) -> list[int]:
         """The batches that are to be measured there, for the first time or again."""
-        version, why = gpu_runtimes.version_of(group[1]), gpu_runtimes.unavailable(*group[1:])
+        version, why = runtimes.version_of(group[1]), runtimes.unavailable(*group[1:])
         rows = self._rows(group)
         stand = {
             batch: [self._stands(row, version, why) for row in rows if row.batch == batch]
@@ -266,7 +266,7 @@ class _Call:
 
     def _effort(self, group: Group) -> Effort:
         model, runtime, precision = group
-        return self.report.effort(model, runtime, gpu_runtimes.version_of(runtime), precision)
+        return self.report.effort(model, runtime, runtimes.version_of(runtime), precision)
 
     def _group(self, group: Group) -> None:
         """Opens a group's plans and measures them at every batch that is due."""
@@ -276,7 +276,7 @@ class _Call:
         batches = self._due(group)
         plans = self.grid.plans(model)
         effort = self._effort(group)
-        missing = gpu_runtimes.unavailable(runtime, precision)
+        missing = runtimes.unavailable(runtime, precision)
         why = missing or self._overrun(effort)
         blank = Row(
             model=name,
@@ -358,7 +358,7 @@ class _Call:
     ) -> dict[str, Failure]:
         """Builds and proves side by side what is not built yet, and says what failed, by plan."""
         fresh = {label: plan for label, plan in plans.items() if label not in effort.builds}
-        if self.grid.workers == 1 or len(fresh) < 2 or blank.runtime in gpu_runtimes.BUILT_ALONE:
+        if self.grid.workers == 1 or len(fresh) < 2 or blank.runtime in runtimes.BUILT_ALONE:
             return {}
 
         failures, seconds = self._step(
@@ -440,11 +440,11 @@ class _Call:
     ) -> Row:
         """Opens and proves one plan; its row says what came of it, and only what holds is in `opened`."""
         try:
-            one = gpu_runtimes.open_job(self._job(plan, row)(model))
+            one = runtimes.open_job(self._job(plan, row)(model))
             stack.callback(one.close)
             edges = one.edges(images)
         except Exception as error:  # six runtimes, each with exceptions of its own: the row says which
-            status, reason = gpu_runtimes.failure(error)
+            status, reason = runtimes.failure(error)
             return row.model_copy(update={"status": status, "reason": reason})
         faults = [fault for edge in edges for fault in edge.faults]
         found = {
@@ -472,7 +472,7 @@ class _Call:
             for label, one in opened.items():
                 way, base = (label, True), bases[label].model_copy(update={"cuda_graph": True})
                 try:
-                    replayed = gpu_runtimes.recorded(one, base.runtime, images)
+                    replayed = runtimes.recorded(one, base.runtime, images)
                 except Exception as error:  # what cannot be recorded can still be run
                     rows[way] = _failed(base, error)
                     continue
@@ -486,7 +486,7 @@ class _Call:
                     self.grid.seconds,
                     np.random.default_rng(0),
                     lambda share: None,
-                    gpu_runtimes.clock_for(device),
+                    runtimes.clock_for(device),
                 )
         except Exception as error:  # out of memory, a kernel that is not there: the cell says so, the next goes on
             return [_failed(row, error) if label in opened else row for (label, _), row in rows.items()]
@@ -535,7 +535,7 @@ class _Call:
         state = environment.gpu_state()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.report.sessions.append(
-            Session(
+            Call(
                 started=started,
                 command=self.command,
                 environment=environment.snapshot(),

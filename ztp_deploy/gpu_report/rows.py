@@ -11,7 +11,7 @@ from ztp_deploy.evidence.latency import Ratio
 from ztp_deploy.evidence.schema import EvidenceFile
 
 
-class Session(BaseModel):
+class Call(BaseModel):
     """One call: when, how, on what, and the GPU's clocks before and after (`absent` says why there are none)."""
 
     started: str
@@ -87,7 +87,7 @@ class GpuReport(EvidenceFile):
     schema_: Literal["ztp.gpu/1"] = Field(default="ztp.gpu/1", alias="schema")
     gpu: str
     clock: str
-    sessions: list[Session] = Field(default_factory=list)
+    sessions: list[Call] = Field(default_factory=list)
     efforts: list[Effort] = Field(default_factory=list)
     rows: list[Row] = Field(default_factory=list)
 
