@@ -11,6 +11,7 @@ import pytest
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import backends, environment
+from ztp_deploy.backends.base import OnGpu
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.gpu_report import measure, runtimes
 from ztp_deploy.gpu_report.measure import PRECISIONS, Grid, measure_gpu
@@ -113,6 +114,16 @@ def test_int8_and_fp8_are_tensorrts_alone():
     ]
     assert len(groups) == 6 * 3 + 4
     assert Grid.precisions == PRECISIONS == ("fp32", "fp16", "bf16", "int8", "fp8")
+
+
+def test_back_ends_say_themselves_how_the_report_takes_them(monkeypatch):
+    assert RUNTIMES == ("eager", "torch_compile", "aotinductor", "onnxruntime", "tensorrt", "tensorrt_rtx")
+    alone = [runtime for runtime in RUNTIMES if runtimes.treatment_of(runtime).built_alone]
+    assert alone == ["eager", "tensorrt"]
+    assert [runtime for runtime in RUNTIMES if not runtimes.treatment_of(runtime).recorded] == ["onnxruntime"]
+    monkeypatch.setattr(backends.get("onnxruntime"), "GPU_REPORT", OnGpu())
+    assert runtimes.treatment_of("onnxruntime").recorded
+    assert [name for name in backends.BACKENDS if not backends.get(name).GPU_REPORT] == ["openvino", "torchscript"]
 
 
 @pytest.mark.parametrize(

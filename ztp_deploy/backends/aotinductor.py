@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.cuda_graph import Replay
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
@@ -36,6 +36,7 @@ FORMAT = "torch_export"
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
+GPU_REPORT: OnGpu | None = OnGpu()
 PACKAGE_FILE = "model.pt2"
 
 

@@ -79,6 +79,18 @@ class EngineRunner(Runner, Protocol):
         """
 
 
+@dataclass(frozen=True)
+class OnGpu:
+    """How the GPU report takes a back end.
+
+    `built_alone`: its builds time kernels on the GPU, which other work there would falsify. `recorded`: its runs can be
+    recorded as a CUDA graph from outside; one that waits for the device in every run cannot.
+    """
+
+    built_alone: bool = False
+    recorded: bool = True
+
+
 class Backend(Protocol):
     """The face of a module in `backends/`."""
 
@@ -89,6 +101,8 @@ class Backend(Protocol):
     PRECISIONS: tuple[str, ...]
     CALIBRATED: tuple[str, ...]
     """Those precisions that are fitted to images."""
+    GPU_REPORT: OnGpu | None
+    """None where the GPU report leaves it out."""
 
     def missing(self) -> str | None:
         """The pip package to install, None when the software is here."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ztp_deploy import environment
 from ztp_deploy.backends import onnxruntime_rtx as rtx
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.onnxruntime_graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
@@ -27,6 +27,7 @@ FORMAT = "onnx"
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
+GPU_REPORT: OnGpu | None = OnGpu(recorded=False)
 GRAPH_FILE = "model.onnx"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_ERRORS_ONLY = 3

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ztp_deploy import environment
 from ztp_deploy.backends import openvino_ir as ir
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.manifest import EngineManifest
@@ -26,6 +26,7 @@ FORMAT = "onnx"
 DEVICES: tuple[str, ...] = ("cpu",)
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "int8")
 CALIBRATED: tuple[str, ...] = ("int8",)
+GPU_REPORT: OnGpu | None = None
 DEVICE = "CPU"
 MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles
 from ztp_deploy.manifest import EngineManifest
@@ -25,6 +25,7 @@ FORMAT = "torchscript"
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32",)
 CALIBRATED: tuple[str, ...] = ()
+GPU_REPORT: OnGpu | None = None  # the kernels of eager PyTorch, which is in it
 GRAPH_FILE = "model.ts"
 
 

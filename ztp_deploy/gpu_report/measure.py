@@ -358,7 +358,7 @@ class _AtWork:
     ) -> dict[str, Failure]:
         """Builds and proves side by side what is not built yet, and says what failed, by plan."""
         fresh = {label: plan for label, plan in plans.items() if label not in effort.builds}
-        if self.grid.workers == 1 or len(fresh) < 2 or blank.runtime in runtimes.BUILT_ALONE:
+        if self.grid.workers == 1 or len(fresh) < 2 or runtimes.treatment_of(blank.runtime).built_alone:
             return {}
 
         failures, seconds = self._step(

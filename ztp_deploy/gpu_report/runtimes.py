@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ztp_deploy import backends, environment
+from ztp_deploy.backends.base import OnGpu
 from ztp_deploy.backends.cuda_graph import Replay
 from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
@@ -28,11 +29,7 @@ from ztp_deploy.pruning.prune import prune
 from ztp_deploy.workflow import BuildRequest, Clock, build_engine, export_model
 
 IN_PROCESS = ("eager", "torch_compile")
-RUNTIMES = (*IN_PROCESS, "aotinductor", "onnxruntime", "tensorrt", "tensorrt_rtx")
-BUILT_ALONE = ("eager", "tensorrt")
-"""Nothing to build, or built by timing kernels on the GPU, which other work there would falsify."""
-NOT_RECORDED = ("onnxruntime",)
-"""It waits for the device in every run, on a stream of its own: nothing that can be recorded from outside."""
+RUNTIMES = (*IN_PROCESS, *(name for name in backends.BACKENDS if backends.get(name).GPU_REPORT))
 _REPLAYED_ALIKE = 1e-2
 
 
@@ -70,6 +67,16 @@ def precisions_of(runtime: str) -> tuple[str, ...]:
     return FLOATING if runtime in IN_PROCESS else backends.get(runtime).PRECISIONS
 
 
+def treatment_of(runtime: str) -> OnGpu:
+    """Whether its builds must have the GPU to themselves, and whether its runs can be recorded.
+
+    Eager PyTorch counts as built alone: there is nothing to build.
+    """
+    if runtime in IN_PROCESS:
+        return OnGpu(built_alone=runtime == "eager")
+    return backends.get(runtime).GPU_REPORT or OnGpu()
+
+
 def unavailable(runtime: str, precision: str) -> str | None:
     """Why a runtime cannot be measured here in one of its precisions, as a sentence; None where it can."""
     if runtime in IN_PROCESS:
@@ -103,7 +110,7 @@ def recorded(opened: Opened, runtime: str, images: Tensor) -> Recorded | None:
 
     Raises GateFailed where a replay does not repeat what a plain run says of other images.
     """
-    if images.device.type != "cuda" or runtime in NOT_RECORDED:
+    if images.device.type != "cuda" or not treatment_of(runtime).recorded:
         return None
     one = Recorded(opened)
     with torch.inference_mode():
