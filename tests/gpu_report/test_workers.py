@@ -92,7 +92,8 @@ def test_a_report_measures_what_its_workers_built(tmp_path, monkeypatch):
         "slice": "failed",
     }
     assert "ended abruptly" in rows["slice"].reason
-    assert steps[:2] == [
+    assert steps[:3] == [
+        "Load deit_t",
         "Build and prove 3 plans of deit_t side by side · onnxruntime fp32",
         "Build and prove deit_t dense · onnxruntime fp32",
     ]

@@ -63,7 +63,7 @@ class Row(BaseModel):
 
 
 class Effort(BaseModel):
-    """What one model took in one runtime and precision, and what calls ended over it.
+    """What one model took in one runtime and precision (both empty: loading it), and what calls ended over it.
 
     `builds`: the longest seconds by plan to open and prove it. `cells`: those to measure all plans, by batch.
     `failures`: by plan why it cannot be measured, until its rows say so. `tries`: calls since the last gain that ended, or were ended, before there was another; `minutes`: what the
