@@ -228,8 +228,8 @@ def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
 
 
 def test_the_gpu_report_says_what_is_left_and_how_to_go_on(ztp, tmp_path, monkeypatch):
-    from ztp_deploy.evidence import gpu_report
-    from ztp_deploy.evidence.gpu_rows import GpuReport, Row
+    from ztp_deploy.gpu_report import measure
+    from ztp_deploy.gpu_report.rows import GpuReport, Row
 
     asked = []
     failed = Row(
@@ -248,9 +248,9 @@ def test_the_gpu_report_says_what_is_left_and_how_to_go_on(ztp, tmp_path, monkey
     def measured(grid, path, **options):
         asked.append((grid.precisions, options["minutes"], options["retry"]))
         report = GpuReport(gpu="none: run on the CPU", clock="wall clock", rows=[failed])
-        return gpu_report.Progress(report, 3, 4, "The 5 minutes are spent.")
+        return measure.Progress(report, 3, 4, "The 5 minutes are spent.")
 
-    monkeypatch.setattr(gpu_report, "measure_gpu", measured)
+    monkeypatch.setattr(measure, "measure_gpu", measured)
     code, out, _ = ztp("gpu-report", "--device", "cpu", "--minutes", 5, "--retry")
     assert code == 0
     assert out.splitlines()[-3:] == [

@@ -17,14 +17,14 @@ from types import SimpleNamespace
 import pytest
 
 import ztp_deploy as ztp
-from ztp_deploy.evidence.gpu_rows import GpuReport
 from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.methods import MethodsReport
 from ztp_deploy.evidence.report.comparison import render_comparison
-from ztp_deploy.evidence.report.gpu import render_gpu_report
 from ztp_deploy.evidence.report.markdown import render_tables
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.evidence.report.summary import Summary
+from ztp_deploy.gpu_report.rows import GpuReport
+from ztp_deploy.gpu_report.table import render_gpu_report
 from ztp_deploy.models import source_of
 from ztp_deploy.recipes import Profile, Recipe, read_profile, read_recipe
 from ztp_deploy.reference.study import read_study, render_study

@@ -660,10 +660,10 @@ def gpu_report(
     What cannot be measured is a row that says why.
     """
     from ztp_deploy.environment import usable_cores
-    from ztp_deploy.evidence.gpu_report import Grid, measure_gpu, report_path
-    from ztp_deploy.evidence.gpu_runtimes import RUNTIMES
     from ztp_deploy.evidence.latency import check_seconds
-    from ztp_deploy.evidence.report.gpu import render_gpu_report
+    from ztp_deploy.gpu_report.measure import Grid, measure_gpu, report_path
+    from ztp_deploy.gpu_report.runtimes import RUNTIMES
+    from ztp_deploy.gpu_report.table import render_gpu_report
     from ztp_deploy.manifest import write_text
 
     check_seconds(seconds)

@@ -63,7 +63,9 @@ def test_audit_scores_equal_eager(any_engine, pruned):
         (tiny.images(1, size=64), r"\[1, 3, 64, 64\]"),
         (tiny.images(1)[0], r"\[3, 96, 96\]"),
         (tiny.images(1).tolist(), "list"),
-        (torch.zeros(1, 3, 96, 96), "Tensor"),
+        (torch.zeros(9, 3, 96, 96), "outside this engine's range 1 to 8"),
+        (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "float64 came"),
+        (torch.zeros(1, 3, 96, 96, device="meta"), "takes tensors on cpu; one on meta came"),
         (np.full((1, 3, 96, 96), np.nan, np.float32), "27648 of the pixels are NaN"),
         (np.concatenate([tiny.images(1), np.full((1, 3, 96, 96), np.inf, np.float32)]), "NaN or infinite"),
     ],
@@ -71,6 +73,23 @@ def test_audit_scores_equal_eager(any_engine, pruned):
 def test_wrong_input_is_refused_with_the_reason(any_engine, images, message):
     with ztp.load_engine(any_engine.directory) as session, pytest.raises(BadRequest, match=message):
         session.run(images)
+
+
+def test_tensors_come_back_as_tensors(any_engine):
+    with ztp.load_engine(any_engine.directory) as session:
+        for batch in (3, 1, 3):
+            images = tiny.images(batch, seed=batch)
+            expected, expected_kept = session.run(images), session.kept()
+            logits = session.run(torch.from_numpy(images))
+            assert (logits.dtype, logits.device.type) == (torch.float32, "cpu")
+            np.testing.assert_array_equal(logits.numpy(), expected)
+            assert all(np.array_equal(a, b) for a, b in zip(session.kept(), expected_kept, strict=True))
+        turned = torch.from_numpy(images).permute(0, 1, 3, 2)  # not contiguous
+        np.testing.assert_array_equal(session.run(turned).numpy(), session.run(turned.contiguous().numpy()))
+        assert not np.array_equal(session.run(turned).numpy(), expected)
+        np.testing.assert_array_equal(logits.numpy(), expected)  # it is the caller's: later runs leave it alone
+    with pytest.raises(BadRequest, match="closed"):
+        session.run(torch.from_numpy(images))
 
 
 def test_large_but_finite_pixels_pass(any_engine):
@@ -223,6 +242,7 @@ def test_uint8_engines_take_pixels(pruned, tmp_path):
         pixels = session.preprocess(picture)
         assert pixels.dtype == np.uint8
         logits = session.run(pixels)
+        np.testing.assert_array_equal(session.run(torch.from_numpy(pixels)).numpy(), logits)
         with pytest.raises(BadRequest, match="uint8"):
             session.run(pixels.astype(np.float32))
     mean = np.array(pruned.source.preprocessing.mean, np.float32).reshape(1, 3, 1, 1)

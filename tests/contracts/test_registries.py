@@ -11,6 +11,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import backends, exporters, methods, models
 from ztp_deploy.backends.base import Backend
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters import Exporter
 from ztp_deploy.methods.base import Method, MethodOptions
 from ztp_deploy.models import Family
@@ -140,6 +141,17 @@ def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
     engine = ztp.build(artifact, backend, device="cuda", directory=tmp_path / "engine")
     assert engine.manifest.device == "cuda"
     assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
+    with ztp.load_engine(engine.directory) as session:
+        for batch in (3, 1, 3):
+            images = torch.from_numpy(tiny.images(batch, seed=batch))
+            # Computed on the way there: an engine that does not wait for the caller's stream would read too early.
+            logits = session.run(images.cuda().mul(3).div(3))
+            assert logits.is_cuda
+            torch.testing.assert_close(
+                logits.cpu(), torch.from_numpy(session.run(images.numpy())), rtol=1e-3, atol=1e-3
+            )
+        with pytest.raises(BadRequest, match="takes tensors on cuda"):
+            session.run(images)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.cuda_graph import Replay
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.manifest import EngineManifest
 from ztp_deploy.quiet import quiet
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SUMMARY = "AOTInductor: compiled by torch ahead of time, CPU or CUDA; runs without Python too"
 FORMAT = "torch_export"
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
+GPU_REPORT: OnGpu | None = OnGpu()
 PACKAGE_FILE = "model.pt2"
 
 
@@ -144,31 +148,36 @@ class AotInductorRunner:
         self._one_at_a_time = threading.Lock()
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        return self._run(images, self._manifest.outputs)
+        return self._host(images, self._manifest.outputs)
+
+    def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """See `EngineRunner`."""
+        torch_device.require(images, self._manifest.provider)
+        return self._run(images.contiguous(), self._manifest.outputs)
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        return self._run(images, self._names)
+        return self._host(images, self._names)
 
     def close(self) -> None:
         self._model = self._replay = None
 
-    def compute(self, images: Any) -> tuple[Any, ...]:
-        """All outputs for a tensor on the engine's device; nothing is copied."""
+    def _host(self, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        import torch
+
+        batch = torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider)
+        return {name: value.cpu().numpy() for name, value in self._run(batch, names).items()}
+
+    def _run(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         import torch
 
         if self._model is None:
             raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         with torch.inference_mode():
             if self._replay is None:
-                return tuple(self._model(images))
+                return dict(zip(names, self._model(images), strict=False))
             with self._one_at_a_time:  # the recording's buffers are written to by the next call
-                return tuple(value.clone() for value in self._replay(images))
-
-    def _run(self, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        import torch
-
-        values = self.compute(torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider))
-        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=False)}
+                values = self._replay(images)
+                return {name: value.clone() for name, value in zip(names, values, strict=False)}
 
 
 def _placed(program: Any, job: BuildJob) -> Any:

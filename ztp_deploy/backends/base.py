@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters import Artifact
@@ -20,7 +21,6 @@ from ztp_deploy.manifest import BatchRange, EngineManifest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,7 @@ class BuildJob:
 
 
 class Runner(Protocol):
-    """An engine opened by its library.
-
-    One that keeps its data on a device may also have `run_tensors(images: Tensor) -> dict[str, Tensor]`.
-    """
+    """What the parity gate asks: a graph opened by something that runs it."""
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """All outputs of the shipped graph."""
@@ -69,6 +66,29 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Frees what the library holds."""
+
+
+class EngineRunner(Runner, Protocol):
+    """An engine opened by its library."""
+
+    def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """As `run`, from a tensor on the engine's device to tensors there, without a copy through the host.
+
+        The outputs are the caller's, ready in the order of its current stream. The pixels are not looked at, which
+        would make a GPU wait. Raises BadRequest for a tensor that lies elsewhere.
+        """
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """How the GPU report takes a back end.
+
+    `built_alone`: its builds time kernels on the GPU, which other work there would falsify. `recorded`: its runs can be
+    recorded as a CUDA graph from outside; one that waits for the device in every run cannot.
+    """
+
+    built_alone: bool = False
+    recorded: bool = True
 
 
 class Backend(Protocol):
@@ -81,6 +101,8 @@ class Backend(Protocol):
     PRECISIONS: tuple[str, ...]
     CALIBRATED: tuple[str, ...]
     """Those precisions that are fitted to images."""
+    GPU_REPORT: OnGpu | None
+    """None where the GPU report leaves it out."""
 
     def missing(self) -> str | None:
         """The pip package to install, None when the software is here."""
@@ -107,7 +129,7 @@ class Backend(Protocol):
     def unrunnable(self, device: Device) -> str | None:
         """Why this machine cannot open an engine of that device, as a sentence; None when it can."""
 
-    def open_runner(self, directory: Path, manifest: EngineManifest) -> Runner:
+    def open_runner(self, directory: Path, manifest: EngineManifest) -> EngineRunner:
         """Opens the files of an engine folder; raises DamagedFiles and MissingSoftware."""
 
 
@@ -117,7 +139,7 @@ class Session:
     `run` may be called from several threads; `kept` answers for the calling thread's last run.
     """
 
-    def __init__(self, directory: Path, manifest: EngineManifest, runner: Runner) -> None:
+    def __init__(self, directory: Path, manifest: EngineManifest, runner: EngineRunner) -> None:
         self.directory = directory
         self.manifest = manifest
         self._runner = runner
@@ -133,15 +155,16 @@ class Session:
     def run(self, images: Any) -> Any:
         """Images [B, 3, H, W] (float32 normalised, or uint8 pixels, as the manifest's input says) → logits [B, classes].
 
-        Engines that run on a device (TensorRT) also take a torch tensor that lies there and answer with one, without
-        a copy through the host; such pixels are not looked at.
-        Raises BadRequest for a wrong dtype, shape or batch and for pixels that are not finite.
+        A torch tensor on the engine's device (a CPU tensor for a CPU engine) is answered with one there, without a
+        copy through the host and in the order of the caller's stream; its pixels are not looked at.
+        Raises BadRequest for a wrong dtype, shape or batch, for pixels that are not finite and for a tensor that lies
+        elsewhere.
         """
-        run_tensors = getattr(self._runner, "run_tensors", None)
-        if run_tensors is not None and type(images).__name__ == "Tensor":
+        outputs: Mapping[str, Any]
+        if isinstance(images, Tensor):
             self._check_dtype(images, str(images.dtype).removeprefix("torch."))
             self._check_shape(tuple(images.shape))
-            outputs = run_tensors(images)
+            outputs = self._runner.run_tensors(images)
         else:
             self._check(images)
             outputs = self._runner.run(images)

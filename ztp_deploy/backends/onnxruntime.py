@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,17 +12,22 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import onnxruntime_rtx as rtx
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends import torch_device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.onnxruntime_graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUMMARY = "ONNX Runtime: CPU everywhere, CUDA where there is a GPU"
 FORMAT = "onnx"
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
+GPU_REPORT: OnGpu | None = OnGpu(recorded=False)
 GRAPH_FILE = "model.onnx"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_ERRORS_ONLY = 3
@@ -162,6 +168,31 @@ class OnnxRuntimeRunner:
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return self._run(self._session, images, self._manifest.outputs)
 
+    def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """See `EngineRunner`."""
+        import torch
+
+        self._require_open()
+        torch_device.require(images, "cpu" if self._provider == CPU else "cuda:0")
+        images = images.contiguous()
+        binding = self._session.io_binding()
+        place = (images.device.type, images.device.index or 0)
+
+        def memory(value: Tensor) -> tuple[Any, ...]:
+            element = np.dtype(str(value.dtype).removeprefix("torch.")).type
+            return *place, element, tuple(value.shape), value.data_ptr()
+
+        binding.bind_input(self._manifest.input.name, *memory(images))
+        outputs = {}
+        for name, (dtype, shape) in self._shapes.items():
+            outputs[name] = torch.empty((len(images), *shape), dtype=dtype, device=images.device)
+            binding.bind_output(name, *memory(outputs[name]))
+        if images.is_cuda:
+            # The library works on a stream of its own, and is done with it when it returns.
+            torch.cuda.current_stream(images.device).synchronize()
+        self._session.run_with_iobinding(binding)
+        return outputs
+
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         if self._session is not None and self._audit_session is None:
             self._audit_session = self._open(self._audited())
@@ -170,19 +201,21 @@ class OnnxRuntimeRunner:
     def close(self) -> None:
         self._session = self._audit_session = None
 
-    def compute(self, images: Any) -> None:
-        """One run on a tensor where it lies; outputs stay on its device, nothing is copied."""
-        device = images.device.type
-        binding = self._session.io_binding()
-        shape = tuple(images.shape)
-        binding.bind_input(self._manifest.input.name, device, 0, np.float32, shape, images.data_ptr())
-        for name in self._manifest.outputs:
-            binding.bind_output(name, device)
-        self._session.run_with_iobinding(binding)
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[Any, list[int]]]:
+        """By name what an output holds: its torch dtype, and its sides after the batch."""
+        import torch
+
+        dtypes = {"tensor(float)": torch.float32, "tensor(int32)": torch.int32}
+        found = {value.name: value for value in self._session.get_outputs()}
+        return {name: (dtypes[found[name].type], found[name].shape[1:]) for name in self._manifest.outputs}
+
+    def _require_open(self) -> None:
+        if self._session is None:
+            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
 
     def _run(self, session: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        if session is None:
-            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
+        self._require_open()
         values = session.run(list(names), {self._manifest.input.name: np.ascontiguousarray(images)})
         return dict(zip(names, values, strict=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import openvino_ir as ir
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends import torch_device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.manifest import EngineManifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUMMARY = "OpenVINO: the fastest on CPUs, with bf16 and int8 where the processor has them"
 FORMAT = "onnx"
 DEVICES: tuple[str, ...] = ("cpu",)
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "int8")
 CALIBRATED: tuple[str, ...] = ("int8",)
+GPU_REPORT: OnGpu | None = None
 DEVICE = "CPU"
 MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -162,6 +167,13 @@ class OpenVinoRunner:
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         return _infer(self._requests.own, images, self._manifest.outputs)
+
+    def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """See `EngineRunner`; a tensor of the CPU is memory of the host."""
+        import torch
+
+        torch_device.require(images, "cpu")
+        return {name: torch.from_numpy(value) for name, value in self.run(images.detach().numpy()).items()}
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         if self._compiled is None:

@@ -1,10 +1,15 @@
-"""The devices of back ends that torch itself runs."""
+"""Devices as torch names them: of the back ends that it runs itself, and of tensors that engines are given."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from ztp_deploy import environment
 from ztp_deploy.backends.base import Device
 from ztp_deploy.errors import BadRequest, MissingSoftware
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def resolve(device: str, backend: str) -> Device:
@@ -19,6 +24,18 @@ def resolve(device: str, backend: str) -> Device:
     if device == "cuda":
         raise MissingSoftware("device=cuda was asked for, but torch sees no GPU.", "Use device=cpu.")
     return Device("cpu", "cpu", "cpu")
+
+
+def require(images: Tensor, device: str) -> None:
+    """Raises BadRequest for a tensor that does not lie on the engine's device (`cpu`, `cuda`: any GPU, `cuda:0`)."""
+    import torch
+
+    wanted = torch.device(device)
+    if images.device.type != wanted.type or wanted.index not in (None, images.device.index):
+        raise BadRequest(
+            f"This engine takes tensors on {wanted}; one on {images.device} came.",
+            "Move it there, or give a NumPy array.",
+        )
 
 
 def prepare(provider: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +12,20 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles
 from ztp_deploy.manifest import EngineManifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUMMARY = "TorchScript: torch's own runtime, CPU or CUDA"
 FORMAT = "torchscript"
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32",)
 CALIBRATED: tuple[str, ...] = ()
+GPU_REPORT: OnGpu | None = None  # the kernels of eager PyTorch, which is in it
 GRAPH_FILE = "model.ts"
 
 
@@ -94,20 +98,29 @@ class TorchScriptRunner:
             raise DamagedFiles(f"torch cannot open {graph}: {reason}.", "Build the engine again.") from error
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        return self._host("forward", images, self._manifest.outputs)
+
+    def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
+        """See `EngineRunner`."""
+        torch_device.require(images, self._manifest.provider)
         return self._run("forward", images, self._manifest.outputs)
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        return self._run("audited", images, (*self._manifest.outputs, *self._manifest.audit))
+        return self._host("audited", images, (*self._manifest.outputs, *self._manifest.audit))
 
     def close(self) -> None:
         self._module = None
 
-    def _run(self, method: str, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+    def _host(self, method: str, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        import torch
+
+        batch = torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider)
+        return {name: value.cpu().numpy() for name, value in self._run(method, batch, names).items()}
+
+    def _run(self, method: str, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         import torch
 
         if self._module is None:
             raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         with torch.inference_mode():
-            batch = torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider)
-            values = getattr(self._module, method)(batch)
-        return {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)}
+            return dict(zip(names, getattr(self._module, method)(images), strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 from ztp_deploy import environment
-from ztp_deploy.backends.base import BuildJob, Device
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.backends.tensorrt import quantise, runtime, timing_cache
 from ztp_deploy.backends.tensorrt.build import Order, Plan, build_plan
@@ -37,6 +37,7 @@ class TensorRT:
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
         self.SUMMARY = summary
+        self.GPU_REPORT: OnGpu | None = OnGpu(built_alone=not library.portable)
 
     def __repr__(self) -> str:
         return self.library.module

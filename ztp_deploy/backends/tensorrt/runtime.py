@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.tensorrt.library import Library, listening
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 
@@ -193,13 +194,9 @@ class TensorRTRunner:
         return self._host(self._opened(), images, self._outputs)
 
     def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
-        """Like `run`, device to device; the pixels are not looked at, which would make the GPU wait."""
+        """See `EngineRunner`."""
         executor = self._opened()
-        if images.device.type != executor.device.type:
-            raise BadRequest(
-                f"This engine takes tensors on {executor.device.type}; one on {images.device} came.",
-                "Move it there, or give a NumPy array.",
-            )
+        torch_device.require(images, str(executor.device))
         outputs = executor.run(images.contiguous())
         return {name: outputs[name] for name in self._outputs}
 

@@ -8,11 +8,11 @@ from functools import partial
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy.errors import MissingSoftware
-from ztp_deploy.evidence import gpu_report
-from ztp_deploy.evidence.gpu_report import Grid, measure_gpu
-from ztp_deploy.evidence.gpu_runtimes import Job
-from ztp_deploy.evidence.gpu_workers import side_by_side
 from ztp_deploy.evidence.images import load_images
+from ztp_deploy.gpu_report import measure
+from ztp_deploy.gpu_report.measure import Grid, measure_gpu
+from ztp_deploy.gpu_report.runtimes import Job
+from ztp_deploy.gpu_report.workers import side_by_side
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import source_of
 
@@ -67,7 +67,7 @@ def test_a_report_measures_what_its_workers_built(tmp_path, monkeypatch):
     def one_crashes(jobs, load, images, workers):
         return side_by_side({**jobs, "slice": crash}, load, images, workers)
 
-    monkeypatch.setattr(gpu_report, "side_by_side", one_crashes)
+    monkeypatch.setattr(measure, "side_by_side", one_crashes)
     grid = Grid(
         models=("deit_t",),
         runtimes=("onnxruntime",),
@@ -92,7 +92,8 @@ def test_a_report_measures_what_its_workers_built(tmp_path, monkeypatch):
         "slice": "failed",
     }
     assert "ended abruptly" in rows["slice"].reason
-    assert steps[:2] == [
+    assert steps[:3] == [
+        "Load deit_t",
         "Build and prove 3 plans of deit_t side by side · onnxruntime fp32",
         "Build and prove deit_t dense · onnxruntime fp32",
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -23,12 +23,12 @@ from torch import nn
 
 from ztp_deploy import environment, methods
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
-from ztp_deploy.evidence import gpu_runtimes
-from ztp_deploy.evidence.gpu_rows import Effort, GpuReport, Row, Session
-from ztp_deploy.evidence.gpu_runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
-from ztp_deploy.evidence.gpu_workers import Failure, side_by_side
 from ztp_deploy.evidence.images import ImageSet, load_images
 from ztp_deploy.evidence.latency import Runs, interleave, paired_ratio
+from ztp_deploy.gpu_report import runtimes
+from ztp_deploy.gpu_report.rows import Call, Effort, GpuReport, Row
+from ztp_deploy.gpu_report.runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
+from ztp_deploy.gpu_report.workers import Failure, side_by_side
 from ztp_deploy.manifest import write_text
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning, load_model, source_of
@@ -38,6 +38,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 PARITY_IMAGES = 16
 DEFAULT_MINUTES = 9.0
 DEFAULT_SECONDS = 4.0
+UNKNOWN_WEIGHTS = "unknown"
+"""Of rows whose model could not be loaded."""
 
 Group = tuple[str, str, str]
 """Model, runtime and precision: opened once, measured at every batch."""
@@ -140,7 +142,7 @@ def _twins(plans: dict[str, Plan]) -> dict[str, str]:
 
 
 def _failed(row: Row, error: Exception) -> Row:
-    return row.model_copy(update={"status": "failed", "reason": gpu_runtimes.reason(error)})
+    return row.model_copy(update={"status": "failed", "reason": runtimes.reason(error)})
 
 
 def _named(way: Way) -> str:
@@ -182,11 +184,11 @@ def measure_gpu(
         )
     if grid.device == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # float32 means float32, here as in the engines
-    return _Call(grid, path, minutes, retry, command, advance).run()
+    return _AtWork(grid, path, minutes, retry, command, advance).run()
 
 
 @dataclass
-class _Call:
+class _AtWork:
     """One call at work on the file; `gained` once it has brought anything that the next need not do again."""
 
     grid: Grid
@@ -200,6 +202,7 @@ class _Call:
     trying: bool = False
     _models: dict[str, nn.Module] = field(default_factory=dict)
     _weights: dict[str, str] = field(default_factory=dict)
+    _given_up: dict[str, str] = field(default_factory=dict)
     _packages: dict[str, str] = field(default_factory=lambda: environment.versions())
     _earlier: int = 0
 
@@ -234,13 +237,13 @@ class _Call:
 
     def _turn(self, group: Group) -> tuple[bool, int]:
         """What a call ended over comes first, with all the minutes for it; then what is new, then the oldest rows."""
-        tries = self._effort(group).tries
+        tries = self._effort(group).tries or self._loading(group[0]).tries
         sessions = {row.batch: row.session for row in self._rows(group)}
         return tries == 0, min((sessions.get(batch, -1) for batch in self._due(group)), default=-1)
 
     def _due(self, group: Group) -> list[int]:
         """The batches that are to be measured there, for the first time or again."""
-        version, why = gpu_runtimes.version_of(group[1]), gpu_runtimes.unavailable(*group[1:])
+        version, why = runtimes.version_of(group[1]), runtimes.unavailable(*group[1:])
         rows = self._rows(group)
         stand = {
             batch: [self._stands(row, version, why) for row in rows if row.batch == batch]
@@ -253,7 +256,7 @@ class _Call:
 
     def _stands(self, row: Row, version: str, why: str | None) -> bool:
         """Whether a row is the last word here, where the runtime has that version, or is missing because of `why`."""
-        if row.weights != self._weights.get(row.model, row.weights):
+        if row.weights not in (UNKNOWN_WEIGHTS, self._weights.get(row.model, row.weights)):
             return False
         if row.status == "measured":
             return version in ("", row.version)
@@ -266,36 +269,28 @@ class _Call:
 
     def _effort(self, group: Group) -> Effort:
         model, runtime, precision = group
-        return self.report.effort(model, runtime, gpu_runtimes.version_of(runtime), precision)
+        return self.report.effort(model, runtime, runtimes.version_of(runtime), precision)
 
     def _group(self, group: Group) -> None:
         """Opens a group's plans and measures them at every batch that is due."""
         name, runtime, precision = group
         self._hurry()
+        effort = self._effort(group)
+        missing = runtimes.unavailable(runtime, precision)
+        if why := self._never_loads(name):
+            # Which plans it would have had only the model knows.
+            plans_on_file = (row.plan for row in self._rows(group))
+            self._leave_out(group, effort, UNKNOWN_WEIGHTS, ("dense", *plans_on_file), missing, why)
+            return
         model = self._model(name)
         batches = self._due(group)
         plans = self.grid.plans(model)
-        effort = self._effort(group)
-        missing = gpu_runtimes.unavailable(runtime, precision)
-        why = missing or self._overrun(effort)
-        blank = Row(
-            model=name,
-            runtime=runtime,
-            version=effort.version,
-            precision=precision,
-            batch=0,
-            plan="",
-            status="missing" if missing else "failed",
-            reason=why,
-            session=self._session,
-            weights=source_of(model).weights.kind,
-        )
-        if why:
-            effort.tries = 0
-            for batch in batches:
-                self.report.add([blank.model_copy(update={"batch": batch, "plan": label}) for label in plans])
-            self._write()
+        weights = source_of(model).weights.kind
+        why = self._overrun(effort)
+        if missing or why:
+            self._leave_out(group, effort, weights, plans, missing, why)
             return
+        blank = self._blank(group, effort, weights)
         with ExitStack() as stack:
             opened, bases = self._open_all(model, plans, blank, effort, stack)
             side = source_of(model).preprocessing.input_size[1]
@@ -312,6 +307,40 @@ class _Call:
                 self.report.add(cell)
                 effort.failures = {}
                 self._gain(effort)
+
+    def _leave_out(
+        self,
+        group: Group,
+        effort: Effort,
+        weights: str,
+        plans: Iterable[str],
+        missing: str | None,
+        why: str | None,
+    ) -> None:
+        """Puts rows on file that say why nothing is tried: what is `missing`, else why it does not fit."""
+        blank = self._blank(group, effort, weights).model_copy(
+            update={"status": "missing" if missing else "failed", "reason": missing or why}
+        )
+        effort.tries = 0
+        labels = dict.fromkeys(plans)
+        for batch in self._due(group):
+            self.report.add([blank.model_copy(update={"batch": batch, "plan": label}) for label in labels])
+        self._write()
+
+    def _blank(self, group: Group, effort: Effort, weights: str) -> Row:
+        """A row of the group before it is known what comes of it."""
+        model, runtime, precision = group
+        return Row(
+            model=model,
+            runtime=runtime,
+            version=effort.version,
+            precision=precision,
+            batch=0,
+            plan="",
+            status="failed",
+            session=self._session,
+            weights=weights,
+        )
 
     def _open_all(
         self, model: nn.Module, plans: dict[str, Plan], blank: Row, effort: Effort, stack: ExitStack
@@ -358,7 +387,7 @@ class _Call:
     ) -> dict[str, Failure]:
         """Builds and proves side by side what is not built yet, and says what failed, by plan."""
         fresh = {label: plan for label, plan in plans.items() if label not in effort.builds}
-        if self.grid.workers == 1 or len(fresh) < 2 or blank.runtime in gpu_runtimes.BUILT_ALONE:
+        if self.grid.workers == 1 or len(fresh) < 2 or runtimes.treatment_of(blank.runtime).built_alone:
             return {}
 
         failures, seconds = self._step(
@@ -430,8 +459,9 @@ class _Call:
         """Why it is not tried again with so few minutes; None where it may be."""
         if effort.tries < 2 or effort.minutes < self.minutes:
             return None
+        what = "It" if effort.runtime else "Loading the model"
         return (
-            f"It does not fit in {effort.minutes:g} minutes: {effort.tries} calls ended before it was done, the last "
+            f"{what} does not fit in {effort.minutes:g} minutes: {effort.tries} calls ended before it was done, the last "
             f"with all of them for it. `ztp gpu-report --retry --minutes {2 * effort.minutes:g}` gives it more."
         )
 
@@ -440,11 +470,11 @@ class _Call:
     ) -> Row:
         """Opens and proves one plan; its row says what came of it, and only what holds is in `opened`."""
         try:
-            one = gpu_runtimes.open_job(self._job(plan, row)(model))
+            one = runtimes.open_job(self._job(plan, row)(model))
             stack.callback(one.close)
             edges = one.edges(images)
         except Exception as error:  # six runtimes, each with exceptions of its own: the row says which
-            status, reason = gpu_runtimes.failure(error)
+            status, reason = runtimes.failure(error)
             return row.model_copy(update={"status": status, "reason": reason})
         faults = [fault for edge in edges for fault in edge.faults]
         found = {
@@ -472,7 +502,7 @@ class _Call:
             for label, one in opened.items():
                 way, base = (label, True), bases[label].model_copy(update={"cuda_graph": True})
                 try:
-                    replayed = gpu_runtimes.recorded(one, base.runtime, images)
+                    replayed = runtimes.recorded(one, base.runtime, images)
                 except Exception as error:  # what cannot be recorded can still be run
                     rows[way] = _failed(base, error)
                     continue
@@ -486,7 +516,7 @@ class _Call:
                     self.grid.seconds,
                     np.random.default_rng(0),
                     lambda share: None,
-                    gpu_runtimes.clock_for(device),
+                    runtimes.clock_for(device),
                 )
         except Exception as error:  # out of memory, a kernel that is not there: the cell says so, the next goes on
             return [_failed(row, error) if label in opened else row for (label, _), row in rows.items()]
@@ -522,12 +552,32 @@ class _Call:
     def _model(self, name: str) -> nn.Module:
         if name not in self._models:
             self._models.clear()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RandomWeightsWarning)  # every row says what its weights are
-                self._models[name] = self.grid.load(name, self.grid.weights)
+            loading = self._loading(name)
+            self._models[name], _ = self._step(loading, f"Load {name}", 0.0, partial(self._load, name))
+            self._hurry()  # the try stays on file where loading took all there was
+            if loading in self.report.efforts:
+                self.report.efforts.remove(loading)
+                self.trying = False
             # What was measured with other weights is measured anew.
             self._weights[name] = source_of(self._models[name]).weights.kind
         return self._models[name]
+
+    def _load(self, name: str) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RandomWeightsWarning)  # every row says what its weights are
+            return self.grid.load(name, self.grid.weights)
+
+    def _loading(self, name: str) -> Effort:
+        """The record of loading a model, which is of no runtime; on file while calls end over it."""
+        return self.report.effort(name, "", "", "")
+
+    def _never_loads(self, name: str) -> str | None:
+        """Why a model is not loaded again with so few minutes, for all its groups in this call; None where it may be."""
+        loading = self._loading(name)
+        if why := self._overrun(loading):
+            self._given_up[name] = why
+            loading.tries = 0
+        return self._given_up.get(name)
 
     @cached_property
     def _session(self) -> int:
@@ -535,7 +585,7 @@ class _Call:
         state = environment.gpu_state()
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.report.sessions.append(
-            Session(
+            Call(
                 started=started,
                 command=self.command,
                 environment=environment.snapshot(),

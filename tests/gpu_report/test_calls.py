@@ -11,12 +11,13 @@ import pytest
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import backends, environment
+from ztp_deploy.backends.base import OnGpu
 from ztp_deploy.errors import MissingSoftware
-from ztp_deploy.evidence import gpu_report, gpu_runtimes
-from ztp_deploy.evidence.gpu_report import PRECISIONS, Grid, measure_gpu
-from ztp_deploy.evidence.gpu_rows import GpuReport
-from ztp_deploy.evidence.gpu_runtimes import RUNTIMES, calibrated_on, unavailable
-from ztp_deploy.evidence.report.gpu import render_gpu_report
+from ztp_deploy.gpu_report import measure, runtimes
+from ztp_deploy.gpu_report.measure import PRECISIONS, Grid, measure_gpu
+from ztp_deploy.gpu_report.rows import GpuReport
+from ztp_deploy.gpu_report.runtimes import RUNTIMES, calibrated_on, unavailable
+from ztp_deploy.gpu_report.table import render_gpu_report
 from ztp_deploy.methods.slice import twin_of
 
 MODEL = tiny.model("deit_t", tiny.SIZE.model_copy(update={"depth": 2}))
@@ -33,6 +34,9 @@ class Machine:
         self.path = path
         self.now = 0.0
         self.builds = 10.0
+        self.loads = 0.0
+        self.loaded = 0
+        self.killed_loading = False
         self.faults = {}
         self.versions = dict.fromkeys(RUNTIMES, "1")
         self.unavailable = {}
@@ -53,7 +57,7 @@ class Machine:
         if plan in self.faults:
             raise self.faults[plan]
         self.now += 1.0 if step in self.standing else self.builds
-        if job.runtime not in gpu_runtimes.IN_PROCESS:
+        if job.runtime not in runtimes.IN_PROCESS:
             self.standing.add(step)
         return SimpleNamespace(
             run=lambda images: None,
@@ -61,6 +65,14 @@ class Machine:
             close=lambda: None,
             calibration=CALIBRATION if job.precision in ("int8", "fp8") else None,
         )
+
+    def load(self, name, weights):
+        self.loaded += 1
+        if self.killed_loading:
+            self.left = self.path.read_bytes()
+            raise KeyboardInterrupt
+        self.now += self.loads
+        return MODEL
 
     def interleave(self, opened, *rest):
         self.now += 20.0
@@ -75,13 +87,13 @@ class Machine:
             precisions=precisions,
             batches=(1, 8),
             device="cpu",
-            load=lambda name, weights: MODEL,
+            load=self.load,
             plans=lambda model: PLANS,
         )
         try:
             return measure_gpu(grid, self.path, **options)
         except KeyboardInterrupt:
-            if self.killed_at:
+            if self.killed_at or self.killed_loading:
                 self.path.write_bytes(self.left)
             return None
 
@@ -97,11 +109,11 @@ class Machine:
 def machine(tmp_path, monkeypatch):
     one = Machine(tmp_path / "r.json")
     clock = SimpleNamespace(monotonic=lambda: one.now, strftime=time.strftime, gmtime=time.gmtime)
-    monkeypatch.setattr(gpu_report, "time", clock)
-    monkeypatch.setattr(gpu_report, "interleave", one.interleave)
-    monkeypatch.setattr(gpu_runtimes, "open_job", one.open)
-    monkeypatch.setattr(gpu_runtimes, "version_of", lambda runtime: one.versions[runtime])
-    monkeypatch.setattr(gpu_runtimes, "unavailable", lambda *wanted: one.unavailable.get(wanted))
+    monkeypatch.setattr(measure, "time", clock)
+    monkeypatch.setattr(measure, "interleave", one.interleave)
+    monkeypatch.setattr(runtimes, "open_job", one.open)
+    monkeypatch.setattr(runtimes, "version_of", lambda runtime: one.versions[runtime])
+    monkeypatch.setattr(runtimes, "unavailable", lambda *wanted: one.unavailable.get(wanted))
     monkeypatch.setattr(environment, "versions", lambda: dict(one.packages))
     return one
 
@@ -113,6 +125,16 @@ def test_int8_and_fp8_are_tensorrts_alone():
     ]
     assert len(groups) == 6 * 3 + 4
     assert Grid.precisions == PRECISIONS == ("fp32", "fp16", "bf16", "int8", "fp8")
+
+
+def test_back_ends_say_themselves_how_the_report_takes_them(monkeypatch):
+    assert RUNTIMES == ("eager", "torch_compile", "aotinductor", "onnxruntime", "tensorrt", "tensorrt_rtx")
+    alone = [runtime for runtime in RUNTIMES if runtimes.treatment_of(runtime).built_alone]
+    assert alone == ["eager", "tensorrt"]
+    assert [runtime for runtime in RUNTIMES if not runtimes.treatment_of(runtime).recorded] == ["onnxruntime"]
+    monkeypatch.setattr(backends.get("onnxruntime"), "GPU_REPORT", OnGpu())
+    assert runtimes.treatment_of("onnxruntime").recorded
+    assert [name for name in backends.BACKENDS if not backends.get(name).GPU_REPORT] == ["openvino", "torchscript"]
 
 
 @pytest.mark.parametrize(
@@ -290,6 +312,55 @@ def test_what_never_fits_becomes_a_row_that_says_so(machine):
     assert machine.opened == []
     machine.builds = 250.0
     machine.call(runtimes, minutes=18, retry=True)
+    assert set(machine.statuses().values()) == {"measured"}
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_model_that_never_loads_becomes_rows_that_say_so(killed, machine):
+    """Loading takes longer than the call, which ends at the next step, or is killed over it."""
+    machine.loads, machine.killed_loading = 600.0, killed
+    machine.unavailable["tensorrt", "fp32"] = "pip install tensorrt."
+    wanted = ("eager", "tensorrt", "onnxruntime")
+    for _ in range(2):  # all nine minutes both times
+        progress = machine.call(wanted)
+        assert machine.opened == []
+        if not killed:
+            assert (progress.because, progress.report.rows) == ("The 9 minutes are spent.", [])
+    assert machine.loaded == 2
+    progress = machine.call(wanted)
+    assert (machine.loaded, progress.done, progress.cells) == (2, 6, 6)
+    reason = (
+        "Loading the model does not fit in 9 minutes: 2 calls ended before it was done, the last with all of them for it. "
+        "`ztp gpu-report --retry --minutes 18` gives it more."
+    )
+    assert [(row.runtime, row.batch, row.plan, row.status, row.reason) for row in progress.report.rows] == [
+        *(("eager", batch, "dense", "failed", reason) for batch in (1, 8)),
+        *(("tensorrt", batch, "dense", "missing", "pip install tensorrt.") for batch in (1, 8)),
+        *(("onnxruntime", batch, "dense", "failed", reason) for batch in (1, 8)),
+    ]
+    assert f"- eager fp32, failed (2 rows): {reason}" in render_gpu_report(progress.report)
+    assert (machine.call(wanted).done, machine.loaded) == (6, 2)  # until it is asked for
+    machine.killed_loading = False
+    progress = machine.call(wanted, minutes=18, retry=True)
+    assert (machine.loaded, progress.done) == (3, 6)
+    statuses = machine.statuses()
+    assert {statuses[runtime, "fp32", 1, plan] for runtime in ("eager", "onnxruntime") for plan in PLANS} == {
+        "measured"
+    }
+    assert {row.weights for row in progress.report.rows if row.status == "measured"} == {"random"}
+    assert "" not in {effort.runtime for effort in progress.report.efforts}
+
+
+def test_a_model_that_loads_in_time_leaves_no_word(machine):
+    """Loading takes most of a call, a build the rest: it is the build that calls end over."""
+    machine.loads, machine.builds = 500.0, 200.0
+    progress = machine.call(("torch_compile",))
+    assert progress.report.rows == []
+    assert [(effort.runtime, effort.tries, effort.minutes) for effort in progress.report.efforts] == [
+        ("torch_compile", 1, 9.0)
+    ]
+    machine.loads = 600.0
+    machine.call(("torch_compile",), minutes=60)
     assert set(machine.statuses().values()) == {"measured"}
 
 

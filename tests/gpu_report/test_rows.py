@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ztp_deploy.evidence.gpu_rows import Effort, GpuReport, Row
+from ztp_deploy.gpu_report.rows import Effort, GpuReport, Row
 
 
 def row(status="measured", version="1", plan="dense", session=0, weights="random"):

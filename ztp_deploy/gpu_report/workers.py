@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ztp_deploy import environment
-from ztp_deploy.evidence.gpu_runtimes import Job, failure, open_job
 from ztp_deploy.evidence.images import ImageSet
+from ztp_deploy.gpu_report.runtimes import Job, failure, open_job
 from ztp_deploy.models import RandomWeightsWarning
 
 Failure = tuple[Literal["missing", "failed"], str] | None

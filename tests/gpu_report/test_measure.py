@@ -15,12 +15,13 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import environment
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
-from ztp_deploy.evidence import gpu_report, gpu_runtimes, latency
-from ztp_deploy.evidence.gpu_report import Grid, measure_gpu
-from ztp_deploy.evidence.gpu_rows import GpuReport
-from ztp_deploy.evidence.gpu_runtimes import Job, open_job
+from ztp_deploy.evidence import latency
 from ztp_deploy.evidence.images import load_images
-from ztp_deploy.evidence.report.gpu import render_gpu_report
+from ztp_deploy.gpu_report import measure, runtimes
+from ztp_deploy.gpu_report.measure import Grid, measure_gpu
+from ztp_deploy.gpu_report.rows import GpuReport
+from ztp_deploy.gpu_report.runtimes import Job, open_job
+from ztp_deploy.gpu_report.table import render_gpu_report
 from ztp_deploy.methods.slice import twin_of
 
 SMALL = tiny.SIZE.model_copy(update={"depth": 2})
@@ -59,12 +60,12 @@ def grid(built, monkeypatch):
 def no_rtx(monkeypatch):
     """TensorRT-RTX is the runtime that is not here."""
     monkeypatch.setattr(
-        gpu_runtimes,
+        runtimes,
         "unavailable",
         lambda runtime, precision: "pip install tensorrt-rtx." if runtime == "tensorrt_rtx" else None,
     )
-    version = gpu_runtimes.version_of
-    monkeypatch.setattr(gpu_runtimes, "version_of", lambda runtime: "" if "rtx" in runtime else version(runtime))
+    version = runtimes.version_of
+    monkeypatch.setattr(runtimes, "version_of", lambda runtime: "" if "rtx" in runtime else version(runtime))
 
 
 def test_an_interrupted_report_goes_on_and_measures_nothing_twice(grid, tmp_path):
@@ -144,7 +145,7 @@ def test_replays_are_rows_beside_the_plain_runs(grid, tmp_path, monkeypatch):
             raise RuntimeError("operation not permitted when stream is capturing")
         return None if runtime == "onnxruntime" else opened
 
-    monkeypatch.setattr(gpu_runtimes, "recorded", recorded)
+    monkeypatch.setattr(runtimes, "recorded", recorded)
     one = Grid(**{**vars(grid), "runtimes": ("eager", "onnxruntime")})
     report = measure_gpu(one, tmp_path / "r.json").report
     found = {(row.runtime, row.batch, row.plan, row.cuda_graph): row for row in report.rows}
@@ -184,32 +185,32 @@ def test_a_replay_that_repeats_old_logits_is_not_timed(stale, monkeypatch):
             self.compute, self.first = compute, None
 
         def __call__(self, images):
-            self.first = self.first if stale and self.first else self.compute(images)
+            self.first = self.first if stale and self.first is not None else self.compute(images)
             return self.first
 
-    monkeypatch.setattr(gpu_runtimes, "Replay", Replay)
-    opened = SimpleNamespace(run=lambda images: {"logits": images.values.flatten(1)[:, :9] * 2})
+    monkeypatch.setattr(runtimes, "Replay", Replay)
+    opened = SimpleNamespace(run=lambda images: images.values.flatten(1)[:, :9] * 2)
     images = OnGpu(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
     if stale:
         with pytest.raises(GateFailed, match="does not repeat"):
-            gpu_runtimes.recorded(opened, "eager", images)
+            runtimes.recorded(opened, "eager", images)
     else:
-        assert gpu_runtimes.recorded(opened, "eager", images)
-        assert gpu_runtimes.recorded(opened, "onnxruntime", images) is None
+        assert runtimes.recorded(opened, "eager", images)
+        assert runtimes.recorded(opened, "onnxruntime", images) is None
 
 
 def test_nothing_is_recorded_on_a_cpu():
-    assert gpu_runtimes.recorded(SimpleNamespace(), "eager", torch.zeros(1, 3, 4, 4)) is None
+    assert runtimes.recorded(SimpleNamespace(), "eager", torch.zeros(1, 3, 4, 4)) is None
 
 
 def test_a_failing_parity_is_a_row_and_not_a_crash(grid, tmp_path, monkeypatch):
-    opened = gpu_runtimes._Module.outputs
+    opened = runtimes._Module.outputs
 
     def wrong(self, images, audited):
         outputs = opened(self, images, audited)
         return outputs | {"logits": outputs["logits"] * (1.5 if self._job.plan.method == "slice" else 1)}
 
-    monkeypatch.setattr(gpu_runtimes._Module, "outputs", wrong)
+    monkeypatch.setattr(runtimes._Module, "outputs", wrong)
     one = Grid(**{**vars(grid), "runtimes": ("eager",), "batches": (1,)})
     rows = {row.plan: row for row in measure_gpu(one, tmp_path / "r.json").report.rows}
     assert rows["pruned"].status == "measured"
@@ -223,8 +224,8 @@ def test_a_runtime_that_breaks_is_a_row_and_the_next_goes_on(grid, tmp_path, mon
             raise RuntimeError("CUDA out of memory.\nmuch more text")
         return real(self, images)
 
-    real = gpu_runtimes._Module.run
-    monkeypatch.setattr(gpu_runtimes._Module, "run", out_of_memory)
+    real = runtimes._Module.run
+    monkeypatch.setattr(runtimes._Module, "run", out_of_memory)
     one = Grid(**{**vars(grid), "runtimes": ("eager",)})
     rows = measure_gpu(one, tmp_path / "r.json").report.rows
     assert {row.status for row in rows if row.batch == 1} == {"measured"}
@@ -241,7 +242,7 @@ def test_spent_time_ends_the_call_between_cells(grid, tmp_path):
 def test_another_version_is_measured_anew(grid, tmp_path, monkeypatch):
     one = Grid(**{**vars(grid), "runtimes": ("eager",), "batches": (1,)})
     measure_gpu(one, tmp_path / "r.json")
-    monkeypatch.setattr(gpu_runtimes, "version_of", lambda runtime: "99")
+    monkeypatch.setattr(runtimes, "version_of", lambda runtime: "99")
     rows = measure_gpu(one, tmp_path / "r.json").report.rows
     assert [(row.version, row.session) for row in rows] == [("99", 1)] * 3
 
@@ -255,7 +256,7 @@ def test_torch_compile_equals_eager_in_bf16(grid):
     [edge] = one.edges(load_images(None, model.source.preprocessing, "float32", 8))
     assert edge.holds
     assert 1e-4 < edge.worst_logit < 0.15
-    logits = one.run(torch.zeros(2, 3, 96, 96))[0]
+    logits = one.run(torch.zeros(2, 3, 96, 96))
     assert (logits.shape, logits.dtype) == ((2, 10), torch.float32)
     one.close()
 
@@ -279,7 +280,7 @@ def test_refusals(grid, tmp_path, monkeypatch):
     path.write_text(GpuReport(gpu="NVIDIA Other", clock="CUDA events").to_json())
     with pytest.raises(BadRequest, match="measured on NVIDIA Other"):
         measure_gpu(grid, path)
-    assert gpu_report.report_path(tmp_path, "cuda") == tmp_path / "gpu" / "none.json"
+    assert measure.report_path(tmp_path, "cuda") == tmp_path / "gpu" / "none.json"
 
 
 def test_nvidia_smi_is_asked_for_clocks(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from ztp_deploy.evidence.latency import Ratio
 from ztp_deploy.evidence.schema import EvidenceFile
 
 
-class Session(BaseModel):
+class Call(BaseModel):
     """One call: when, how, on what, and the GPU's clocks before and after (`absent` says why there are none)."""
 
     started: str
@@ -63,7 +63,7 @@ class Row(BaseModel):
 
 
 class Effort(BaseModel):
-    """What one model took in one runtime and precision, and what calls ended over it.
+    """What one model took in one runtime and precision (both empty: loading it), and what calls ended over it.
 
     `builds`: the longest seconds by plan to open and prove it. `cells`: those to measure all plans, by batch.
     `failures`: by plan why it cannot be measured, until its rows say so. `tries`: calls since the last gain that ended, or were ended, before there was another; `minutes`: what the
@@ -87,7 +87,7 @@ class GpuReport(EvidenceFile):
     schema_: Literal["ztp.gpu/1"] = Field(default="ztp.gpu/1", alias="schema")
     gpu: str
     clock: str
-    sessions: list[Session] = Field(default_factory=list)
+    sessions: list[Call] = Field(default_factory=list)
     efforts: list[Effort] = Field(default_factory=list)
     rows: list[Row] = Field(default_factory=list)
 

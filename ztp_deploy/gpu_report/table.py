@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ztp_deploy.evidence.gpu_report import PRECISIONS
-from ztp_deploy.evidence.gpu_rows import GpuReport, Row
-from ztp_deploy.evidence.gpu_runtimes import RUNTIMES
 from ztp_deploy.evidence.report.markdown import speedup_text
+from ztp_deploy.gpu_report.measure import PRECISIONS
+from ztp_deploy.gpu_report.rows import GpuReport, Row
+from ztp_deploy.gpu_report.runtimes import RUNTIMES
 
 _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 

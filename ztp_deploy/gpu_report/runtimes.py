@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ztp_deploy import backends, environment
+from ztp_deploy.backends.base import OnGpu
 from ztp_deploy.backends.cuda_graph import Replay
 from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
@@ -28,11 +29,7 @@ from ztp_deploy.pruning.prune import prune
 from ztp_deploy.workflow import BuildRequest, Clock, build_engine, export_model
 
 IN_PROCESS = ("eager", "torch_compile")
-RUNTIMES = (*IN_PROCESS, "aotinductor", "onnxruntime", "tensorrt", "tensorrt_rtx")
-BUILT_ALONE = ("eager", "tensorrt")
-"""Nothing to build, or built by timing kernels on the GPU, which other work there would falsify."""
-NOT_RECORDED = ("onnxruntime",)
-"""It waits for the device in every run, on a stream of its own: nothing that can be recorded from outside."""
+RUNTIMES = (*IN_PROCESS, *(name for name in backends.BACKENDS if backends.get(name).GPU_REPORT))
 _REPLAYED_ALIKE = 1e-2
 
 
@@ -55,8 +52,8 @@ class Opened(Protocol):
 
     calibration: str | None
 
-    def run(self, images: Tensor) -> object:
-        """Images [B, 3, H, W] on the device; all outputs stay there."""
+    def run(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] on the device → float32 logits [B, classes]; all outputs stay there."""
 
     def edges(self, images: ImageSet) -> list[Edge]:
         """Parity with eager PyTorch in float32 on the CPU."""
@@ -68,6 +65,16 @@ class Opened(Protocol):
 def precisions_of(runtime: str) -> tuple[str, ...]:
     """The precisions that a runtime has anywhere."""
     return FLOATING if runtime in IN_PROCESS else backends.get(runtime).PRECISIONS
+
+
+def treatment_of(runtime: str) -> OnGpu:
+    """Whether its builds must have the GPU to themselves, and whether its runs can be recorded.
+
+    Eager PyTorch counts as built alone: there is nothing to build.
+    """
+    if runtime in IN_PROCESS:
+        return OnGpu(built_alone=runtime == "eager")
+    return backends.get(runtime).GPU_REPORT or OnGpu()
 
 
 def unavailable(runtime: str, precision: str) -> str | None:
@@ -103,13 +110,13 @@ def recorded(opened: Opened, runtime: str, images: Tensor) -> Recorded | None:
 
     Raises GateFailed where a replay does not repeat what a plain run says of other images.
     """
-    if images.device.type != "cuda" or runtime in NOT_RECORDED:
+    if images.device.type != "cuda" or not treatment_of(runtime).recorded:
         return None
     one = Recorded(opened)
     with torch.inference_mode():
         one.run(images)
         other = images.flip(0).flip(-1)
-        plain, replayed = _logits(opened.run(other)).clone(), _logits(one.run(other))
+        plain, replayed = opened.run(other).clone(), one.run(other)
     far = (replayed - plain).abs().amax(1) > _REPLAYED_ALIKE * plain.std(1)
     if float(far.float().mean()) > 0.5:  # a near-tie may fall otherwise where kernels of other sizes are chosen
         raise GateFailed("The recorded CUDA graph does not repeat what a plain run says.", "It was not timed.")
@@ -122,14 +129,9 @@ class Recorded:
     def __init__(self, opened: Opened) -> None:
         self._replay = Replay(opened.run)
 
-    def run(self, images: Tensor) -> object:
-        """As `Opened.run`; the outputs are the recording's buffers."""
+    def run(self, images: Tensor) -> Tensor:
+        """As `Opened.run`; the logits are the recording's buffer."""
         return self._replay(images)
-
-
-def _logits(outputs: Any) -> Tensor:
-    first: Tensor = next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
-    return first.float()
 
 
 def clock_for(device: str) -> Callable[[Callable[[], object]], float]:
@@ -161,9 +163,9 @@ class _Module:
             torch._dynamo.config.recompile_limit = 64
             self._forward = torch.compile(graph, dynamic=True, fullgraph=True)
 
-    def run(self, images: Tensor) -> object:
+    def run(self, images: Tensor) -> Tensor:
         with torch.inference_mode():
-            return self._forward(images)
+            return self._forward(images)[0]
 
     def edges(self, images: ImageSet) -> list[Edge]:
         pruned = prune(self._job.model, self._job.plan)
@@ -216,17 +218,9 @@ class _Engine:
         self._engine = build_engine(artifact, request, clock)
         self.calibration = calibrated_on(self._engine.manifest.built)
         self._session = backends.load_engine(self._engine.directory)
-        runner: Any = self._session._runner
-        compute = getattr(runner, "run_tensors", None) or getattr(runner, "compute", None)
-        if compute is None:
-            self._session.close()
-            raise MissingSoftware(
-                f"{job.runtime} takes no tensors that lie on the device: copies would be timed.", "Use another runtime."
-            )
-        self._compute: Callable[[Tensor], object] = compute
 
-    def run(self, images: Tensor) -> object:
-        return self._compute(images)
+    def run(self, images: Tensor) -> Tensor:
+        return self._session.run(images)
 
     def edges(self, images: ImageSet) -> list[Edge]:
         standing = self._engine.evidence / PARITY_FILE

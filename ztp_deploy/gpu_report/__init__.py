@@ -1,0 +1,1 @@
+"""`ztp gpu-report`: everything a GPU can run, measured over as many calls as it takes."""
