@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shlex
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -32,7 +30,8 @@ from ztp_deploy.console import (
     show_result,
     warn,
 )
-from ztp_deploy.errors import INTERRUPTED, BadRequest, MissingSoftware, ZtpError
+from ztp_deploy.ending import end
+from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.options import (
     AsJson,
     BackendName,
@@ -924,60 +923,9 @@ def _command() -> str:
     return shlex.join(["ztp", *sys.argv[1:]])
 
 
-class _Interrupts:
-    """Remembers that Ctrl-C was pressed, since libraries wrap the exception it raises."""
-
-    pressed = False
-
-    def __call__(self, number: int, frame: object) -> None:
-        self.pressed = True
-        raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point: runs a command, turns every refusal into one sentence and its exit code."""
-    interrupts = _Interrupts()
-    previous = signal.signal(signal.SIGINT, interrupts)
-    try:
-        code = app(standalone_mode=False)
-        code = code if isinstance(code, int) else 0
-    except (Exception, KeyboardInterrupt) as error:
-        pressed = interrupts.pressed or isinstance(error, KeyboardInterrupt)
-        code = INTERRUPTED if pressed else _refuse(error)
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if code == INTERRUPTED:
-        err.print("Interrupted; nothing half-written was left.")
-        sys.stdout.flush()
-        # Python would kill itself with the signal where the interrupt once passed through an exec().
-        os._exit(INTERRUPTED)
-    sys.exit(code)
-
-
-def _refuse(error: BaseException) -> int:
-    """Prints a refusal, as JSON where that was asked for, and returns its exit code; raises what is a fault of ours."""
-    if isinstance(error, ZtpError):
-        problem, fix, code = error.problem, error.fix, error.exit_code
-    elif isinstance(error, OSError):
-        named = f"{error.filename}: " if error.filename else ""
-        problem, fix, code = f"{named}{error.strerror or error}.", "Check the path.", BadRequest.exit_code
-    elif type(error).__name__ == "Exit":
-        return int(getattr(error, "exit_code", 0))
-    elif type(error).__name__ == "Abort":
-        return INTERRUPTED
-    elif hasattr(error, "format_message"):  # how click and typer refuse a command line
-        message = str(error.format_message()).rstrip(". ")
-        if not message:  # no command: the help was shown
-            return BadRequest.exit_code
-        problem, fix, code = f"{message}.", "See `ztp --help`.", BadRequest.exit_code
-    else:
-        raise error
-    if "--json" in sys.argv:
-        print_json({"error": {"problem": problem, "fix": fix, "exit_code": code}})
-    else:
-        err.print("error: ", style="bold red", end="")
-        err.print(f"{problem} {fix}".strip(), markup=False, soft_wrap=True)
-    return code
+    end(lambda: app(standalone_mode=False))
 
 
 if __name__ == "__main__":

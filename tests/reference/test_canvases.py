@@ -76,6 +76,19 @@ def test_canvases_are_written_once_and_by_class(part, tmp_path):
 def test_the_command_writes_canvases_without_labels(tmp_path, monkeypatch, capsys):
     line = ["canvases", "--part", "train", "--count", "3", "--first", "40000", "--out", str(tmp_path / "some")]
     monkeypatch.setattr("sys.argv", line)
-    canvases.main()
+    with pytest.raises(SystemExit) as ended:
+        canvases.main()
+    assert ended.value.code == 0
     assert sorted(path.name for path in (tmp_path / "some").iterdir()) == [f"canvas_4000{index}.png" for index in "012"]
     assert capsys.readouterr().out.startswith("3 canvases")
+
+
+@pytest.mark.parametrize("count, first", [("0", "0"), ("3", "-1")])
+def test_no_canvases_are_a_bad_request(count, first, tmp_path, monkeypatch, capsys):
+    line = ["canvases", "--part", "test", "--count", count, "--first", first, "--out", str(tmp_path / "some")]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(SystemExit) as ended:
+        canvases.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: --count {count} and --first {first} were asked for.")
+    assert not (tmp_path / "some").exists()

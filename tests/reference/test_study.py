@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,9 +134,10 @@ def test_several_processes_measure_what_one_does(classifier, made):
         assert (row.name, row.tokens) == (other.name, other.tokens)
 
 
-def test_no_process_is_no_study(classifier):
-    with pytest.raises(BadRequest, match="--workers 0 was asked for"):
-        study.run_study("choices", "test", 1, groups=[], model=classifier, workers=0)
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"count": 0}, {"first": -1}])
+def test_nothing_to_measure_is_no_study(classifier, wrong):
+    with pytest.raises(BadRequest, match="Give at least 1"):
+        study.run_study("choices", "test", wrong.pop("count", 1), groups=[], model=classifier, **wrong)
 
 
 def test_a_page_gets_the_table(made):
@@ -150,21 +155,35 @@ def test_a_page_without_the_place_is_refused(made, page):
         study.fill(page, made)
 
 
-def test_the_command_writes_what_it_measured(classifier, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs the command; returns exit code, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["study", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            study.main()
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def test_the_command_writes_what_it_measured(classifier, tmp_path, command):
     save_file(classifier.state_dict(), tmp_path / "weights.safetensors")
-    line = ["study", "ladder", "--canvases", "3", "--first", "7", "--shares", "0.55", "--out", str(tmp_path / "out")]
     page = tmp_path / "page.md"
     page.write_text("<!-- vit_digits--ladder--train -->\n<!-- / -->\n")
-    line += ["--workers", "1", "--page", str(page)]
-    monkeypatch.setattr("sys.argv", [*line, "--weights", str(tmp_path / "weights.safetensors")])
-    study.main()
+    line = ["ladder", "--canvases", "3", "--first", "7", "--shares", "0.55", "--out", tmp_path / "out"]
+    line += ["--workers", "1", "--page", page, "--weights", tmp_path / "weights.safetensors"]
+    code, printed, _ = command(*line)
+    assert code == 0
     written = study.read_study(tmp_path / "out" / "vit_digits--ladder--train.json")
     assert [row.name for row in written.rows] == [entry.name for entry in study.LADDER]
     assert {row.asked_share for row in written.rows} == {0.55}
     assert written.command.endswith("ladder --part train --canvases 3 --first 7 --shares 0.55")
     assert (written.images, written.first) == (3, 7)
     assert str(tmp_path) not in written.to_json()
-    assert "+ S-stage" in capsys.readouterr().out
+    assert "+ S-stage" in printed
     assert study.render_study(written) in page.read_text().replace("<!-- / -->", "")
 
 
@@ -194,21 +213,9 @@ def search(classifier, tmp_path_factory):
     return root
 
 
-def test_a_search_is_held_against_the_uniform_plan(search, tmp_path, monkeypatch):
-    line = [
-        "study",
-        "tuned",
-        "--canvases",
-        "4",
-        "--workers",
-        "1",
-        "--searches",
-        str(search / "tuned"),
-        "--out",
-        str(tmp_path),
-    ]
-    monkeypatch.setattr("sys.argv", [*line, "--weights", str(search / "weights.safetensors")])
-    study.main()
+def test_a_search_is_held_against_the_uniform_plan(search, tmp_path, command):
+    line = ["tuned", "--canvases", 4, "--workers", 1, "--searches", search / "tuned", "--out", tmp_path]
+    assert command(*line, "--weights", search / "weights.safetensors")[0] == 0
     written = study.read_study(tmp_path / "vit_digits--tuned--train.json")
     report = json.loads((search / "tuned" / "tune.json").read_text())
     assert [row.name for row in written.rows] == ["uniform", "tuned"]
@@ -218,6 +225,7 @@ def test_a_search_is_held_against_the_uniform_plan(search, tmp_path, monkeypatch
         assert row.tokens == [196, *(stage["tokens_out"] for stage in plan["stages"])]
         assert [stage["block"] for stage in row.stages] == [stage["block"] for stage in plan["stages"]]
     assert str(search) not in written.to_json()
+    assert written.command.endswith("--searches tuned")
 
 
 def test_folders_without_a_search_are_refused(tmp_path):
@@ -225,15 +233,55 @@ def test_folders_without_a_search_are_refused(tmp_path):
         study.tuned_groups([tmp_path])
 
 
-@pytest.mark.parametrize("line", [["tuned"], ["ladder", "--searches", "somewhere"]])
-def test_searches_and_the_tuned_study_go_together(line, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["study", *line, "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="belongs to the study tuned"):
-        study.main()
+@pytest.mark.parametrize(
+    "line, sentence",
+    [
+        (["tuned"], "belongs to the study tuned"),
+        (["ladder", "--searches", "somewhere"], "belongs to the study tuned"),
+        (["ladder", "--weights", "none"], "'none' is no file"),
+        (["ladder", "--workers", "0"], "--workers 0 was asked for. Give at least 1."),
+        (["ladder", "--canvases", "0"], "Give at least 1 canvas"),
+        (["ladder", "--page", "none.md"], "There is no page none.md"),
+        (["ladder", "--page", "page.md"], "no place for vit_digits--ladder--train"),
+        (["ladder", "--out", "page.md"], "--out page.md is no folder"),
+    ],
+)
+def test_what_cannot_be_done_is_a_bad_request_before_anything_is_measured(
+    line, sentence, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "page.md").write_text("<!-- vit_digits--ladder--test -->\n<!-- / -->\n")
+    monkeypatch.setattr(study, "run_study", lambda *given, **named: pytest.fail("measured all the same"))
+    code, printed, refusal = command(*line)
+    assert (code, printed) == (2, "")
+    assert refusal.startswith("error: ")
+    assert sentence in refusal
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
-def test_the_command_refuses_weights_that_are_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["study", "ladder", "--weights", str(tmp_path / "none"), "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="is no file"):
-        study.main()
-    assert list(tmp_path.iterdir()) == []
+# --- the commands on the pages -----------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+PRINTED = [
+    (name, words)
+    for page in ("accuracy", "vit_digits")
+    for name, words in re.findall(
+        r"python -m ztp_deploy\.reference\.(\w+) ([^`\n]+)", (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    )
+]
+
+
+@pytest.mark.parametrize("name, words", PRINTED)
+def test_commands_on_the_pages_run_as_printed(name, words, monkeypatch, tmp_path):
+    given = import_module(f"ztp_deploy.reference.{name}").parser().parse_args(shlex.split(words))
+    if name == "study":
+        monkeypatch.chdir(ROOT)
+        study.check(given)
+        assert study.told(given) == f"python -m ztp_deploy.reference.study {words}"
+        assert len(study.tuned_groups(given.searches)) == (2 if given.study == "tuned" else 0)
+
+
+def test_the_pages_print_commands_of_every_study_and_module():
+    assert {name for name, _ in PRINTED} == {"study", "canvases", "train"}
+    printed = {words.split()[0] for name, words in PRINTED if name == "study"}
+    assert printed == {*study.STUDIES, study.TUNED}

@@ -125,3 +125,20 @@ def test_one_process_leaves_gradients_as_they_are():
     weight.grad = torch.tensor([1.0, 2.0, 3.0])
     assert train.share_gradients([weight], torch.tensor(0.25)) == 0.25
     assert weight.grad.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--out", "."], "--out . is a folder."),
+        (["--out", "w", "--processes", "0"], "--processes 0 was asked for."),
+        (["--out", "w", "--canvases", "0"], "--canvases 0 was asked for."),
+    ],
+)
+def test_what_cannot_be_trained_is_a_bad_request_before_canvases_are_drawn(words, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(train, "Canvases", lambda count: pytest.fail("drew canvases all the same"))
+    monkeypatch.setattr("sys.argv", ["train", *words])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")

@@ -7,13 +7,17 @@ import math
 import numpy as np
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.samplers import RandomSampler
 
+from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.zero_tprune import Options
 from ztp_deploy.plan import FLOP_SHARE_TOLERANCE, make_plan
 from ztp_deploy.tune.cost import flop_share
-from ztp_deploy.tune.space import REFUSED, Shape, Space, check_method, fit
+from ztp_deploy.tune.space import Shape, Space, fit, search_of
+
+TUNED = ("zero_tprune", "evit", "random")
 
 
 def test_counts_of_a_shape():
@@ -40,7 +44,7 @@ def test_fit_never_gives_a_stage_more_than_reaches_it():
     assert counts == [5, 5]
 
 
-@pytest.mark.parametrize("method", ["zero_tprune", "evit", "random"])
+@pytest.mark.parametrize("method", TUNED)
 def test_every_candidate_meets_the_budget_and_comes_within_half_a_percent(method, loaded):
     space = Space(loaded, method, dict.fromkeys(range(1, 9), 3))
     cost = flop_share(space.geometry)
@@ -93,16 +97,37 @@ def test_blocks_that_may_carry_a_stage():
     assert Space("deit_s", "evit", {}).blocks == range(2, 13)  # inside one
 
 
-@pytest.mark.parametrize("method", [*REFUSED])
+@pytest.mark.parametrize("method", ["dense", *(name for name in methods.METHODS if name not in TUNED)])
 def test_methods_without_freedom_are_refused(method):
-    with pytest.raises(BadRequest, match=rf"{method} cannot be tuned.*zero_tprune, evit, random"):
-        check_method(method)
+    with pytest.raises(BadRequest, match=rf"{method} cannot be tuned: it.*zero_tprune, evit, random"):
+        search_of(method)
 
 
 def test_unknown_methods_are_refused():
     with pytest.raises(BadRequest, match="zero_tprune"):
-        check_method("zero_prune")
-    check_method("zero_tprune")
+        search_of("zero_prune")
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_what_is_usual_can_be_chosen_and_comes_to_the_defaults(method):
+    """The uniform plan is one of the search's own, and that of the method's default options."""
+    space = Space("deit_s", method, {})
+    params, distributions = space.uniform_params(), space.distributions()
+    assert params.keys() == distributions.keys()
+    assert all(distributions[name]._contains(distributions[name].to_internal_repr(params[name])) for name in params)
+    sites = list(space.shape(params).sites)
+    keep = [150, 100, 50]
+    chosen = make_plan("deit_s", method, keep=keep, sites=sites, options=space.options(params, sites))
+    assert chosen.stages == make_plan("deit_s", method, keep=keep, sites=sites).stages
+
+
+def test_a_choice_of_a_method_is_searched():
+    """What a method's module names is all it takes."""
+    space = Space("deit_s", "zero_tprune", {})
+    distributions = space.distributions()
+    assert distributions["similar"] == FloatDistribution(0.0, 1.0, step=0.1)
+    assert distributions["rounds"] == CategoricalDistribution(("one", "published", "enough"))
+    assert distributions.keys() - Space("deit_s", "evit", {}).distributions().keys() == {"similar", "rounds"}
 
 
 def test_budgets_that_no_uniform_plan_meets_are_refused(loaded):

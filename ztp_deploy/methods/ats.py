@@ -53,6 +53,7 @@ from ztp_deploy.pruning.tokens import (
 
 PLACES: tuple[Place, ...] = ("attention_rows",)
 SUMMARY = "training-free: samples by class attention; compact (exactly k tokens) or masked, as published (ECCV 2022)"
+SEARCH = "it has a number for every block and no stages to place"
 merges = only_drops
 untrained = needs_no_training
 

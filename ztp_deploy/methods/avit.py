@@ -44,6 +44,7 @@ from ztp_deploy.pruning.tokens import TokenState, keep_state, mask_slots, slots_
 
 PLACES: tuple[Place, ...] = ("read_out",)
 SUMMARY = "trained halting, read out by halting weights; compact (fixed counts) or masked, as published (CVPR 2022)"
+SEARCH = "it lets tokens halt at every block by themselves and has no stages to place"
 refuses = any_backbone
 merges = only_drops
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -91,12 +91,47 @@ class Replay:
     goes: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a search may choose besides blocks and counts: one of `words`, or without any a share in tenths.
+
+    `usual` is the method's default.
+    """
+
+    usual: str | float
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SearchedBlocks:
+    """The blocks of `depth` that carry a plan's stages; `enough` are voting rounds by block, where they were measured."""
+
+    blocks: Sequence[int]
+    depth: int
+    enough: Mapping[int, int]
+
+
+def no_options(chosen: Mapping[str, Any], at: SearchedBlocks) -> dict[str, Any]:
+    """`Search.options` of methods of which only blocks and counts are searched."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `ztp tune` may choose of a method, by name, and the options that the chosen values come to."""
+
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    options: Callable[[Mapping[str, Any], SearchedBlocks], dict[str, Any]] = no_options
+
+
 class Method(Protocol):
     """The face of a module in `methods/`."""
 
     PLACES: tuple[Place, ...]
     """Where its stages may act, the usual place first."""
     SUMMARY: str
+    SEARCH: Search | str
+    """What may be searched, or why nothing can be, in words that follow "cannot be tuned: "."""
     Options: type[MethodOptions]
 
     def refuses(self, geometry: Geometry, options: MethodOptions) -> str | None:

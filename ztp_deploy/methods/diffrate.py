@@ -45,6 +45,7 @@ from ztp_deploy.pruning.tokens import (
 
 PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "prunes the least attended tokens, merges the next (ICCV 2023); takes the learned rates with keep and pruned"
+SEARCH = "its numbers for every block were learned with its checkpoint"
 untrained = needs_no_training
 
 FLOOR = 2.0**-13

@@ -31,6 +31,7 @@ from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of, top_k
 
 PLACES: tuple[Place, ...] = ("before_block",)
 SUMMARY = "keeps what predictors trained with the backbone call for; needs a DynamicViT checkpoint (NeurIPS 2021)"
+SEARCH = "its predictors were trained for the stages of its checkpoint"
 refuses = any_backbone
 merges = only_drops
 PREFIX = "score_predictor"

@@ -19,6 +19,7 @@ from ztp_deploy.methods.base import (
     Decision,
     MethodOptions,
     Replay,
+    Search,
     StageModule,
     StageOutput,
     needs_no_training,
@@ -30,6 +31,7 @@ from ztp_deploy.pruning.tokens import TokenState, fates_of, keep_tokens, members
 
 PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "keeps what the class token attends to and drops the rest or fuses it into one (ICLR 2022)"
+SEARCH = Search()
 default_sites = following_sites
 untrained = needs_no_training
 

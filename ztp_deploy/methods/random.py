@@ -15,6 +15,7 @@ from torch import Tensor
 from ztp_deploy.methods.base import (
     MethodOptions,
     Replay,
+    Search,
     StageModule,
     StageOutput,
     any_backbone,
@@ -31,6 +32,7 @@ from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of
 
 PLACES: tuple[Place, ...] = ("after_block",)
 SUMMARY = "keeps tokens drawn at random once for all images; the control for what scores are worth"
+SEARCH = Search()
 refuses = any_backbone
 merges = only_drops
 untrained = needs_no_training

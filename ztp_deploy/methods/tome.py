@@ -36,6 +36,7 @@ from ztp_deploy.pruning.tokens import TokenState, key_bias, membership, take, ta
 
 PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "training-free: merges the most similar tokens, a few in every block (ICLR 2023)"
+SEARCH = "it has a number for every block and no stages to place"
 
 default_sites = every_block
 refuses = any_backbone

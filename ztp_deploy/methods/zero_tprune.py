@@ -20,9 +20,12 @@ from torch import Tensor
 
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import (
+    Choice,
     Decision,
     MethodOptions,
     Replay,
+    Search,
+    SearchedBlocks,
     StageModule,
     StageOutput,
     any_backbone,
@@ -157,6 +160,25 @@ def published_rounds(block: int, depth: int) -> int:
     if block <= 3:
         return EARLY_ROUNDS
     return LATE_ROUNDS if block > depth - 3 else MIDDLE_ROUNDS
+
+
+def searched_options(chosen: Mapping[str, Any], at: SearchedBlocks) -> dict[str, Any]:
+    """The options of a search: `similar`, and `rounds` of every stage by one rule.
+
+    One each, as published by depth, or as many as were measured to be enough.
+    """
+
+    def rounds(block: int) -> int:
+        published = published_rounds(block, at.depth)
+        return {"one": 1, "published": published, "enough": at.enough.get(block, published)}[chosen["rounds"]]
+
+    return {"similar": round(chosen["similar"], 1), "rounds": [rounds(block) for block in at.blocks]}
+
+
+SEARCH = Search(
+    {"similar": Choice(0.5), "rounds": Choice("one", ("one", "published", "enough"))},
+    searched_options,
+)
 
 
 def score_names(stage: Stage) -> tuple[str, ...]:

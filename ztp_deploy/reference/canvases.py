@@ -20,6 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from ztp_deploy.ending import end
+from ztp_deploy.errors import BadRequest
+
 Part = Literal["train", "test"]
 Floats = NDArray[np.float32]
 
@@ -179,8 +182,11 @@ def _near(mask: Floats) -> Floats:
 def write(directory: Path, part: Part, count: int, *, by_class: bool, first: int = 0) -> Iterator[Path]:
     """`count` canvases of a part as PNG files, one at a time, from number `first` on; what is there already is kept.
 
-    In a folder for each class, or in one folder that says nothing of labels.
+    In a folder for each class, or in one folder that says nothing of labels. Raises BadRequest for less than one and for
+    a `first` below 0.
     """
+    if count < 1 or first < 0:
+        raise BadRequest(f"--count {count} and --first {first} were asked for.", "Give at least 1, from number 0 on.")
     labels, members = scans()[1], split()[part]
     for index in range(first, first + count):
         path = directory / f"canvas_{index:05}.png"
@@ -196,16 +202,25 @@ def write(directory: Path, part: Part, count: int, *, by_class: bool, first: int
         yield path
 
 
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    found = argparse.ArgumentParser(description="Write canvases as PNG files.")
+    found.add_argument("--part", choices=("train", "test"), required=True, help="Whose scans they show.")
+    found.add_argument("--count", type=int, required=True, help="How many.")
+    found.add_argument("--first", type=int, default=0, help="Number of the first.")
+    found.add_argument("--by-class", action="store_true", help="A folder for each class; otherwise one for all.")
+    found.add_argument("--out", type=Path, required=True, help="The folder.")
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write canvases as PNG files.")
-    parser.add_argument("--part", choices=("train", "test"), required=True, help="Whose scans they show.")
-    parser.add_argument("--count", type=int, required=True, help="How many.")
-    parser.add_argument("--first", type=int, default=0, help="Number of the first.")
-    parser.add_argument("--by-class", action="store_true", help="A folder for each class; otherwise one for all.")
-    parser.add_argument("--out", type=Path, required=True, help="The folder.")
-    given = parser.parse_args()
-    written = write(given.out, given.part, given.count, by_class=given.by_class, first=given.first)
-    print(sum(1 for _ in written), "canvases in", given.out)
+    given = parser().parse_args()
+
+    def run() -> None:
+        written = write(given.out, given.part, given.count, by_class=given.by_class, first=given.first)
+        print(sum(1 for _ in written), "canvases in", given.out)
+
+    end(run)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ import io
 import json
 import multiprocessing
 import shlex
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ztp_deploy import environment, models
-from ztp_deploy.errors import BadRequest, ZtpError
+from ztp_deploy.ending import end
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import Comparison, Proportion, compare, hits, image_kl, paired_bootstrap, wilson
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import write_bytes, write_text
@@ -203,7 +203,11 @@ class Sheet:
     digits: NDArray[np.int64]
 
 
-def sheet(part: canvases.Part, count: int, first: int = 0, over: Callable[..., Iterable[Any]] = map) -> Sheet:
+Over: TypeAlias = Callable[..., Iterable[Any]]
+"""`map`, or that of a pool of processes."""
+
+
+def sheet(part: canvases.Part, count: int, first: int = 0, over: Over = map) -> Sheet:
     """`count` canvases of a part, from number `first` on; `over` maps a function over numbers."""
     drawn = list(over(_canvas, repeat(part, count), range(first, first + count)))
     pixels, labels, digits = zip(*drawn, strict=True)
@@ -232,6 +236,10 @@ def _logits(model: nn.Module, plan: Plan | None, pixels: Path) -> NDArray[np.flo
     return logits_of(model if plan is None else prune(model, plan), np.load(pixels, mmap_mode="r"))
 
 
+Asked: TypeAlias = tuple[float, Entry, Plan]
+"""A FLOP share, a row to be, and its plan there."""
+
+
 def run_study(
     name: str,
     part: canvases.Part,
@@ -246,54 +254,23 @@ def run_study(
 ) -> Study:
     """Every entry of every group on the same `count` canvases, in `workers` processes of one thread (1: in this one).
 
-    Raises BadRequest for less than one.
+    Raises BadRequest for less than one of either and for a `first` below 0.
     """
-    if workers < 1:
-        raise BadRequest(f"--workers {workers} was asked for.", "Give at least 1.")
+    _check_counts(count, first, workers)
     model = models.load_model(MODEL, weights="pretrained") if model is None else model
     asked = [(share, entry, entry.plan_at(model, share)) for share, entries in groups for entry in entries]
     with ExitStack() as stack:
-        over: Callable[..., Iterable[Any]] = map
-        if workers > 1:
-            spawn = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)))
-            over = pool.map
+        over = _processes(stack, workers)
         data = sheet(part, count, first, partial(over, chunksize=64) if workers > 1 else over)
-        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pixels.npy"
-        np.save(file, data.pixels)
-        plans = [None, *(plan for _, _, plan in asked)]
-        found = iter(over(_logits, repeat(model, len(plans)), plans, repeat(file, len(plans))))
+        found = _run_all(stack, over, model, [plan for _, _, plan in asked], data.pixels)
         dense = next(found)
-        rows: list[Row] = []
-        other: dict[float, tuple[NDArray[np.bool_], NDArray[np.float64]]] = {}
-        for share, entry, plan in asked:
-            logits = next(found)
-            made = hits(logits, data.labels), image_kl(dense, logits)
-            right, kl = other.setdefault(share, made)
-            if name == STEPWISE:
-                other[share] = made
-            comparison = compare(dense, logits, data.labels, clusters=data.digits)
-            advance(f"{share:.2f} {entry.name}: {comparison.pruned.top1.share:.4f}")
-            rows.append(
-                Row(
-                    name=entry.name,
-                    method=entry.method,
-                    options=entry.options,
-                    asked_share=share,
-                    planned_share=plan.flops.share,
-                    planned_gmacs=plan.flops.planned / 1e9,
-                    tokens=[plan.patch_tokens, *plan.counts],
-                    stages=[{"block": stage.block, **stage.static} for stage in plan.stages],
-                    comparison=comparison,
-                    ahead=paired_bootstrap(made[0].astype(float) - right, data.digits),
-                    closer=paired_bootstrap(kl - made[1], data.digits),
-                )
-            )
+        rows = list(_rows(asked, dense, found, data, name == STEPWISE, advance))
+    source = models.source_of(model)
     return Study(
         study=name,
         against="before" if name == STEPWISE else "first",
-        model=models.source_of(model).name,
-        weights_sha256=models.source_of(model).weights.sha256,
+        model=source.name,
+        weights_sha256=source.weights.sha256,
         part=part,
         images=count,
         first=first,
@@ -303,6 +280,78 @@ def run_study(
         rows=rows,
         command=command,
         environment=environment.snapshot(),
+    )
+
+
+def _check_counts(count: int, first: int, workers: int) -> None:
+    if workers < 1:
+        raise BadRequest(f"--workers {workers} was asked for.", "Give at least 1.")
+    if count < 1 or first < 0:
+        raise BadRequest(
+            f"--canvases {count} and --first {first} were asked for.", "Give at least 1 canvas, from number 0 on."
+        )
+
+
+def _processes(stack: ExitStack, workers: int) -> Over:
+    """What maps in so many processes of one thread each, in this one for 1."""
+    if workers == 1:
+        return map
+    spawn = multiprocessing.get_context("spawn")
+    return stack.enter_context(ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,))).map
+
+
+def _run_all(
+    stack: ExitStack, over: Over, model: nn.Module, plans: Sequence[Plan], pixels: NDArray[np.uint8]
+) -> Iterator[NDArray[np.float32]]:
+    """The dense model's logits, then those of every plan. Processes read the canvases from a file."""
+    file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "pixels.npy"
+    np.save(file, pixels)
+    wanted = [None, *plans]
+    return iter(over(_logits, repeat(model, len(wanted)), wanted, repeat(file, len(wanted))))
+
+
+def _rows(
+    asked: Sequence[Asked],
+    dense: NDArray[np.float32],
+    found: Iterable[NDArray[np.float32]],
+    data: Sheet,
+    stepwise: bool,
+    advance: Callable[[str], None],
+) -> Iterator[Row]:
+    """A row for what was asked, each with its logits: against the row before where `stepwise`, else the share's first."""
+    others: dict[float, Outcome] = {}
+    for one, logits in zip(asked, found, strict=True):
+        outcome = Outcome(hits(logits, data.labels).astype(float), image_kl(dense, logits))
+        other = others.setdefault(one[0], outcome)
+        if stepwise:
+            others[one[0]] = outcome
+        row = _row(one, compare(dense, logits, data.labels, clusters=data.digits), outcome, other, data.digits)
+        advance(f"{row.asked_share:.2f} {row.name}: {row.comparison.pruned.top1.share:.4f}")
+        yield row
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a row did to every canvas [M]: 1 where it was read right, else 0, and the KL from the dense model."""
+
+    right: NDArray[np.float64]
+    kl: NDArray[np.float64]
+
+
+def _row(asked: Asked, comparison: Comparison, own: Outcome, other: Outcome, digits: NDArray[np.int64]) -> Row:
+    share, entry, plan = asked
+    return Row(
+        name=entry.name,
+        method=entry.method,
+        options=entry.options,
+        asked_share=share,
+        planned_share=plan.flops.share,
+        planned_gmacs=plan.flops.planned / 1e9,
+        tokens=[plan.patch_tokens, *plan.counts],
+        stages=[{"block": stage.block, **stage.static} for stage in plan.stages],
+        comparison=comparison,
+        ahead=paired_bootstrap(own.right - other.right, digits),
+        closer=paired_bootstrap(other.kl - own.kl, digits),
     )
 
 
@@ -385,29 +434,35 @@ def picture(study: Study) -> bytes:
 
 def record_study(study: Study, folder: Path) -> Path:
     """Writes JSON and, of curves, a picture, named after model, study and part."""
-    path = folder / f"{stem(study)}.json"
+    path = folder / f"{stem(study.model, study.study, study.part)}.json"
     write_text(path, study.to_json())
     if study.study == DRAWN:
         write_bytes(path.with_suffix(".png"), picture(study))
     return path
 
 
-def stem(study: Study) -> str:
+def stem(model: str, study: str, part: canvases.Part) -> str:
     """The name of a study's files and of its place on a page."""
-    return f"{study.model}--{study.study}--{study.part}"
+    return f"{model}--{study}--{part}"
 
 
 def fill(page: str, study: Study) -> str:
-    """A Markdown page with the study's table where the page says `<!-- stem --> … <!-- / -->`.
+    """A Markdown page with the study's table in its `place`. Raises BadRequest for a page without one."""
+    before, after = place(page, stem(study.model, study.study, study.part))
+    return f"{before}{render_study(study).strip()}\n{after}"
+
+
+def place(page: str, name: str) -> tuple[str, str]:
+    """What stands before and after a study's table on a page that says `<!-- name --> … <!-- / -->`.
 
     Raises BadRequest for a page without that place.
     """
-    begin, end = f"<!-- {stem(study)} -->\n", "<!-- / -->"
+    begin, end = f"<!-- {name} -->\n", "<!-- / -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise BadRequest(f"The page has no place for {stem(study)}.", f"Put {begin.strip()} and {end} on lines there.")
-    return f"{before}{begin}{render_study(study).strip()}\n{end}{after}"
+        raise BadRequest(f"The page has no place for {name}.", f"Put {begin.strip()} and {end} on lines there.")
+    return f"{before}{begin}", f"{end}{after}"
 
 
 def read_study(path: Path) -> Study:
@@ -415,52 +470,74 @@ def read_study(path: Path) -> Study:
     return Study.model_validate(json.loads(path.read_text(encoding="utf-8")))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what pruning costs the reference classifier.")
-    parser.add_argument("study", choices=(*STUDIES, TUNED))
-    parser.add_argument(
+# --- the command -------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    found = argparse.ArgumentParser(description="Measure what pruning costs the reference classifier.")
+    found.add_argument("study", choices=(*STUDIES, TUNED))
+    found.add_argument(
         "--part", choices=("train", "test"), default="train", help="Canvases; choices are made on train."
     )
-    parser.add_argument("--canvases", type=int, default=2388, help="How many.")
-    parser.add_argument(
-        "--first", type=int, default=0, help="Number of the first; the training saw those up to 39,999."
-    )
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="FLOP shares; tuned plans have theirs.")
-    parser.add_argument("--searches", type=Path, nargs="+", default=(), help="Folders of `ztp tune`, for tuned.")
-    parser.add_argument("--weights", default="pretrained", help="pretrained, or a path that the training wrote.")
-    parser.add_argument("--workers", type=int, default=environment.usable_cores(), help="Processes of one thread each.")
-    parser.add_argument("--out", type=Path, required=True, help="Folder for the JSON.")
-    parser.add_argument("--page", type=Path, help="A Markdown page whose table of this study is to be renewed.")
-    given = parser.parse_args()
-    told = ["python", "-m", "ztp_deploy.reference.study", given.study, "--part", given.part]
-    told += ["--canvases", str(given.canvases), *(["--first", str(given.first)] if given.first else [])]
+    found.add_argument("--canvases", type=int, default=2388, help="How many.")
+    found.add_argument("--first", type=int, default=0, help="Number of the first; the training saw those up to 39,999.")
+    found.add_argument("--shares", type=float, nargs="+", default=SHARES, help="FLOP shares; tuned plans have theirs.")
+    found.add_argument("--searches", type=Path, nargs="+", default=(), help="Folders of `ztp tune`, for tuned.")
+    found.add_argument("--weights", default="pretrained", help="pretrained, or a path that the training wrote.")
+    found.add_argument("--workers", type=int, default=environment.usable_cores(), help="Processes of one thread each.")
+    found.add_argument("--out", type=Path, default=Path("studies"), help="Folder for the JSON.")
+    found.add_argument("--page", type=Path, help="A Markdown page whose table of this study is to be renewed.")
+    return found
+
+
+def check(given: argparse.Namespace) -> None:
+    """Raises BadRequest, before anything is measured, for what could not be measured or written in the end."""
+    if (given.study == TUNED) != bool(given.searches):
+        raise BadRequest("--searches belongs to the study tuned, and that to it.", "Give both or neither.")
+    _check_counts(given.canvases, given.first, given.workers)
+    if given.out.exists() and not given.out.is_dir():
+        raise BadRequest(f"--out {given.out} is no folder.", "Give one, or a name that is free.")
+    if given.page and not given.page.is_file():
+        raise BadRequest(f"There is no page {given.page}.", "Give a Markdown file, or leave out --page.")
+    if given.page:
+        place(given.page.read_text(encoding="utf-8"), stem(MODEL, given.study, given.part))
+
+
+def told(given: argparse.Namespace) -> str:
+    """The command that measures the same again, without where it wrote and without the paths of this machine."""
+    words = ["python", "-m", "ztp_deploy.reference.study", given.study, "--part", given.part]
+    words += ["--canvases", str(given.canvases), *(["--first", str(given.first)] if given.first else [])]
     if given.study == TUNED:
-        told += ["--searches", *(folder.name for folder in given.searches)]
+        words += ["--searches", *(folder.name if folder.is_absolute() else str(folder) for folder in given.searches)]
     elif STUDIES[given.study]:
-        told += ["--shares", *map(str, given.shares)]
-    try:
-        if (given.study == TUNED) != bool(given.searches):
-            raise BadRequest("--searches belongs to the study tuned, and that to it.", "Give both or neither.")
-        if given.page and not given.page.is_file():
-            raise BadRequest(f"There is no page {given.page}.", "Give a Markdown file, or leave out --page.")
-        study = run_study(
-            given.study,
-            given.part,
-            given.canvases,
-            groups=tuned_groups(given.searches)
-            if given.searches
-            else [(share, STUDIES[given.study]) for share in given.shares],
-            model=models.load_model(MODEL, weights=given.weights),
-            first=given.first,
-            workers=given.workers,
-            command=shlex.join(told),  # without the paths of this machine
-            advance=lambda line: print(line, flush=True),
-        )
-        print(render_study(study), record_study(study, given.out), sep="\n")
-        if given.page:
-            write_text(given.page, fill(given.page.read_text(encoding="utf-8"), study))
-    except ZtpError as error:
-        sys.exit(f"error: {error}")
+        words += ["--shares", *map(str, given.shares)]
+    return shlex.join(words)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Runs the study that was asked for, prints and writes it. Raises BadRequest."""
+    check(given)
+    groups = tuned_groups(given.searches) or [(share, STUDIES[given.study]) for share in given.shares]
+    study = run_study(
+        given.study,
+        given.part,
+        given.canvases,
+        groups=groups,
+        model=models.load_model(MODEL, weights=given.weights),
+        first=given.first,
+        workers=given.workers,
+        command=told(given),
+        advance=lambda line: print(line, flush=True),
+    )
+    print(render_study(study), record_study(study, given.out), sep="\n")
+    if given.page:
+        write_text(given.page, fill(given.page.read_text(encoding="utf-8"), study))
+
+
+def main() -> None:
+    given = parser().parse_args()
+    end(lambda: measure(given))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
 
+from ztp_deploy.ending import end
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.manifest import write_bytes
 from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import MEAN, STD, WIDTH, vit_digits
 
@@ -225,8 +228,10 @@ def train(recipe: Recipe, out: Path) -> None:
     """Trains from the recipe's seed and writes the weights to `out`, every so often and at the end.
 
     Each of `recipe.processes` computes its part of every batch on one thread. Runs on processors of one kind agree;
-    on others rounding in bfloat16 takes them apart.
+    on others rounding in bfloat16 takes them apart. Raises BadRequest for a recipe that trains nothing and for an `out`
+    that is a folder.
     """
+    check(recipe, out)
     begin = time.monotonic()
     drawn = Canvases(recipe.canvases)
     print(f"{recipe.canvases} canvases drawn in {time.monotonic() - begin:.0f} s", flush=True)
@@ -235,6 +240,15 @@ def train(recipe: Recipe, out: Path) -> None:
         return
     with tempfile.TemporaryDirectory() as meeting:
         start_processes(_train, (recipe, drawn, out, f"file://{meeting}/rank"), recipe.processes)  # type: ignore[no-untyped-call]
+
+
+def check(recipe: Recipe, out: Path) -> None:
+    """Raises BadRequest for what would fail only once canvases are drawn or a first part of the training is done."""
+    if out.is_dir():
+        raise BadRequest(f"--out {out} is a folder.", "Give the name of a file in it.")
+    for name in ("processes", "canvases", "batch"):
+        if (number := getattr(recipe, name)) < 1:
+            raise BadRequest(f"--{name} {number} was asked for.", "Give at least 1.")
 
 
 def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str | None) -> None:
@@ -281,9 +295,9 @@ def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str |
                 print(f"{share:6.1%} step {step}: {found}, {time.monotonic() - begin:.0f} s", flush=True)
                 right, seen = 0.0, 0
             if rank == 0 and step % SAVE_EVERY == 0:
-                save_file(model.state_dict(), out)
+                write_bytes(out, save(model.state_dict()))
     if rank == 0:
-        save_file(model.state_dict(), out)
+        write_bytes(out, save(model.state_dict()))
     if meeting:
         distributed.destroy_process_group()
 
@@ -306,13 +320,18 @@ def share_gradients(weights: Sequence[nn.Parameter], accuracy: Tensor) -> float:
     return float(flat[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the reference classifier.")
-    parser.add_argument("--out", type=Path, required=True, help="Where the weights go (.safetensors).")
+def parser() -> argparse.ArgumentParser:
+    """What the command takes: where the weights go, and all of a recipe."""
+    found = argparse.ArgumentParser(description="Train the reference classifier.")
+    found.add_argument("--out", type=Path, required=True, help="Where the weights go (.safetensors).")
     for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    given = vars(parser.parse_args())
-    train(out=given.pop("out"), recipe=Recipe(**given))
+        found.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return found
+
+
+def main() -> None:
+    given = vars(parser().parse_args())
+    end(lambda: train(out=given.pop("out"), recipe=Recipe(**given)))
 
 
 if __name__ == "__main__":

@@ -87,11 +87,11 @@ def by_block(model: nn.Module, images: Tensor) -> dict[int, int]:
 
 
 def of_plan(model: nn.Module, plan: Plan, images: Tensor) -> tuple[StageRounds, ...]:
-    """Rounds that are enough at each stage of a Zero-TPrune plan, on the tokens that reach it; none for other methods.
+    """Rounds that are enough at each stage of a plan, on the tokens that reach it; none for methods that do not vote.
 
     Every stage is given the tokens that the plan itself keeps before it, so that stages are judged one by one.
     """
-    if plan.method != "zero_tprune" or not plan.stages:
+    if not plan.stages or not has_rounds(plan.method):
         return ()
     with torch.inference_mode():
         taken = prune(model, plan).run(images).kept

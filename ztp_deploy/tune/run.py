@@ -77,7 +77,7 @@ class TuneRequest:
     def check(self) -> Budget:
         """The budget. Raises BadRequest for what can be refused before anything is loaded."""
         budget = Budget.parse(self.budget)
-        space.check_method(self.method)
+        space.search_of(self.method)
         if self.trials < 1 or self.seed < 0:
             raise BadRequest(
                 f"--trials {self.trials} and --seed {self.seed} were asked for.", "Give at least 1 and at least 0."

@@ -17,26 +17,13 @@ from torch import nn
 
 from ztp_deploy import methods, models
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods import zero_tprune
+from ztp_deploy.methods.base import Search, SearchedBlocks
 from ztp_deploy.plan import FLOP_SHARE_TOLERANCE, Geometry, Plan, Stage, make_plan, share_of
 
 VERSION = 2
 """Of the space: a study made with another is not gone on with."""
 MAX_STAGES = 4
 LEAST_STRENGTH = 0.1
-ROUNDS = ("one", "published", "enough")
-"""Voting rounds of all stages: one each, as published by depth, or as many as were measured to be enough."""
-
-REFUSED = {
-    "dense": "it prunes nothing",
-    "slice": "it selects nothing: it is the yardstick for what selection costs",
-    "dynamicvit": "its predictors were trained for the stages of its checkpoint",
-    "tome": "it has a number for every block and no stages to place",
-    "ats": "it has a number for every block and no stages to place",
-    "diffrate": "its numbers for every block were learned with its checkpoint",
-    "avit": "it lets tokens halt at every block by themselves and has no stages to place",
-}
-
 Cost = Callable[[Sequence[Stage]], float]
 """What stages cost, in the budget's unit; never less for more tokens."""
 
@@ -71,6 +58,11 @@ class Space:
         return models.describe(self.model)[1]
 
     @property
+    def search(self) -> Search:
+        """What may be chosen of the method."""
+        return search_of(self.method)
+
+    @property
     def blocks(self) -> range:
         """Blocks that may carry a stage: those that leave at least one block to fewer tokens."""
         shift = 0 if methods.get(self.method).PLACES[0] == "after_block" else 1
@@ -88,9 +80,9 @@ class Space:
         for index in range(1, self.most + 1):
             found[f"site_{index}"] = IntDistribution(first, last)
             found[f"strength_{index}"] = FloatDistribution(LEAST_STRENGTH, 1.0)
-        if self.method == "zero_tprune":
-            found["similar"] = FloatDistribution(0.0, 1.0, step=0.1)
-            found["rounds"] = CategoricalDistribution(ROUNDS)
+        for name, choice in self.search.choices.items():
+            words = choice.words
+            found[name] = CategoricalDistribution(words) if words else FloatDistribution(0.0, 1.0, step=0.1)
         return found
 
     def uniform_params(self) -> dict[str, Any]:
@@ -100,9 +92,7 @@ class Space:
         for index in range(1, self.most + 1):
             params[f"site_{index}"] = sites[min(index, len(sites)) - 1]
             params[f"strength_{index}"] = 0.5
-        if self.method == "zero_tprune":
-            params |= {"similar": 0.5, "rounds": "one"}
-        return params
+        return params | {name: choice.usual for name, choice in self.search.choices.items()}
 
     def shape(self, params: Mapping[str, Any]) -> Shape:
         """The shape behind parameters; of stages that fall on one block the first counts."""
@@ -114,14 +104,7 @@ class Space:
 
     def options(self, params: Mapping[str, Any], sites: Sequence[int]) -> dict[str, Any]:
         """The method's options behind parameters."""
-        if self.method != "zero_tprune":
-            return {}
-        rounds = [self._rounds(params["rounds"], block) for block in sites]
-        return {"similar": round(params["similar"], 1), "rounds": rounds}
-
-    def _rounds(self, rule: str, block: int) -> int:
-        published = zero_tprune.published_rounds(block, self.geometry.depth)
-        return {"one": 1, "published": published, "enough": self.enough.get(block, published)}[rule]
+        return self.search.options(params, SearchedBlocks(sites, self.geometry.depth, self.enough))
 
     def plan(self, params: Mapping[str, Any], cost: Cost, limit: float) -> Plan | None:
         """The plan for parameters, within `limit` and at most 0.5 % below it; None where whole tokens do not allow it."""
@@ -164,13 +147,13 @@ class Space:
         return lambda counts: cost(rule.schedule(geometry, sites, counts, chosen))
 
 
-def check_method(method: str) -> None:
-    """Raises BadRequest for a method without sites and counts to choose."""
-    methods_left = ", ".join(name for name in methods.METHODS if name not in REFUSED)
-    if method not in REFUSED:
-        methods.get(method)
-        return
-    raise BadRequest(f"{method} cannot be tuned: {REFUSED[method]}.", f"Methods that can: {methods_left}.")
+def search_of(method: str) -> Search:
+    """What may be chosen of a method. Raises BadRequest for one without sites and counts to choose."""
+    found = "it prunes nothing" if method == "dense" else methods.get(method).SEARCH
+    if isinstance(found, Search):
+        return found
+    able = ", ".join(name for name in methods.METHODS if isinstance(methods.get(name).SEARCH, Search))
+    raise BadRequest(f"{method} cannot be tuned: {found}.", f"Methods that can: {able}.")
 
 
 def fit(shape: Shape, tokens: int, cost: Callable[[Sequence[int]], float], limit: float) -> list[int] | None:
