@@ -112,7 +112,7 @@ def record_methods(report: Any, folder: Path) -> None:
 
 
 def _particulars(folders: list[str]) -> str:
-    """What all these engines have in common beyond the defaults, for file names: one batch size, settings."""
+    """What all these engines have in common beyond the defaults, for file names: one batch size, settings, calibration."""
     from ztp_deploy.backends import particulars
 
     common = [set(values) for values in zip(*map(particulars, folders), strict=True)]

@@ -192,14 +192,15 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
     device = module.resolve_device(request.device)
     manifest = artifact.manifest
     settings = module.parse_settings(dict(request.settings))
-    directory = backends.engine_directory(
-        request.engines_root, manifest, name, device, request.precision, BatchRange.parse(request.batch), settings
-    )
     calibration = None
     if request.precision in module.CALIBRATED:
         with clock.step("prepare images for calibration"):
             source, dtype = manifest.source.preprocessing, manifest.input.dtype
             calibration = load_images(images, source, dtype, purpose="calibration").pixels
+    span = BatchRange.parse(request.batch)
+    directory = backends.engine_directory(
+        request.engines_root, manifest, name, device, request.precision, span, settings, calibration
+    )
     with clock.step(f"build {manifest.plan.label} for {name} on {device.name}", 1.0) as advance:
         engine = backends.build(
             artifact,
