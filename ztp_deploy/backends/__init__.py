@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ztp_deploy import environment
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
+from ztp_deploy.defaults import BATCH, ENGINES_ROOT
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import (
@@ -43,7 +44,6 @@ BACKENDS: dict[str, str] = {
     "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",
 }
 EVIDENCE = "evidence"
-DEFAULT_BATCH = (1, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def build(
     *,
     device: str = "auto",
     precision: str = "fp32",
-    batch: tuple[int, int, int] | str | int = DEFAULT_BATCH,
+    batch: tuple[int, int, int] | str | int = BATCH,
     directory: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
     calibration: NDArray[Any] | None = None,
@@ -182,7 +182,7 @@ def build(
     final = (
         Path(directory)
         if directory is not None
-        else engine_directory(Path("engines"), source, name, target, precision, span, chosen, calibration)
+        else engine_directory(ENGINES_ROOT, source, name, target, precision, span, chosen, calibration)
     )
     check_replaceable(final, EngineManifest)
     sweep(final.parent)
