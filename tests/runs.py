@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,16 @@ from ztp_deploy.exporters import torchscript
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.models.base import ModelSize
 from ztp_deploy.pruning.prune import Outputs, PrunedModel
+
+
+class Silent:
+    """A monitor that shows nothing."""
+
+    def step(self, title: str, total: float | None) -> AbstractContextManager[Callable[[float], None]]:
+        return nullcontext(lambda amount: None)
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
 
 
 def observe(pruned: PrunedModel, images: np.ndarray, forced: list[np.ndarray] | None = None) -> Observation:

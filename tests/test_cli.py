@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests import tiny
 from ztp_deploy import backends, cli
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.images import photograph_crops
 
 
@@ -379,7 +380,8 @@ def test_recipes_and_profiles(ztp, tmp_path):
     code, out, err = ztp("build", "--artifact", json.loads(out)["artifact"], "--profile", "small", "--json")
     assert code == 0, err
     assert json.loads(out)["manifest"]["batch"] == {"min": 1, "opt": 1, "max": 2}
-    one_sentence(*ztp("export", "-m", "deit_s", "--recipe", "mine"), 2, "deit_t")
+    words = ("The recipe mine is for deit_t, and --model deit_s was given", "Leave --model out")
+    one_sentence(*ztp("export", "-m", "deit_s", "--recipe", "mine"), 2, *words)
     Path("export/mine.toml").write_text('model = "deit_t"\nmethod = "slice"\nratio = 0.5\n')
     arguments = (
         "export",
@@ -401,6 +403,95 @@ def test_recipes_and_profiles(ztp, tmp_path):
     one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "ratios")
     Path("export/mine.toml").write_text("model = \n")
     one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "TOML")
+
+
+def requests(monkeypatch):
+    """Records what `make_engine` is asked for, and stops there."""
+    asked = []
+
+    def make_engine(wanted, request, monitor, **others):
+        asked.append((wanted, request, others))
+        raise BadRequest("Asked.")
+
+    monkeypatch.setattr("ztp_deploy.workflow.make_engine", make_engine)
+    return asked
+
+
+@pytest.mark.parametrize("command", ["engine", "bench"])
+def test_a_recipe_brings_its_model(ztp, monkeypatch, command):
+    asked = requests(monkeypatch)
+    Path("mine.toml").write_text('model = "deit_t"\nflops = 0.65\n')
+    one_sentence(*ztp(command, "--recipe", "mine.toml"), 2, "Asked.")
+    one_sentence(*ztp(command, "--recipe", "mine.toml", "--model", "deit_t"), 2, "Asked.")
+    assert [(wanted.model, wanted.flops) for wanted, _, _ in asked] == [("deit_t", 0.65)] * 2
+    one_sentence(*ztp(command, "--recipe", "mine.toml", "--model", "deit_b"), 2, "for deit_t, and --model deit_b")
+    code, out, err = ztp(command, "--ratio", 0.7)
+    one_sentence(code, out, err, 2, "--model", "--recipe")
+    assert len(asked) == 2
+
+
+def test_export_takes_its_model_from_a_recipe(ztp):
+    Path("mine.toml").write_text('model = "deit_t"\nratio = 0.5\n')
+    arguments = ("export", "--recipe", "mine.toml", "--weights", "random", "--format", "torchscript", "--json")
+    code, out, err = ztp(*arguments)
+    assert code == 0, err
+    assert json.loads(out)["artifact"] == "export/deit_t--zero_tprune-0.5--torchscript--fp32--random"
+    one_sentence(*ztp("show", "a.png", "--recipe", "mine.toml", "--engine", "e"), 2, "either an engine folder")
+
+
+def test_bench_finds_the_engine_that_was_calibrated_on_these_images(ztp, monkeypatch):
+    asked = requests(monkeypatch)
+    for command in ("engine", "bench"):
+        arguments = ("-m", "deit_t", "-r", 0.7, "-b", "openvino", "--precision", "int8", "--images", "photos")
+        one_sentence(*ztp(command, *arguments), 2, "Asked.")
+    (_, engine, one), (_, bench, other) = asked
+    assert engine == bench
+    assert one["images"] == other["images"] == "photos"
+
+
+@pytest.mark.parametrize(
+    "start, heeded",
+    [
+        (("bench", "--engine", "e"), {"engine", "batches", "seconds", "record", "as_json"}),
+        (("show", "a.png", "--engine", "e"), {"images", "engine", "directory", "as_json"}),
+        (
+            ("eval", "--engine", "e", "--data", "d"),
+            {"data", "engine", "dense_engine", "no_dense", "batch", "workers", "device", "as_json"},
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_a_standing_engine_does_not_heed_is_refused(ztp, start, heeded):
+    """Every option of the command is either listed here as heeded, or refused by its name, also at its default value."""
+    from typer.main import get_command
+
+    parameters = {parameter.name: parameter for parameter in get_command(cli.app).commands[start[0]].params}
+    assert heeded <= set(parameters)
+    refused = set(parameters) - heeded - {"model", "recipe", "help"}
+    assert {"method", "ratio", "flops", "keep", "sites", "option", "weights"} <= refused
+    for name in sorted(refused):
+        option = max(parameters[name].opts, key=len)
+        value = () if parameters[name].is_flag else ("1",)
+        one_sentence(*ztp(*start, option, *value), 2, f"{option} makes no sense with --engine")
+    for word in ("--model", "--recipe"):
+        one_sentence(*ztp(*start, word, "m"), 2, "Give either an engine folder (--engine) or a model")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("bench", "--engine", "X", "--precision", "int8", "--batch", 4, "--option", "a=1"), ("makes no sense",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--no-bench", "--batches", 8), ("--batches", "--no-bench")),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--no-bench", "--seconds", 12), ("--seconds", "--no-bench")),
+        (("build", "-a", "a", "-b", "onnxruntime", "--images", "i"), ("--images", "precision fp32", "ztp check")),
+        (("tune", "-m", "deit_t", "--budget", "flops=0.6", "--images", "i", "--precision", "fp16"), ("--precision",)),
+        (("tune", "-m", "deit_t", "--budget", "flops=0.6", "--images", "i", "--seconds", 10), ("--seconds",)),
+        (("eval", "-m", "deit_t", "-r", 0.7, "--data", "d", "--dense-engine", "e"), ("--dense-engine", "--model")),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(ztp, tmp_path, arguments, words):
+    one_sentence(*ztp(*arguments), 2, *words)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("seconds", [1.0, 4.0, 7.0])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 
+import numpy as np
 import pytest
 
+from ztp_deploy import backends
 from ztp_deploy import manifest as mf
 from ztp_deploy.errors import BadRequest, DamagedFiles
 from ztp_deploy.manifest import ArtifactManifest, BatchRange, EngineManifest, read_manifest
@@ -156,3 +160,23 @@ def test_the_hash_of_sources_follows_names_and_contents(tmp_path, monkeypatch):
     assert sources(lambda: (tmp_path / "room" / "deep" / "a.py").rename(tmp_path / "room" / "b.py")) == 3
     assert sources(lambda: (tmp_path / "plan.py").write_text("another plan")) == 4
     mf.sources_sha256.cache_clear()
+
+
+def test_folder_names_tell_calibrations_apart(artifact, tmp_path):
+    module = backends.get("openvino")
+    device, span = module.resolve_device("cpu"), BatchRange.parse("4")
+    dark, light = np.zeros((2, 3, 4, 4), np.float32), np.ones((2, 3, 4, 4), np.float32)
+
+    def path(precision, images, settings):
+        chosen = module.parse_settings(settings)
+        where = (tmp_path, artifact.manifest, "openvino", device, precision, span, chosen, images)
+        return backends.engine_directory(*where).name
+
+    # The tag is the start of the images' sha256, after that of the settings.
+    digits = hashlib.sha256(bytes(2 * 3 * 4 * 4 * 4)).hexdigest()[:6]
+    assert path("int8", dark, {}).endswith(f"--int8--b4-4-4--random--c{digits}")
+    assert path("int8", dark, {}) != path("int8", light, {})
+    assert path("fp32", dark, {}) == path("fp32", light, {}) == path("fp32", None, {})
+    both = backends.particulars("openvino-1-cpu/" + path("int8", dark, {"threads": 1}))
+    assert both == ("b4", re.search(r"--(s\w{6})--c", path("int8", dark, {"threads": 1}))[1], f"c{digits}")
+    assert backends.particulars("deit_s--dense--fp32--b1-8-64--wcafe01") == (None, None, None)

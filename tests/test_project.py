@@ -286,6 +286,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         ("b8-8-8--random", "-b8"),
         ("b1-8-64--s58160a", "-s58160a"),
         ("b1-1-1--s58160a", "-b1-s58160a"),
+        ("b1-1-1--s58160a--c0123ab", "-b1-s58160a-c0123ab"),
     ],
 )
 def test_evidence_of_particular_engines_lies_in_files_of_its_own(engine, ending, tmp_path):

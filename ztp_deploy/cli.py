@@ -12,8 +12,9 @@ import json
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -28,11 +29,15 @@ from ztp_deploy.console import (
     record_result,
     show_parity,
     show_result,
+    show_rows,
     warn,
 )
+from ztp_deploy.defaults import BENCH_SECONDS, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 from ztp_deploy.ending import end
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.options import (
+    BUILD_OPTIONS,
+    PLAN_OPTIONS,
     AsJson,
     BackendName,
     Batch,
@@ -47,6 +52,7 @@ from ztp_deploy.options import (
     Keep,
     Method,
     Model,
+    ModelOrRecipe,
     Option,
     Precision,
     Profile,
@@ -55,11 +61,16 @@ from ztp_deploy.options import (
     Seconds,
     Sites,
     Weights,
+    batch_sizes,
     build_request,
+    engine_or_model,
     integers,
     plan_request,
     refuse_idle,
 )
+
+if TYPE_CHECKING:
+    from ztp_deploy.workflow import BuildRequest
 
 app = typer.Typer(
     name="ztp",
@@ -87,7 +98,8 @@ def plan(
     """Fix the token count of every stage, and count multiply-accumulates. Nothing is built."""
     from ztp_deploy.evidence.report.markdown import giga, percent
 
-    made = plan_request(model, method, ratio, flops, keep, sites, option, "auto", None).plan(model)
+    wanted = plan_request(model=model, method=method, ratio=ratio, flops=flops, keep=keep, sites=sites, option=option)
+    made = wanted.plan(wanted.model)
     if as_json:
         print_json(json.loads(made.to_json()))
         return
@@ -113,7 +125,7 @@ def plan(
 
 @app.command()
 def export(
-    model: Model,
+    model: ModelOrRecipe = None,
     method: Method = None,
     ratio: Ratio = None,
     flops: FlopShare = None,
@@ -125,15 +137,25 @@ def export(
     format: Annotated[str, typer.Option(help="onnx, torch_export or torchscript.")] = "onnx",
     precision: Precision = None,
     input: InputType = None,
-    directory: ExportRoot = Path("export"),
+    directory: ExportRoot = EXPORT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Export a pruned model to a folder with its graph and manifest."""
     from ztp_deploy import exporters, models, workflow
 
     exporters.get(format)
-    wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
-    request = build_request(None, None, None, precision, None, input, directory, Path("engines"))
+    wanted = plan_request(
+        model=model,
+        method=method,
+        ratio=ratio,
+        flops=flops,
+        keep=keep,
+        sites=sites,
+        option=option,
+        weights=weights,
+        recipe=recipe,
+    )
+    request = build_request(precision=precision, input=input, export_root=directory)
     exporters.check_precision(format, request.precision)
     models.check_request(wanted.model, wanted.weights)
     wanted.check()
@@ -153,6 +175,7 @@ def export(
 
 @app.command()
 def build(
+    context: typer.Context,
     artifact: Annotated[Path, typer.Option("--artifact", "-a", help="An artifact folder that `ztp export` made.")],
     backend: BackendName = None,
     device: DeviceName = None,
@@ -160,13 +183,18 @@ def build(
     batch: Batch = None,
     profile: Profile = None,
     images: Images = None,
-    directory: EnginesRoot = Path("engines"),
+    directory: EnginesRoot = ENGINES_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Build an engine folder from an artifact; int8 and fp8 are calibrated on images."""
-    from ztp_deploy import exporters, workflow
+    from ztp_deploy import backends, exporters, workflow
 
-    request = build_request(profile, backend, device, precision, batch, None, Path("export"), directory)
+    request = build_request(
+        profile=profile, backend=backend, device=device, precision=precision, batch=batch, engines_root=directory
+    )
+    if request.precision not in backends.get(backends.choose(request.backend)).CALIBRATED:
+        beside = f"precision {request.precision}, which is fitted to no images"
+        refuse_idle(context, ["images"], beside, "Leave it out; `ztp check` takes images for the proof.")
     engine = workflow.build_engine(exporters.load_artifact(artifact), request, workflow.Clock(Bars()), images)
     if as_json:
         print_json(
@@ -209,6 +237,7 @@ def check(
 
 @app.command()
 def bench(
+    context: typer.Context,
     engine: Annotated[
         list[Path] | None,
         typer.Option("--engine", "-e", help="An engine folder; repeatable, the first is the reference."),
@@ -230,8 +259,9 @@ def bench(
     device: DeviceName = None,
     precision: Precision = None,
     batch: Batch = None,
+    images: Images = None,
     batches: Batches = None,
-    seconds: Seconds = 60.0,
+    seconds: Seconds = BENCH_SECONDS,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Build everything anew in a scratch folder, so that its time counts.")
     ] = False,
@@ -246,40 +276,53 @@ def bench(
     """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer."""
     from ztp_deploy import workflow
 
-    sizes = integers("batches", batches) if batches is not None else None
-    if bool(engine) == bool(model):
-        raise BadRequest(
-            "Give either engine folders (--engine) or a model (--model).",
-            "For example: ztp bench --model deit_s --ratio 0.7.",
-        )
-    if model:
-        wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
-        request = build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
-        workflow.check_runnable(request)
-        with tempfile.TemporaryDirectory() if fresh else contextlib.nullcontext() as scratch:
-            if scratch:
-                roots = {"export_root": Path(scratch, "export"), "engines_root": Path(scratch, "engines")}
-                request = dataclasses.replace(request, **roots)
-            result = workflow.make_engine(wanted, request, Bars(), batches=sizes, seconds=seconds, command=_command())
-        if record is not None:
-            record_result(result, record)
-        show_result(result, as_json)
+    sizes = batch_sizes(batches)
+    engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
+    if engine:
+        idle = PLAN_OPTIONS | BUILD_OPTIONS | {"images", "fresh"}
+        refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
+        _bench_engines(engine, sizes, seconds, record, as_json)
         return
-    assert engine is not None
-    idle = {
-        "--ratio": ratio,
-        "--flops": flops,
-        "--keep": keep,
-        "--sites": sites,
-        "--method": method,
-        "--fresh": fresh or None,
-    }
-    fix = "Give each folder once, or --model."
-    refuse_idle(idle, "--engine", fix)
-    if len(set(engine)) < len(engine):
-        raise BadRequest("The same engine twice makes no sense with --engine.", fix)
-    from ztp_deploy.backends import find_engine
+    wanted = plan_request(
+        model=model,
+        method=method,
+        ratio=ratio,
+        flops=flops,
+        keep=keep,
+        sites=sites,
+        option=option,
+        weights=weights,
+        recipe=recipe,
+    )
+    request = build_request(profile=profile, backend=backend, device=device, precision=precision, batch=batch)
+    workflow.check_runnable(request)
+    with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
+        result = workflow.make_engine(
+            wanted, placed, Bars(), images=images, batches=sizes, seconds=seconds, command=_command()
+        )
+    if record is not None:
+        record_result(result, record)
+    show_result(result, as_json)
 
+
+@contextlib.contextmanager
+def _fresh_roots(request: BuildRequest) -> Iterator[BuildRequest]:
+    """The request with nothing built yet: its folders lie in a scratch folder while the block runs."""
+    with tempfile.TemporaryDirectory() as scratch:
+        export_root, engines_root = (Path(scratch, root.name) for root in (EXPORT_ROOT, ENGINES_ROOT))
+        yield dataclasses.replace(request, export_root=export_root, engines_root=engines_root)
+
+
+def _bench_engines(
+    engine: list[Path], sizes: list[int] | None, seconds: float, record: Path | None, as_json: bool
+) -> None:
+    """Measures engine folders against the first of them."""
+    from ztp_deploy import workflow
+    from ztp_deploy.backends import find_engine
+    from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
+
+    if len(set(engine)) < len(engine):
+        raise BadRequest("The same engine twice makes no sense with --engine.", "Give each folder once.")
     # The folder above names back end, version and device.
     named = {f"{path.resolve().parent.name}/{path.resolve().name}": find_engine(path) for path in engine}
     if len(named) < len(engine):
@@ -290,15 +333,7 @@ def bench(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
-
-    table = Table(*comparison_head(report))
-    for row in comparison_rows(report):
-        table.add_row(*(cell.replace("**", "") for cell in row))
-    out.print(table)
-    for note in report.notes:
-        warn(note)
-    out.print(report.gpu)
+    show_rows(comparison_head(report), comparison_rows(report), report)
 
 
 @app.command()
@@ -320,7 +355,7 @@ def compare(
     precision: Precision = None,
     batch: Batch = None,
     batches: Batches = None,
-    seconds: Seconds = 60.0,
+    seconds: Seconds = BENCH_SECONDS,
     images: Images = None,
     record: Annotated[Path | None, typer.Option(help="Also write JSON and Markdown into this folder.")] = None,
     as_json: AsJson = False,
@@ -336,15 +371,18 @@ def compare(
             "For example: ztp compare --model deit_s --flops 0.65 --methods zero_tprune,tome.",
         )
     options = _options_by_method(option, names)
-    wanted = [plan_request(model, name, ratio, flops, None, None, options[name], weights, None) for name in names]
-    request = build_request(profile, backend, device, precision, batch, None, Path("export"), Path("engines"))
+    wanted = [
+        plan_request(model=model, method=name, ratio=ratio, flops=flops, option=options[name], weights=weights)
+        for name in names
+    ]
+    request = build_request(profile=profile, backend=backend, device=device, precision=precision, batch=batch)
     report = workflow.compare_methods(
         model,
         wanted,
         request,
         Bars(),
         images=images,
-        batches=integers("batches", batches) if batches is not None else None,
+        batches=batch_sizes(batches),
         seconds=seconds,
         command=_command(),
     )
@@ -353,13 +391,7 @@ def compare(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    table = Table(*HEAD)
-    for row in methods_rows(report):
-        table.add_row(*(cell.replace("**", "") for cell in row))
-    out.print(table)
-    for note in report.latency.notes:
-        warn(note)
-    out.print(report.latency.gpu)
+    show_rows(HEAD, methods_rows(report), report.latency)
 
 
 def _options_by_method(option: list[str] | None, names: list[str]) -> dict[str, list[str] | None]:
@@ -375,7 +407,8 @@ def _options_by_method(option: list[str] | None, names: list[str]) -> dict[str, 
 
 @app.command()
 def engine(
-    model: Model,
+    context: typer.Context,
+    model: ModelOrRecipe = None,
     method: Method = None,
     ratio: Ratio = None,
     flops: FlopShare = None,
@@ -392,25 +425,46 @@ def engine(
     input: InputType = None,
     images: Images = None,
     batches: Batches = None,
-    seconds: Seconds = 12.0,
+    seconds: Seconds = ENGINE_SECONDS,
     measure: Annotated[
         bool, typer.Option("--bench/--no-bench", help="Measure latency against the dense engine and the slice twin.")
     ] = True,
-    export_directory: ExportRoot = Path("export"),
-    directory: EnginesRoot = Path("engines"),
+    export_directory: ExportRoot = EXPORT_ROOT,
+    directory: EnginesRoot = ENGINES_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """From a model's name to a checked, measured engine: plan, export, build, check, bench."""
     from ztp_deploy import workflow
 
-    wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
-    request = build_request(profile, backend, device, precision, batch, input, export_directory, directory)
+    if not measure:
+        refuse_idle(context, ["batches", "seconds"], "--no-bench", "Leave one of them out.")
+    wanted = plan_request(
+        model=model,
+        method=method,
+        ratio=ratio,
+        flops=flops,
+        keep=keep,
+        sites=sites,
+        option=option,
+        weights=weights,
+        recipe=recipe,
+    )
+    request = build_request(
+        profile=profile,
+        backend=backend,
+        device=device,
+        precision=precision,
+        batch=batch,
+        input=input,
+        export_root=export_directory,
+        engines_root=directory,
+    )
     result = workflow.make_engine(
         wanted,
         request,
         Bars(),
         images=images,
-        batches=integers("batches", batches) if batches is not None else None,
+        batches=batch_sizes(batches),
         seconds=seconds,
         measure=measure,
         command=_command(),
@@ -440,8 +494,8 @@ def demo(
 
     if ratio is None and flops is None:
         ratio = RATIO
-    wanted = plan_request(MODEL, method, ratio, flops, None, None, None, weights, None)
-    request = build_request(profile, backend, device, precision, None, None, Path("export"), Path("engines"))
+    wanted = plan_request(model=MODEL, method=method, ratio=ratio, flops=flops, weights=weights)
+    request = build_request(profile=profile, backend=backend, device=device, precision=precision)
     made = demonstrate(request, Bars(), wanted=wanted, directory=directory, count=count, command=_command())
     if as_json:
         print_json(
@@ -461,6 +515,7 @@ def demo(
 
 @app.command("eval")
 def eval_(
+    context: typer.Context,
     data: Annotated[
         Path,
         typer.Option("--data", help="Labelled pictures: a folder with a sub-folder a class, or a CSV file file,label."),
@@ -504,27 +559,30 @@ def eval_(
     from ztp_deploy.evidence.report.accuracy import show_accuracy
     from ztp_deploy.evidence.report.html import HTML_FILE
 
-    if (engine is None) == (model is None):
-        raise BadRequest(
-            "Give either an engine folder (--engine) or a model (--model).",
-            "For example: ztp eval --engine engines/… --data imagenet/val.",
-        )
+    engine_or_model(engine, model, recipe, "ztp eval --engine engines/… --data imagenet/val")
     fix = "Leave one of them out."
     if engine is None:
-        refuse_idle({"--dense-engine": dense_engine}, "--model", fix)
+        refuse_idle(context, ["dense_engine"], "--model", fix)
     else:
-        idle: dict[str, object] = {"--method": method, "--ratio": ratio, "--flops": flops, "--keep": keep}
-        idle |= {"--sites": sites, "--option": option, "--recipe": recipe, "--record": record}
-        refuse_idle(idle | {"--weights": None if weights == "auto" else weights}, "--engine", fix)
+        refuse_idle(context, PLAN_OPTIONS | {"record"}, "--engine", fix)
     if no_dense:
-        refuse_idle({"--dense-engine": dense_engine}, "--no-dense", fix)
+        refuse_idle(context, ["dense_engine"], "--no-dense", fix)
     request = EvalRequest(data, not no_dense, batch, workers, device, _command())
     try:
         if engine is not None:
             report = evaluate_engine(engine, request, Bars(), dense_engine=dense_engine)
         else:
-            assert model is not None
-            wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights, recipe)
+            wanted = plan_request(
+                model=model,
+                method=method,
+                ratio=ratio,
+                flops=flops,
+                keep=keep,
+                sites=sites,
+                option=option,
+                weights=weights,
+                recipe=recipe,
+            )
             report = evaluate_model(wanted, request, Bars(), record=record)
     except KeyboardInterrupt as interrupt:
         if interrupt.args:
@@ -574,6 +632,7 @@ def report(
 
 @app.command()
 def tune(
+    context: typer.Context,
     model: Model,
     budget: Annotated[
         str, typer.Option(help="flops=0.65 (share of dense), or latency=12ms@batch8 (time of one run of 8 images).")
@@ -603,7 +662,8 @@ def tune(
 
     if budget.startswith("flops"):
         refuse_idle(
-            {"--profile": profile, "--backend": backend, "--precision": precision},
+            context,
+            BUILD_OPTIONS - {"device"} | {"seconds"},  # the device is where eager PyTorch runs, too
             f"--budget {budget}: multiply-accumulates are counted, nothing is built",
             "Leave it out, or give a latency budget.",
         )
@@ -613,7 +673,7 @@ def tune(
         budget=budget,
         method=method or "zero_tprune",
         weights=weights,
-        build=build_request(profile, backend, device, precision, None, None, Path("export"), Path("engines")),
+        build=build_request(profile=profile, backend=backend, device=device, precision=precision),
         trials=trials,
         count=count,
         seed=seed,
@@ -741,6 +801,7 @@ def classify(
 
 @app.command()
 def show(
+    context: typer.Context,
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE…")],
     engine: Annotated[
         Path | None, typer.Option("--engine", "-e", help="An engine folder, whose tokens are drawn.")
@@ -754,35 +815,28 @@ def show(
     keep: Keep = None,
     sites: Sites = None,
     option: Option = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="With --model: auto, pretrained, random, or a checkpoint's path.  \\[default: auto]"),
-    ] = None,
+    weights: Weights = "auto",
     recipe: Recipe = None,
     directory: Annotated[Path, typer.Option(help="Where pictures go.")] = Path("pictures"),
     as_json: AsJson = False,
 ) -> None:
     """Draw what pruning did: per image one picture with the patches each stage dropped, why, and the scores behind it."""
-    if bool(engine) == bool(model):
-        raise BadRequest(
-            "Give either an engine folder (--engine) or a model (--model).",
-            "For example: ztp show photo.jpg --model deit_s --ratio 0.7.",
-        )
+    engine_or_model(engine, model, recipe, "ztp show photo.jpg --model deit_s --ratio 0.7")
     wanted = None
-    if model:
-        wanted = plan_request(model, method, ratio, flops, keep, sites, option, weights or "auto", recipe)
+    if engine:
+        refuse_idle(context, PLAN_OPTIONS, "--engine", "The engine has its plan; or give --model.")
     else:
-        idle = {
-            "--method": method,
-            "--ratio": ratio,
-            "--flops": flops,
-            "--keep": keep,
-            "--sites": sites,
-            "--option": option,
-            "--weights": weights,
-            "--recipe": recipe,
-        }
-        refuse_idle(idle, "--engine", "The engine has its plan; or give --model.")
+        wanted = plan_request(
+            model=model,
+            method=method,
+            ratio=ratio,
+            flops=flops,
+            keep=keep,
+            sites=sites,
+            option=option,
+            weights=weights,
+            recipe=recipe,
+        )
     from ztp_deploy import workflow
     from ztp_deploy.show import show as draw
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from ztp_deploy.evidence.latency import LatencyReport
+    from ztp_deploy.evidence.methods import MethodsReport
+    from ztp_deploy.evidence.parity import ParityReport
+    from ztp_deploy.workflow import Result
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -47,7 +53,7 @@ def warn(text: str) -> None:
     err.print(Panel(text, title="note", title_align="left", border_style="yellow"))
 
 
-def show_result(result: Any, as_json: bool) -> None:
+def show_result(result: Result, as_json: bool) -> None:
     from ztp_deploy.evidence.report.terminal import show_summary
 
     if as_json:
@@ -56,7 +62,7 @@ def show_result(result: Any, as_json: bool) -> None:
         show_summary(result.summary, out)
 
 
-def show_parity(report: Any) -> None:
+def show_parity(report: ParityReport) -> None:
     from ztp_deploy.evidence.report.parity import EDGE_HEAD, edge_rows
 
     table = Table(title=f"parity of {report.engine} on {report.images}", title_justify="left", title_style="bold")
@@ -70,11 +76,12 @@ def show_parity(report: Any) -> None:
         warn(note)
 
 
-def record_result(result: Any, folder: Path) -> None:
+def record_result(result: Result, folder: Path) -> None:
     """Writes summary, raw samples and table, named after model, plan, engine and machine, without local paths."""
     from ztp_deploy.evidence.report.markdown import render_tables
     from ztp_deploy.manifest import write_text
 
+    assert result.latency is not None  # only engines that run are measured, and only these recorded
     where = Path(result.summary.engine)
     summary = result.summary.model_copy(update={"engine": f"engines/{where.parent.name}/{where.name}"})
     backend = summary.backend.split()[0]
@@ -86,7 +93,7 @@ def record_result(result: Any, folder: Path) -> None:
     err.print(f"Recorded {folder / name}.json, .samples.json and .md", soft_wrap=True)
 
 
-def record_comparison(report: Any, model: str, folder: Path) -> None:
+def record_comparison(report: LatencyReport, model: str, folder: Path) -> None:
     """Writes engines measured against each other and their table, without local paths."""
     from ztp_deploy.evidence.report.comparison import render_comparison
     from ztp_deploy.manifest import write_text
@@ -98,7 +105,7 @@ def record_comparison(report: Any, model: str, folder: Path) -> None:
     err.print(f"Recorded {folder / name}.samples.json and .md", soft_wrap=True)
 
 
-def record_methods(report: Any, folder: Path) -> None:
+def record_methods(report: MethodsReport, folder: Path) -> None:
     """Writes methods measured against each other and their table, without local paths."""
     from ztp_deploy.evidence.report.methods import render_methods
     from ztp_deploy.manifest import write_text
@@ -112,7 +119,7 @@ def record_methods(report: Any, folder: Path) -> None:
 
 
 def _particulars(folders: list[str]) -> str:
-    """What all these engines have in common beyond the defaults, for file names: one batch size, settings."""
+    """What all these engines have in common beyond the defaults, for file names: one batch size, settings, calibration."""
     from ztp_deploy.backends import particulars
 
     common = [set(values) for values in zip(*map(particulars, folders), strict=True)]
@@ -123,6 +130,17 @@ def _slug(machine: dict[str, Any]) -> str:
     """The processor's name for file names."""
     words = "".join(c if c.isalnum() else "-" for c in machine["cpu"].lower()).split("-")
     return "-".join(filter(None, words))
+
+
+def show_rows(head: Sequence[str], rows: Iterable[Sequence[str]], report: LatencyReport) -> None:
+    """Prints a report's table, of cells written for Markdown, its notes and the GPU."""
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*(cell.replace("**", "") for cell in row))
+    out.print(table)
+    for note in report.notes:
+        warn(note)
+    out.print(report.gpu)
 
 
 def print_json(value: Any) -> None:

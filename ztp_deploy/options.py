@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ztp_deploy.defaults import BATCH, ENGINES_ROOT, EXPORT_ROOT, METHOD
 from ztp_deploy.errors import BadRequest
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`).")
-]
+if TYPE_CHECKING:
+    from ztp_deploy.workflow import BuildRequest, PlanRequest
+
+_MODEL = "Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`)"
+Model = Annotated[str, typer.Option("--model", "-m", help=f"{_MODEL}.")]
+ModelOrRecipe = Annotated[str | None, typer.Option("--model", "-m", help=f"{_MODEL}; a --recipe brings its own.")]
 Method = Annotated[
-    str | None, typer.Option(help="Pruning method (`ztp list`), or dense for none.  \\[default: zero_tprune]")
+    str | None, typer.Option(help=f"Pruning method (`ztp list`), or dense for none.  \\[default: {METHOD}]")
 ]
 Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
 FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
@@ -42,7 +46,7 @@ DeviceName = Annotated[
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, as far as the back end has it.  \\[default: fp32]")
 ]
-Batch = Annotated[str | None, typer.Option(help="Batch range min:opt:max, or one number.  \\[default: 1:8:64]")]
+Batch = Annotated[str | None, typer.Option(help=f"Batch range min:opt:max, or one number.  \\[default: {BATCH}]")]
 InputType = Annotated[
     str | None,
     typer.Option(
@@ -63,18 +67,27 @@ Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
+PLAN_OPTIONS = frozenset({"method", "ratio", "flops", "keep", "sites", "option", "weights", "recipe"})
+BUILD_OPTIONS = frozenset({"profile", "backend", "device", "precision", "batch", "input"})
+"""Parameters of commands that decide a plan, and those that decide a build: what stands already heeds neither."""
+
+
 def plan_request(
-    model: str,
-    method: str | None,
-    ratio: float | None,
-    flops: float | None,
-    keep: str | None,
-    sites: str | None,
-    option: list[str] | None,
-    weights: str,
-    recipe: str | None,
-) -> Any:
-    """The PlanRequest that these options ask for; a recipe fills in what they leave out."""
+    *,
+    model: str | None,
+    method: str | None = None,
+    ratio: float | None = None,
+    flops: float | None = None,
+    keep: str | None = None,
+    sites: str | None = None,
+    option: list[str] | None = None,
+    weights: str = "auto",
+    recipe: str | None = None,
+) -> PlanRequest:
+    """The plan that these options ask for; a recipe fills in what they leave out, the model too.
+
+    Raises BadRequest for options that cannot be read, for no model, and for another model than the recipe's.
+    """
     from ztp_deploy.recipes import read_recipe
     from ztp_deploy.workflow import PlanRequest
 
@@ -84,11 +97,17 @@ def plan_request(
     numbers: dict[str, Any] = {"ratio": ratio, "flops": flops, "keep": _numbers(keep)}
     if base and all(value is None for value in numbers.values()):
         numbers = {"ratio": base.ratio, "flops": base.flops, "keep": base.keep}
-    if base and base.model != model:
-        raise BadRequest(f"The recipe {recipe} is for {base.model}, --model says {model}.", "Leave one of them out.")
+    if base and model and base.model != model:
+        raise BadRequest(
+            f"The recipe {recipe} is for {base.model}, and --model {model} was given.",
+            f"Leave --model out to follow the recipe, or --recipe to plan for {model}.",
+        )
+    chosen = model or (base.model if base else None)
+    if not chosen:
+        raise BadRequest("No model was named.", "Give --model, such as --model deit_s, or a --recipe, which names one.")
     return PlanRequest(
-        model=model,
-        method=method or (base.method if base else "zero_tprune"),
+        model=chosen,
+        method=method or (base.method if base else METHOD),
         sites=integers("sites", sites) if sites is not None else (base.sites if base else None),
         options=options,
         weights=weights,
@@ -97,16 +116,20 @@ def plan_request(
 
 
 def build_request(
-    profile: str | None,
-    backend: str | None,
-    device: str | None,
-    precision: str | None,
-    batch: str | None,
-    input: str | None,
-    export_root: Path,
-    engines_root: Path,
-) -> Any:
-    """The BuildRequest that these options ask for; a profile fills in what they leave out."""
+    *,
+    profile: str | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    batch: str | None = None,
+    input: str | None = None,
+    export_root: Path = EXPORT_ROOT,
+    engines_root: Path = ENGINES_ROOT,
+) -> BuildRequest:
+    """The build that these options ask for; a profile fills in what they leave out.
+
+    Raises BadRequest for options that cannot be read.
+    """
     from ztp_deploy import backends
     from ztp_deploy.manifest import BatchRange
     from ztp_deploy.recipes import Profile as BuildProfile
@@ -131,6 +154,15 @@ def build_request(
     )
 
 
+def engine_or_model(engine: object, model: str | None, recipe: str | None, example: str) -> None:
+    """Raises BadRequest unless just one was given: engine folders, or what names a model."""
+    if bool(engine) == bool(model or recipe):
+        raise BadRequest(
+            "Give either an engine folder (--engine) or a model (--model, or a --recipe, which names one).",
+            f"For example: {example}.",
+        )
+
+
 def _numbers(text: str | None) -> list[int | float] | None:
     if text is None:
         return None
@@ -140,11 +172,22 @@ def _numbers(text: str | None) -> list[int | float] | None:
         raise BadRequest(f"--keep {text!r} is no list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
 
 
-def refuse_idle(options: Mapping[str, object], beside: str, fix: str) -> None:
-    """Raises BadRequest for the first of these options that was given, since it would change nothing there."""
-    for name, value in options.items():
-        if value is not None:
-            raise BadRequest(f"{name} makes no sense with {beside}.", fix)
+def refuse_idle(context: typer.Context, names: Iterable[str], beside: str, fix: str) -> None:
+    """Raises BadRequest for the first of these parameters that was typed, since it would change nothing there.
+
+    Names that the command has no parameter of are passed over, so that commands can share one list.
+    """
+    wanted = set(names)
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in wanted and source is not None and source.name != "DEFAULT":
+            option = max(parameter.opts, key=len)
+            raise BadRequest(f"{option} makes no sense with {beside}.", fix)
+
+
+def batch_sizes(text: str | None) -> list[int] | None:
+    """What --batches asks for, None for the usual ones."""
+    return None if text is None else integers("batches", text)
 
 
 def integers(name: str, text: str) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ztp_deploy.defaults import BATCH, ENGINES_ROOT, EXPORT_ROOT, METHOD
 from ztp_deploy.errors import BadRequest
 
 
@@ -17,7 +18,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    method: str = "zero_tprune"
+    method: str = METHOD
     ratio: float | None = None
     flops: float | None = None
     keep: list[int | float] | None = None
@@ -33,7 +34,7 @@ class Profile(BaseModel):
     backend: str = "auto"
     device: str = "auto"
     precision: str = "fp32"
-    batch: str = "1:8:64"
+    batch: str = BATCH
     input: Literal["float32", "uint8"] = "float32"
     settings: dict[str, Any] = {}
 
@@ -43,12 +44,12 @@ T = TypeVar("T", Recipe, Profile)
 
 def read_recipe(name: str) -> Recipe:
     """A recipe by its name in `export/` or by path. Raises BadRequest."""
-    return _read(name, Path("export"), Recipe, "recipe")
+    return _read(name, EXPORT_ROOT, Recipe, "recipe")
 
 
 def read_profile(name: str) -> Profile:
     """A profile by its name in `engines/` or by path. Raises BadRequest."""
-    return _read(name, Path("engines"), Profile, "profile")
+    return _read(name, ENGINES_ROOT, Profile, "profile")
 
 
 def _read(name: str, folder: Path, kind: type[T], noun: str) -> T:

@@ -19,10 +19,10 @@ from torch import nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
+from ztp_deploy.defaults import BATCH, BENCH_SECONDS, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT, METHOD
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evidence.images import DEFAULT_COUNT, image_files, load_images
 from ztp_deploy.evidence.latency import (
-    DEFAULT_SECONDS,
     LATENCY_FILE,
     LatencyReport,
     check_seconds,
@@ -43,8 +43,6 @@ from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.pruning.prune import build_stages, prune
 
-EXPORT_ROOT = Path("export")
-ENGINES_ROOT = Path("engines")
 REPORT_FILE = "report.md"
 
 
@@ -53,7 +51,7 @@ class PlanRequest:
     """What was asked of a plan; exactly one of ratio, flops, keep, unless the method is dense."""
 
     model: str
-    method: str = "zero_tprune"
+    method: str = METHOD
     ratio: float | None = None
     flops: float | None = None
     keep: Sequence[int | float] | None = None
@@ -87,7 +85,7 @@ class BuildRequest:
     backend: str = "auto"
     device: str = "auto"
     precision: str = "fp32"
-    batch: str = "1:8:64"
+    batch: str = BATCH
     input: Literal["float32", "uint8"] = "float32"
     settings: dict[str, Any] = field(default_factory=dict)
     export_root: Path = EXPORT_ROOT
@@ -192,14 +190,15 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
     device = module.resolve_device(request.device)
     manifest = artifact.manifest
     settings = module.parse_settings(dict(request.settings))
-    directory = backends.engine_directory(
-        request.engines_root, manifest, name, device, request.precision, BatchRange.parse(request.batch), settings
-    )
     calibration = None
     if request.precision in module.CALIBRATED:
         with clock.step("prepare images for calibration"):
             source, dtype = manifest.source.preprocessing, manifest.input.dtype
             calibration = load_images(images, source, dtype, purpose="calibration").pixels
+    span = BatchRange.parse(request.batch)
+    directory = backends.engine_directory(
+        request.engines_root, manifest, name, device, request.precision, span, settings, calibration
+    )
     with clock.step(f"build {manifest.plan.label} for {name} on {device.name}", 1.0) as advance:
         engine = backends.build(
             artifact,
@@ -280,7 +279,7 @@ def make_engine(
     *,
     images: Path | str | None = None,
     batches: Sequence[int] | None = None,
-    seconds: float = DEFAULT_SECONDS,
+    seconds: float = ENGINE_SECONDS,
     measure: bool = True,
     command: str | None = None,
 ) -> Result:
@@ -356,7 +355,7 @@ def compare_methods(
     *,
     images: Path | str | None = None,
     batches: Sequence[int] | None = None,
-    seconds: float = DEFAULT_SECONDS,
+    seconds: float = BENCH_SECONDS,
     command: str | None = None,
 ) -> MethodsReport:
     """Several methods on one model at one ratio or FLOP share, and their slice twins, in one interleaved run.

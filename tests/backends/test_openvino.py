@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import openvino
 import pytest
+from PIL import Image
 
 import ztp_deploy as ztp
 from tests import tiny
-from ztp_deploy import environment
+from tests.runs import Silent
+from ztp_deploy import environment, workflow
+from ztp_deploy.backends import find_engine, particulars
 from ztp_deploy.backends import openvino as backend
 from ztp_deploy.backends import openvino_ir as ir
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
@@ -163,6 +167,31 @@ def test_another_calibration_is_another_engine(int8_engine, artifact, calibratio
     assert again.manifest == int8_engine.manifest
     other = ztp.build(artifact, "openvino", calibration=calibration[:8], **same)
     assert other.manifest.recipe != int8_engine.manifest.recipe
+
+
+def test_engines_calibrated_on_other_images_live_side_by_side(artifact, tmp_path):
+    """The same command with other images leaves the first engine and its evidence; with the same ones it finds it."""
+    for name, shade in (("dark", 20), ("light", 220)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (96, 96), (shade, 90, 255 - shade)).save(tmp_path / name / "plain.png")
+    clock = workflow.Clock(Silent())
+
+    def build(images, precision="int8"):
+        request = workflow.BuildRequest("openvino", "cpu", precision, "1:2:4", engines_root=tmp_path / "engines")
+        return workflow.build_engine(artifact, request, clock, tmp_path / images)
+
+    dark = build("dark")
+    assert re.search("--int8--b1-2-4--random--c[0-9a-f]{6}$", dark.directory.name)
+    dark.evidence.mkdir()
+    (dark.evidence / "parity.json").write_text("proved")
+    light = build("light")
+    assert light.directory != dark.directory
+    assert build("dark").manifest == dark.manifest
+    assert find_engine(light.directory).manifest == light.manifest
+    assert (dark.evidence / "parity.json").read_text() == "proved"
+    # What is fitted to no images is the same engine whatever images prove it.
+    assert build("dark", "fp32").directory == build("light", "fp32").directory
+    assert particulars(build("light", "fp32").directory.name).calibration is None
 
 
 def test_calibration_pictures_are_not_those_of_the_check(model):

@@ -180,6 +180,20 @@ def test_a_comparison_names_back_ends_and_plans(shared_engine, torchscript_engin
     assert lines[2].startswith("| 2 | onnxruntime 1.31.1 dense fp32 |")
     assert lines[3].startswith("| 2 | openvino 2026.4.1 dense int8, fixed batch, settings s58160a |")
     assert lines[4].startswith("| 2 | torchscript 2.15.0 zero_tprune-0.7 bf16 |")
+    assert "calibration" not in render_comparison(report)
     dense, _, pruned = roles
     ratio = report.ratio(pruned, dense, 2)
     assert f"**{ratio.speedup:.2f} ×** ({ratio.low:.2f}–{ratio.high:.2f})" in lines[4]
+
+
+def test_a_comparison_tells_calibrations_apart_where_they_differ(shared_engine):
+    from ztp_deploy.evidence.report.comparison import comparison_rows
+
+    start = "openvino-2026.4.1-cpu/deit_t--dense"
+    names = [f"{start}--fp32--b1-4-8", f"{start}--int8--b1-4-8--c0000aa", f"{start}--int8--b1-4-8--c0000bb"]
+    report = ztp.measure_latency(dict.fromkeys(names, shared_engine), batches=(2,), seconds=0.2)
+    shown = [row[1] for row in comparison_rows(report)]
+    dense = "openvino 2026.4.1 dense"
+    assert shown == [f"{dense} fp32", f"{dense} int8, calibration c0000aa", f"{dense} int8, calibration c0000bb"]
+    fewer = report.model_copy(update={"samples": report.samples[:2]})
+    assert [row[1] for row in comparison_rows(fewer)] == [f"{dense} fp32", f"{dense} int8"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.runs import Silent
 from ztp_deploy import workflow
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.latency import LatencyReport, Samples, paired_ratio
@@ -79,15 +80,6 @@ def test_every_engine_is_proved_and_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(workflow, "load", lambda name, weights, clock: tiny.model())
     monkeypatch.setattr(PlanRequest, "plan", lambda self, model: make_plan(tiny.model(), "zero_tprune", ratio=0.6))
     assert models.source_of(tiny.model()).name == "deit_t"
-
-    class Silent:
-        def step(self, title, total):
-            import contextlib
-
-            return contextlib.nullcontext(lambda share: None)
-
-        def warn(self, text):
-            pass
 
     request = BuildRequest(
         backend="onnxruntime", device="cpu", batch="2", export_root=tmp_path / "x", engines_root=tmp_path / "e"

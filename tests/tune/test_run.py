@@ -283,7 +283,7 @@ def test_the_command_line(weights, photographs, tmp_path, monkeypatch, capsys):
     assert report["schema"] == "ztp.tune/1"
     assert len(report["trials"]) == 2
     # What `ztp engine --recipe` would plan.
-    again = plan_request(NAME, None, None, None, None, None, None, "auto", f"{folder}/recipe.toml").plan(NAME)
+    again = plan_request(model=NAME, recipe=f"{folder}/recipe.toml").plan(NAME)
     assert again.counts == [stage["tokens_out"] for stage in report["winner"]["plan"]["stages"]]
     code, _, refusal = ztp(*asked, "--backend", "onnxruntime")
     assert code == 2

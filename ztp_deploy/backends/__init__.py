@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy import environment
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
+from ztp_deploy.defaults import BATCH, ENGINES_ROOT
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import (
@@ -43,7 +44,6 @@ BACKENDS: dict[str, str] = {
     "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",
 }
 EVIDENCE = "evidence"
-DEFAULT_BATCH = (1, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,46 @@ def engine_directory(
     precision: str,
     batch: BatchRange,
     settings: dict[str, Any],
+    calibration: NDArray[Any] | None = None,
 ) -> Path:
     """`root/<backend>-<version>-<device>/<model>--<method>-<ratio>--<precision>--b<min>-<opt>-<max>[--tag…]`.
 
-    Tags: `uint8` input, `random` weights or the first digits of weights of your own, a hash of settings
-    that are not the back end's own choice: engines that differ never share a folder.
+    Tags: `uint8` input, `random` weights or the first digits of weights of your own, `s` and a hash of settings
+    that are not the back end's own choice, `c` and a hash of the images that a precision is fitted to:
+    engines that differ never share a folder. `calibration`: those images, [M, 3, H, W].
     """
     machine = f"{backend}-{get(backend).version()}-{device.slug}"
     parts = [artifact.source.name, artifact.plan.label, precision, f"b{batch}", *artifact.tags]
     if settings != get(backend).parse_settings({}):
         parts.append(f"s{recipe_hash(settings=settings)[:6]}")
+    if images := _fitted_to(backend, precision, calibration):
+        parts.append(f"c{images[:6]}")
     return root / machine / "--".join(parts)
 
 
-def particulars(folder: str) -> tuple[str | None, str | None]:
-    """Of an engine folder's name its one batch size (`b8`; None for a range) and its tag of settings (None: defaults)."""
+def _fitted_to(backend: str, precision: str, calibration: NDArray[Any] | None) -> str | None:
+    """The sha256 of the images that this precision is fitted to; None where it is fitted to none."""
+    if calibration is None or precision not in get(backend).CALIBRATED:
+        return None
+    return hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest()
+
+
+class Particulars(NamedTuple):
+    """What an engine folder's name says beyond model, plan and precision; None for what is as usual.
+
+    `batch`: its one batch size (`b8`), None for a range. `settings`, `calibration`: their tags.
+    """
+
+    batch: str | None
+    settings: str | None
+    calibration: str | None
+
+
+def particulars(folder: str) -> Particulars:
+    """The particulars of an engine folder's name, or of a path that ends in it."""
     batch = re.search(r"--(b(\d+))-\2-\2(?=--|$)", folder)
-    settings = re.search(r"--(s[0-9a-f]{6})(?=--|$)", folder)
-    return batch and batch[1], settings and settings[1]
+    settings, calibration = (re.search(rf"--({letter}[0-9a-f]{{6}})(?=--|$)", folder) for letter in "sc")
+    return Particulars(*(found and found[1] for found in (batch, settings, calibration)))
 
 
 def build(
@@ -118,7 +140,7 @@ def build(
     *,
     device: str = "auto",
     precision: str = "fp32",
-    batch: tuple[int, int, int] | str | int = DEFAULT_BATCH,
+    batch: tuple[int, int, int] | str | int = BATCH,
     directory: Path | str | None = None,
     settings: Mapping[str, Any] | None = None,
     calibration: NDArray[Any] | None = None,
@@ -160,7 +182,7 @@ def build(
     final = (
         Path(directory)
         if directory is not None
-        else engine_directory(Path("engines"), source, name, target, precision, span, chosen)
+        else engine_directory(ENGINES_ROOT, source, name, target, precision, span, chosen, calibration)
     )
     check_replaceable(final, EngineManifest)
     sweep(final.parent)
@@ -173,9 +195,7 @@ def build(
         precision=precision,
         batch=span.model_dump(),
         settings=chosen,
-        calibration=None
-        if precision not in module.CALIBRATED
-        else hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest(),
+        calibration=_fitted_to(name, precision, calibration),
     )
     standing = _standing(final, recipe, artifact_sha256)
     if standing is not None:

@@ -46,13 +46,19 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
 
 
 def _names(report: LatencyReport) -> dict[str, str]:
-    """What the engines are called by role; those for one batch size are told apart where there are others."""
+    """What the engines are called by role; a fixed batch and a calibration are named where others lack or differ."""
     roles = list(dict.fromkeys(sample.role for sample in report.samples))
     found = {role: particulars(role) for role in roles}
-    ranges = any(batch is None for batch, _ in found.values())
+    ranges = any(one.batch is None for one in found.values())
+    calibrations = {one.calibration for one in found.values() if one.calibration}
     names = {}
-    for role, (batch, settings) in found.items():
-        words = [_short(role), "fixed batch" if batch and ranges else "", f"settings {settings}" if settings else ""]
+    for role, one in found.items():
+        words = [
+            _short(role),
+            "fixed batch" if one.batch and ranges else "",
+            f"settings {one.settings}" if one.settings else "",
+            f"calibration {one.calibration}" if one.calibration and len(calibrations) > 1 else "",
+        ]
         names[role] = ", ".join(filter(None, words))
     return names
 
