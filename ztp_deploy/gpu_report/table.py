@@ -11,7 +11,7 @@ _CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
 def render_gpu_report(report: GpuReport) -> str:
-    """The table that the README shows: a line a model, runtime, precision and batch, a column a plan; then what is missing."""
+    """The table that docs/gpu.md shows: a line a model, runtime, precision and batch, a column a plan; then what is missing."""
     latest = report.latest()
     models = [row.model for row in latest]
     # In the order of the grid: what was tried again stands at the end of the file.
