@@ -81,7 +81,7 @@ cpp: $(READY)  ## Build the C++ runtime and ztp-run into build/cpp (needs cmake,
 test: lint  ## Lint, type-check and run all tests, in two processes
 	@OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
-matrix: $(READY)  ## Test every method on every backbone (`make test` takes an eighth of the pairs in turn)
+matrix: $(READY)  ## Test every method on every backbone (`make test` takes an eighth, by commit)
 	@ZTP_MATRIX=all $(VENV)/bin/python -m pytest -m matrix
 
 lint: $(READY)  ## ruff and mypy

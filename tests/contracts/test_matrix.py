@@ -1,6 +1,6 @@
 """Any method on any backbone: traces, exports, passes the linter and the gate, takes any batch, says what it kept.
 
-`make matrix` runs all pairs; otherwise each method and each backbone comes once, and an eighth of the rest in turn.
+`make matrix` runs all pairs; otherwise each method and each backbone comes once, and of the rest the eighth that the commit's hash names.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 import ztp_deploy as ztp
 from tests import tiny
 from tests.backends.tensorrt import needs_rtx
+from tests.contracts import matrix
 from tests.contracts.matrix import ALL, BACKBONES, PARTS, Pair, chosen
 from ztp_deploy import backends, environment, methods, models
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters import Artifact, vocabulary
-from ztp_deploy.models import family
 from ztp_deploy.pruning.prune import PrunedModel
 
 pytestmark = pytest.mark.matrix
@@ -115,9 +115,28 @@ def test_a_pair_that_cannot_work_says_why(refused):
 
 def test_every_family_and_every_method_comes_up_in_every_part():
     hosts = {models.source_of(Pair("slice", name).model()).family for name in BACKBONES}
-    assert hosts == {name for name in models.FAMILIES if family(name).NAMES or name in hosts}
+    assert hosts == set(models.FAMILIES)
     for due in range(PARTS):
         pairs = chosen(due)
         assert {pair.method for pair in pairs} == set(methods.METHODS)
         assert {pair.backbone for pair in pairs} == set(BACKBONES)
     assert {pair for due in range(PARTS) for pair in chosen(due)} == set(ALL)
+
+
+def test_a_commit_takes_one_part_and_commits_take_all(monkeypatch, tmp_path):
+    monkeypatch.delenv("ZTP_MATRIX", raising=False)
+    monkeypatch.setattr(matrix, "commit", lambda: "0000000a" + 32 * "f")
+    assert [matrix.part(), matrix.part()] == [2, 2]
+    assert {matrix.part_of(f"{number:08x}") for number in range(PARTS)} == set(range(PARTS))
+    monkeypatch.setenv("ZTP_MATRIX", "11")
+    assert matrix.part() == 3
+    monkeypatch.setenv("ZTP_MATRIX", "all")
+    assert matrix.part() is None
+
+
+def test_without_a_commit_the_first_part_is_due(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert matrix.commit(tmp_path) == ""
+    monkeypatch.setenv("PATH", "")
+    assert matrix.commit(tmp_path) == ""
+    assert matrix.part_of("") == 0

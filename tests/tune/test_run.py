@@ -176,17 +176,25 @@ def test_plans_that_miss_when_measured_are_said_to(request_):
         report.require()
 
 
-def test_the_next_plan_is_taken_where_the_best_misses(request_):
-    calls = []
+def test_the_next_plan_is_taken_where_the_best_misses(request_, monkeypatch):
+    calls, ranked = [], []
 
     def timer(plans, purpose):
         calls.append(purpose)
         return fake_timer(slower=0.5 if calls.count("winner") == 1 else -0.1)(plans, purpose)
 
+    def rank(*given, real=run._rank):
+        ranked.extend(real(*given))
+        return ranked
+
+    monkeypatch.setattr(run, "_rank", rank)
     report = tune(request_(budget="latency=7ms@batch2", trials=4), Silent(), timer=timer)
+    assert [one.search.mean_kl for one in ranked] == sorted(one.search.mean_kl for one in ranked)
+    assert sorted(one.number for one in ranked) == sorted(report.finalists)
     assert [attempt.meets for attempt in report.attempts] == [False, True]
-    assert report.winner.trial == report.attempts[1].trial
-    assert report.winner.search.mean_kl >= min(report.uniform.search.mean_kl, report.winner.search.mean_kl)
+    assert [attempt.trial for attempt in report.attempts] == [one.number for one in ranked[:2]]
+    assert (report.winner.trial, report.winner.search) == (ranked[1].number, ranked[1].search)
+    assert report.winner.search.mean_kl > ranked[0].search.mean_kl
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ import numpy as np
 import optuna
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from ztp_deploy import backends, environment, models
 from ztp_deploy.backends import torch_device
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import refuse_meaningless
-from ztp_deploy.evidence.images import image_files, load_images
+from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import check_seconds
 from ztp_deploy.manifest import write_bytes, write_text
 from ztp_deploy.plan import Plan, make_plan
@@ -118,6 +118,32 @@ class _Ranked:
     search: Damage
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A request with all that is loaded for it. `rows` say which of the images choose."""
+
+    request: TuneRequest
+    budget: Budget
+    clock: Clock
+    device: str
+    model: nn.Module
+    images: ImageSet
+    rows: Split
+    fingerprint: dict[str, Any]
+    study: optuna.Study
+    command: str
+    started: str
+
+
+@dataclass(frozen=True)
+class _Prices:
+    """What plans cost; under a latency budget by `blocks`, which the `timer` measured as it will the winner."""
+
+    cost: Cost
+    blocks: BlockTimes | None = None
+    timer: Timer | None = None
+
+
 def tune(request: TuneRequest, monitor: Monitor, *, timer: Timer | None = None) -> TuneReport:
     """Searches for the least damaging plan within the budget and writes plan, recipe, record and picture.
 
@@ -126,6 +152,31 @@ def tune(request: TuneRequest, monitor: Monitor, *, timer: Timer | None = None) 
     it misses, the next best is, at most `ATTEMPTS` in all. Interrupted, the same request goes on. `timer` measures
     plans in place of real engines. Raises BadRequest, MissingSoftware and GateFailed.
     """
+    job = _prepare(request, monitor)
+    prices = _prices(job, timer)
+    if prices.blocks and (early := _hopeless(job, prices.blocks, prices.cost)):
+        return _report(job, early, blocks=prices.blocks)
+    judge, space, some = _open_search(job)
+    trials = _try_plans(job, prices, judge, space)
+    best = finalists(trials)
+    with job.clock.step(f"judge the best on {len(job.rows.search)} images", float(len(best))) as advance:
+        ranked = _rank(judge, best, job.rows, advance)
+    attempts, first = _verify(job, ranked, prices.timer)
+    verdict, judged = _judge(job, judge, ranked, first, attempts)
+    return _report(
+        job,
+        verdict,
+        trials=tuple(map(_record, trials)),
+        finalists=tuple(trial.number for trial in best),
+        rounds=() if first is None else rounds.of_plan(job.model, first.plan, some),
+        blocks=prices.blocks,
+        attempts=attempts,
+        **judged,
+    )
+
+
+def _prepare(request: TuneRequest, monitor: Monitor) -> _Job:
+    """Loads what the request names and opens its study."""
     budget = request.check()
     device = torch_device.resolve(request.device, "Eager PyTorch")
     torch_device.prepare(device.provider)
@@ -136,86 +187,94 @@ def tune(request: TuneRequest, monitor: Monitor, *, timer: Timer | None = None) 
         images = load_images(request.images, source.preprocessing, "float32", request.count)
     rows = split(len(images.names))
     fingerprint = _fingerprint(request, budget, source.weights.sha256, images.sha256)
-    study = open_study(request.folder, fingerprint)
-    command = request.command or shlex.join(sys.argv)
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return _Job(
+        request=request,
+        budget=budget,
+        clock=clock,
+        device=device.provider,
+        model=model,
+        images=images,
+        rows=rows,
+        fingerprint=fingerprint,
+        study=open_study(request.folder, fingerprint),
+        command=request.command or shlex.join(sys.argv),
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    )
 
-    def report(verdict: _Verdict, **found: Any) -> TuneReport:
-        nothing = {"trials": (), "finalists": (), "winner": None, "uniform": None, "held_out": None}
-        made = TuneReport(
-            command=command,
-            started=started,
-            model=request.model,
-            method=request.method,
-            weights=f"{source.weights.kind}: {Path(source.weights.origin).name}",
-            images=images.origin,
-            subset_images=len(rows.subset),
-            search_images=len(rows.search),
-            held_out_images=len(rows.held_out),
-            budget=budget,
-            seed=request.seed,
-            fingerprint=fingerprint,
-            verdict=verdict.verdict,
-            because=verdict.because,
-            environment=environment.snapshot(),
-            **({**nothing, "rounds": (), "blocks": None, "attempts": ()} | found),
-        )
-        _write(made, request.folder, model)
-        return made
 
-    geometry = models.describe(model)[1]
-    blocks = None
-    cost: Cost = flop_share(geometry)
-    if budget.kind == "latency":
-        assert budget.batch is not None
-        timer = timer or _timer(request, model, budget.batch, clock, command)
-        blocks = _blocks(study, model, request.method, timer)
-        cost = lambda stages: blocks.predict(geometry, stages)  # noqa: E731
-        if early := _hopeless(model, request.method, blocks, budget, cost):
-            return report(early, blocks=blocks)
-    with clock.step("run the dense model"):
-        judge = Judge(model, images, device.provider)
-    some = torch.from_numpy(images.pixels[list(rows.subset[: rounds.IMAGES])]).to(device.provider)
-    enough = rounds.by_block(model, some) if rounds.has_rounds(request.method) else {}
-    choices = Space(model, request.method, enough)
-    uniform = choices.uniform(cost, budget.limit, budget.limit if budget.kind == "flops" else None)
-    with clock.step(f"try plans on {len(rows.subset)} images", float(request.trials)) as advance:
-        trials = run_trials(
-            study,
+def _prices(job: _Job, timer: Timer | None) -> _Prices:
+    geometry = models.describe(job.model)[1]
+    if job.budget.kind == "flops":
+        return _Prices(flop_share(geometry))
+    timer = timer or _timer(job)
+    blocks = _blocks(job.study, job.model, job.request.method, timer)
+    return _Prices(lambda stages: blocks.predict(geometry, stages), blocks, timer)
+
+
+def _open_search(job: _Job) -> tuple[Judge, Space, Tensor]:
+    """Who judges plans, what may be chosen, and the few images [B, 3, H, W] that voting rounds are measured on."""
+    with job.clock.step("run the dense model"):
+        judge = Judge(job.model, job.images, job.device)
+    some = torch.from_numpy(job.images.pixels[list(job.rows.subset[: rounds.IMAGES])]).to(job.device)
+    enough = rounds.by_block(job.model, some) if rounds.has_rounds(job.request.method) else {}
+    return judge, Space(job.model, job.request.method, enough), some
+
+
+def _try_plans(job: _Job, prices: _Prices, judge: Judge, choices: Space) -> list[Trial]:
+    """As many trials as were asked for, the uniform plan's first."""
+    budget, subset, trials = job.budget, job.rows.subset, job.request.trials
+    uniform = choices.uniform(prices.cost, budget.limit, budget.limit if budget.kind == "flops" else None)
+    with job.clock.step(f"try plans on {len(subset)} images", float(trials)) as advance:
+        return run_trials(
+            job.study,
             choices,
             uniform,
-            cost,
+            prices.cost,
             budget.limit,
-            lambda plan: judge.damage(plan, rows.subset),
-            trials=request.trials,
-            seed=request.seed,
+            lambda plan: judge.damage(plan, subset),
+            trials=trials,
+            seed=job.request.seed,
             advance=advance,
         )
-    best = finalists(trials)
-    with clock.step(f"judge the best on {len(rows.search)} images", float(len(best))) as advance:
-        ranked = _rank(judge, best, rows, advance)
-    attempts: tuple[Attempt, ...] = ()
-    first: _Ranked | None = ranked[0]
-    if budget.kind == "latency":
-        assert timer is not None
-        attempts, first = _verify(model, ranked, budget, timer)
-    yardstick = next(one for one in ranked if one.number == 0)
-    reference, base = _held_out(judge, yardstick, rows)
+
+
+def _judge(
+    job: _Job, judge: Judge, ranked: Sequence[_Ranked], first: _Ranked | None, attempts: Sequence[Attempt]
+) -> tuple[_Verdict, dict[str, Any]]:
+    """The verdict, and what the held-out images say of the uniform plan and of the winner, where there is one."""
+    uniform, base = _held_out(judge, next(one for one in ranked if one.number == 0), job.rows)
     winner = compared = None
     if first is not None:
-        winner, kl = _held_out(judge, first, rows)
-        compared = held_out(base, kl, request.seed)
-    return report(
-        _conclude(budget, winner, compared, attempts),
-        trials=tuple(map(_record, trials)),
-        finalists=tuple(trial.number for trial in best),
-        winner=winner,
-        uniform=reference,
-        held_out=compared,
-        rounds=() if winner is None else rounds.of_plan(model, winner.plan, some),
-        blocks=blocks,
-        attempts=attempts,
+        winner, kl = _held_out(judge, first, job.rows)
+        compared = held_out(base, kl, job.request.seed)
+    verdict = _conclude(job.budget, winner, compared, attempts)
+    return verdict, {"winner": winner, "uniform": uniform, "held_out": compared}
+
+
+def _report(job: _Job, verdict: _Verdict, **found: Any) -> TuneReport:
+    """The record of what was found, written; what is not given was not looked for."""
+    request, weights = job.request, models.source_of(job.model).weights
+    nothing = {"trials": (), "finalists": (), "winner": None, "uniform": None, "held_out": None, "rounds": ()}
+    report = TuneReport(
+        command=job.command,
+        started=job.started,
+        model=request.model,
+        method=request.method,
+        weights=f"{weights.kind}: {Path(weights.origin).name}",
+        images=job.images.origin,
+        subset_images=len(job.rows.subset),
+        search_images=len(job.rows.search),
+        held_out_images=len(job.rows.held_out),
+        budget=job.budget,
+        seed=request.seed,
+        fingerprint=job.fingerprint,
+        verdict=verdict.verdict,
+        because=verdict.because,
+        environment=environment.snapshot(),
+        **({**nothing, "blocks": None, "attempts": ()} | found),
     )
+    _write(report, request.folder, job.model)
+    return report
 
 
 def _load(request: TuneRequest, clock: Clock) -> nn.Module:
@@ -249,14 +308,17 @@ def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str
     return found
 
 
-def _timer(request: TuneRequest, model: nn.Module, batch: int, clock: Clock, command: str) -> Timer:
+def _timer(job: _Job) -> Timer:
+    """Builds and measures engines of the budget's batch, in the search's own folder."""
+    request, batch = job.request, job.budget.batch
+    assert batch is not None
     build = replace(
         request.build,
         batch=str(batch),
         export_root=request.folder / "export",
         engines_root=request.folder / "engines",
     )
-    return engine_timer(model, build, batch, request.seconds, clock, command, request.images)
+    return engine_timer(job.model, build, batch, request.seconds, job.clock, job.command, request.images)
 
 
 def _blocks(study: optuna.Study, model: nn.Module, method: str, timer: Timer) -> BlockTimes:
@@ -269,20 +331,20 @@ def _blocks(study: optuna.Study, model: nn.Module, method: str, timer: Timer) ->
     return measured
 
 
-def _hopeless(model: nn.Module, method: str, blocks: BlockTimes, budget: Budget, cost: Cost) -> _Verdict | None:
+def _hopeless(job: _Job, blocks: BlockTimes, cost: Cost) -> _Verdict | None:
     """Where there is nothing to search: dense is within the budget, or nothing is faster than dense."""
-    if blocks.dense.median <= budget.limit:
+    if blocks.dense.median <= job.budget.limit:
         return _Verdict(
             "pruning does not pay here",
-            f"The dense model already meets {budget}: it takes {blocks.dense.median:.3f} ms a run.",
+            f"The dense model already meets {job.budget}: it takes {blocks.dense.median:.3f} ms a run.",
         )
-    geometry = models.describe(model)[1]
-    sites = Space(model, method, {}).uniform_params()
-    least = make_plan(model, method, keep=[1], sites=[sites["site_1"]])
+    space = Space(job.model, job.request.method, {})
+    first = space.uniform_params()["site_1"]
+    least = make_plan(job.model, job.request.method, keep=[1], sites=[first])
     if cost(least.stages) >= blocks.dense.median:
         return _Verdict(
             "pruning does not pay here",
-            f"Even one token of {geometry.patch_tokens} after block {sites['site_1']} is predicted to take "
+            f"Even one token of {space.geometry.patch_tokens} after block {first} is predicted to take "
             f"{cost(least.stages):.3f} ms a run; the dense model takes {blocks.dense.median:.3f}.",
         )
     return None
@@ -307,15 +369,18 @@ def _held_out(judge: Judge, one: _Ranked, rows: Split) -> tuple[Chosen, NDArray[
     return chosen, judge.kl(logits, rows.held_out)
 
 
-def _verify(
-    model: nn.Module, ranked: Sequence[_Ranked], budget: Budget, timer: Timer
-) -> tuple[tuple[Attempt, ...], _Ranked | None]:
-    """Builds and measures the best plans in turn against dense until one's median meets the budget."""
+def _verify(job: _Job, ranked: Sequence[_Ranked], timer: Timer | None) -> tuple[tuple[Attempt, ...], _Ranked | None]:
+    """Builds and measures the best plans in turn against dense until one's median meets the budget.
+
+    Without a timer the best one wins as it is.
+    """
+    if timer is None:
+        return (), ranked[0]
     attempts: list[Attempt] = []
-    dense = make_plan(model, "dense")
+    dense = make_plan(job.model, "dense")
     for chosen in ranked[:ATTEMPTS]:
         times = timer({"dense": dense, "winner": chosen.plan}, "winner")
-        meets = times["winner"].median <= budget.limit
+        meets = times["winner"].median <= job.budget.limit
         attempts.append(
             Attempt(
                 trial=chosen.number,
