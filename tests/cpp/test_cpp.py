@@ -21,13 +21,16 @@ from tests.cpp import toys
 from tests.cpp.conftest import (
     HERE,
     SOURCE,
+    STRICT,
     build_runtime,
     command,
     manifest_of,
     needs_onnxruntime,
+    program,
     require_tools,
     reseal,
 )
+from ztp_deploy import environment
 from ztp_deploy.errors import ZtpError
 from ztp_deploy.evidence.images import photograph_crops, transform_for
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
@@ -477,6 +480,73 @@ def test_pictures_are_prepared_as_timm_does(prepare, openvino_engine, shared_eng
     assert np.abs(found - unlike).max() > 5
 
 
+def pnm(channels, largest, pixels, comment=""):
+    """A Netpbm file of 8 rows, 6 pixels wide."""
+    return f"P{'?5?6'[channels]}\n{comment}6 8\n{largest}\n".encode() + pixels
+
+
+GREY = bytes(range(48))
+COLOUR = bytes(range(144))
+
+
+@pytest.mark.parametrize(
+    "file", [pnm(1, 255, GREY), pnm(3, 255, COLOUR, "# a comment of 3 words\n"), pnm(3, 255, COLOUR + b"more")]
+)
+def test_pnm_is_read_as_pillow_reads_it(prepare, runtime, openvino_engine, shared_engine, tmp_path, file):
+    (tmp_path / "a.pnm").write_bytes(file)
+    with Image.open(tmp_path / "a.pnm") as picture:
+        expected = transform_for(shared_engine.manifest.source.preprocessing, "uint8")(picture.convert("RGB"))
+    found = np.frombuffer(command_bytes(prepare, openvino_engine, tmp_path / "a.pnm"), np.uint8)
+    assert np.abs(found.reshape(expected.shape).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    assert runtime.run(openvino_engine, tmp_path / "a.pnm").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        (pnm(1, 65535, GREY + GREY), "its largest value is 65535, where 255 is read"),
+        (pnm(3, 15, COLOUR), "its largest value is 15, where 255 is read"),
+        (pnm(1, 255, GREY[:-1]), "it is cut off"),
+        (pnm(3, 255, COLOUR[:-1]), "it is cut off"),
+        (b"P6\n0 8\n255\n", "it has no pixels"),
+        (b"P6\n99999999999999999999 8\n255\n", "its header has a number above 16777216"),
+        (b"P6\n16777216 16777216\n255\n" + COLOUR, "it is cut off"),
+        (b"P6\n6 8\n255", "its header is damaged"),
+        (b"P6\n6 # wide", "its header is damaged"),
+        (b"P5\n-6 8\n255\n" + GREY, "its header is damaged"),
+    ],
+)
+def test_pnm_of_another_depth_or_cut_off_is_refused(runtime, openvino_engine, tmp_path, file, said):
+    path = tmp_path / "a.pnm"
+    path.write_bytes(file)
+    found = refusal(runtime.run(openvino_engine, path, "--json"))
+    assert found == (f"{path} is no image ztp-run can read: {said}.", 2)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "progressive", "bmp", "png"])
+def test_a_picture_that_is_cut_off_is_refused_as_python_does(
+    runtime, openvino_engine, shared_engine, pictures, tmp_path, kind
+):
+    path = tmp_path / ("a.jpg" if kind == "progressive" else f"a.{kind}")
+    with Image.open(pictures[0]) as picture:
+        picture.save(path, **({"progressive": True} if kind == "progressive" else {}))
+    whole = path.read_bytes()
+    assert runtime.run(openvino_engine, path).returncode == 0
+    with ztp.load_engine(shared_engine.directory) as session:
+        for missing in (200, len(whole) // 2):
+            path.write_bytes(whole[:-missing])
+            problem, code = refusal(runtime.run(openvino_engine, path, "--json"))
+            assert problem.startswith(f"{path} is no image ztp-run can read: ")
+            assert code == 2
+            with pytest.raises(ZtpError):
+                session.preprocess([path])
+    if kind in ("jpg", "progressive"):
+        path.write_bytes(whole[:-2])  # the marker of the end alone
+        assert refusal(runtime.run(openvino_engine, path, "--json"))[0].endswith(": it is cut off.")
+    path.write_bytes(whole + b"more")
+    assert runtime.run(openvino_engine, path).returncode == 0
+
+
 def command_bytes(*words):
     import subprocess
 
@@ -565,8 +635,7 @@ def test_the_public_header_needs_nothing(runtime, tmp_path):
     headers = [path for path in (runtime.prefix / "include").rglob("*") if path.is_file()]
     assert [path.relative_to(runtime.prefix / "include").as_posix() for path in headers] == ["ztp/session.h"]
     (tmp_path / "a.cpp").write_text("#include <ztp/session.h>\nint main() { return 0; }\n")
-    strict = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror", "-fsyntax-only"]
-    done = command("g++", *strict, f"-I{runtime.prefix / 'include'}", "-H", tmp_path / "a.cpp")
+    done = command("g++", *STRICT, "-fsyntax-only", f"-I{runtime.prefix / 'include'}", "-H", tmp_path / "a.cpp")
     assert done.returncode == 0, done.stderr
     assert "nlohmann" not in done.stderr
     assert "openvino" not in done.stderr
