@@ -433,6 +433,15 @@ def test_a_doctored_self_test_fails(runtime, recorded, change, metadata, code, m
     assert found == code
 
 
+def test_the_self_test_reads_and_says_numbers_in_any_locale(runtime, recorded, tmp_path):
+    engine, record = recorded
+    abroad = program(runtime, HERE / "abroad.cpp", tmp_path / "abroad")
+    assert command(abroad, engine).stdout == "2 images\n"
+    doctored_logits(record)
+    save_record(engine, record)
+    assert "differ by 0.0002 σ (at most 0.0001) on image 1" in command(abroad, engine).stderr
+
+
 def test_a_self_test_that_is_gone_or_cut(runtime, recorded):
     engine, _ = recorded
     path = engine / "evidence" / SELFTEST_FILE
