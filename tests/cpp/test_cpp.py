@@ -252,6 +252,39 @@ def test_damaged_folders_are_refused_in_pythons_words(runtime, damaged, damage):
     assert refusal(runtime.run(damaged, "--selftest", "--json")) == python_refusal(damaged)
 
 
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"input": {"name": "images", "dtype": "float32", "size": 2**32}}, "input.size: Input should be less than or"),
+        ({"batch": {"min": 1, "opt": 1, "max": 2**63}}, "batch.max: Input should be less than or equal to 65536."),
+        ({"batch": {"min": 1, "opt": 9, "max": 8}}, "batch: Input should be min ≤ opt ≤ max."),
+        ({"batch": {"min": 2, "opt": 1, "max": 8}}, "batch: Input should be min ≤ opt ≤ max."),
+        ({"batch": {"min": -1, "opt": 1, "max": 8}}, "batch.min: Input should be greater than or equal to 1."),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(runtime, damaged, changes, said):
+    """With them, the bytes of an image were counted modulo 2^64, and files divided by nothing."""
+    raw = damaged.parent / "a.f32"
+    raw.write_bytes(bytes(64))
+    reseal(damaged, **changes)
+    problem, code = refusal(runtime.run(damaged, raw, "--json"))
+    assert said in problem
+    assert code == 2
+
+
+def test_a_path_is_shown_as_python_shows_it_and_followed_as_the_system_does(runtime, shared_engine, tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    shutil.copytree(shared_engine.directory, tmp_path / "far" / "engine")
+    reached = f"{tmp_path}/link/.././engine//"
+    assert "carries no self-test" in refusal(runtime.run(reached, "--selftest", "--json"))[0]
+    # What the text says, the link resolved by hand, is another folder.
+    (tmp_path / "engine").mkdir()
+    assert "is no engine folder" in refusal(runtime.run(tmp_path / "engine", "--selftest", "--json"))[0]
+    (tmp_path / "far" / "engine" / "model.onnx").unlink()
+    assert refusal(runtime.run(reached, "--selftest", "--json")) == python_refusal(Path(reached))
+
+
 def test_broken_json_is_refused(runtime, damaged):
     (damaged / "manifest.json").write_text('{"schema": ')
     problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
@@ -260,6 +293,8 @@ def test_broken_json_is_refused(runtime, damaged):
     assert problem.startswith(same)
     assert theirs.startswith(same)
     assert code == their_code
+    (damaged / "manifest.json").write_text('{"schema": 1e999}')
+    assert refusal(runtime.run(damaged, "--selftest", "--json")) == (f"{same}: a number is too large.", 2)
     (damaged / "manifest.json").write_text("[" * 100000)
     assert "nested too deeply" in refusal(runtime.run(damaged, "--selftest", "--json"))[0]
 
