@@ -174,10 +174,15 @@ void read_settings(const json& root, const Fields& fields, EngineFolder& folder)
     folder.spin_between_runs = settings.value("spin_between_runs", false);
     folder.strip_plan = settings.value("strip_plan", false);
     folder.version_compatible = settings.value("version_compatible", false);
+    folder.hardware_compatible = settings.value("hardware_compatible", "none");
+    folder.float_precision = settings.value("float_precision", "fp32");
     folder.properties = built.value("properties", std::map<std::string, std::string>());
     folder.cpu_flags = built.value("cpu_flags", std::vector<std::string>());
-  } catch (const json::type_error&) {
-    fields.invalid("settings or built", "A value has another type than its back end reads");
+    if (const auto gpu = built.find("gpu"); gpu != built.end()) {
+      folder.home = {gpu->at("name").get<std::string>(), gpu->at("compute_capability").get<std::string>()};
+    }
+  } catch (const json::exception&) {
+    fields.invalid("settings or built", "A value is missing or has another type than its back end reads");
   }
 }
 
@@ -201,7 +206,7 @@ void verify_file(const fs::path& directory, const std::string& name, const FileR
   const fs::path path = directory / name;
   std::error_code ignored;
   if (!fs::is_regular_file(path, ignored)) throw DamagedFiles(path.string() + " is missing.", "Build it again.");
-  const std::uintmax_t size = fs::file_size(path);
+  const std::uintmax_t size = fs::file_size(path, ignored);
   if (size != record.bytes) {
     throw DamagedFiles(path.string() + " has " + std::to_string(size) + " bytes, the manifest says " +
                            std::to_string(record.bytes) + ".",
