@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -724,7 +725,8 @@ def test_a_back_end_that_is_asked_for_and_missing_stops_the_configuration(runtim
     known = [re.search(rf"^{name}:\w+=.*$", cached, flags=re.MULTILINE)[0] for name in needed]
     options = ["-DZTP_WITH_TENSORRT=ON", f"-DTENSORRT_ROOT={tmp_path}", "-DZTP_WITH_OPENVINO=OFF"]
     options += [*(f"-D{entry}" for entry in known), *(f"-D{name}=OFF" for name in blind)]
-    done = command("cmake", "-G", "Ninja", "-S", SOURCE, "-B", tmp_path / "build", *options)
+    rootless = {name: value for name, value in os.environ.items() if not name.endswith("_ROOT")}
+    done = command("cmake", "-G", "Ninja", "-S", SOURCE, "-B", tmp_path / "build", *options, env=rootless)
     assert done.returncode != 0
     assert "ZTP_WITH_TENSORRT=ON was asked for, but there is no NvInfer.h" in " ".join(done.stderr.split())
 
