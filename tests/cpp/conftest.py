@@ -27,6 +27,8 @@ ORT_HEADERS = Path(sys.prefix) / "onnxruntime-headers"
 # Fast to compile, still with the warnings that optimising finds, and with lines for valgrind.
 FLAGS = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -g1", f"-DPython3_EXECUTABLE={sys.executable}"]
 
+STRICT = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
+
 
 def command(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end."""
@@ -123,8 +125,17 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
         pytest.skip("openvino is not installed: pip install openvino")
     header = onnxruntime_header()
     onnxruntime = ["-DZTP_WITH_ONNXRUNTIME=ON", f"-DORT_ROOT={header}"] if header else ["-DZTP_WITH_ONNXRUNTIME=OFF"]
-    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", "-DZTP_WITH_AOTINDUCTOR=OFF", *onnxruntime]
-    return build_runtime(tmp_path_factory.mktemp("cpp"), *options)
+    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", *onnxruntime]
+    others = [f"-DZTP_WITH_{name}=OFF" for name in ("AOTINDUCTOR", "TENSORRT", "TENSORRT_RTX")]
+    return build_runtime(tmp_path_factory.mktemp("cpp"), *options, *others)
+
+
+def program(runtime: Runtime, source: Path, executable: Path, *options: object) -> Path:
+    """Compiles one file against the installed runtime."""
+    library = [f"-I{runtime.prefix / 'include'}", f"-L{runtime.build}", "-lztp_runtime", f"-Wl,-rpath,{runtime.build}"]
+    done = command("g++", *STRICT, source, *options, *library, "-pthread", "-o", executable)
+    assert done.returncode == 0, done.stderr
+    return executable
 
 
 def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path:
@@ -173,13 +184,10 @@ def damaged(shared_engine, tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def prepare(runtime: Runtime, tmp_path_factory) -> Path:
     """A program that writes ztp-run's prepared pixels."""
-    program = tmp_path_factory.mktemp("prepare") / "prepare"
-    objects = [runtime.build / f"run/CMakeFiles/ztp-run.dir/{name}.cpp.o" for name in ("images", "picture", "resize")]
-    library = [f"-L{runtime.build}", "-lztp_runtime", f"-Wl,-rpath,{runtime.build}"]
-    headers = [f"-I{SOURCE / 'include'}", f"-I{SOURCE / 'run'}"]
-    linked = command("g++", "-std=c++17", *headers, HERE / "prepare.cpp", *objects, *library, "-o", program)
-    assert linked.returncode == 0, linked.stderr
-    return program
+    names = ("images", "picture", "pnm", "resize")
+    objects = [runtime.build / f"run/CMakeFiles/ztp-run.dir/{name}.cpp.o" for name in names]
+    executable = tmp_path_factory.mktemp("prepare") / "prepare"
+    return program(runtime, HERE / "prepare.cpp", executable, f"-I{SOURCE / 'run'}", *objects)
 
 
 def manifest_of(directory: Path) -> EngineManifest:

@@ -10,13 +10,19 @@ import pytest
 
 import ztp_deploy as ztp
 from tests.cpp import toys
-from tests.cpp.conftest import FLAGS, HERE, SOURCE, build_runtime, command, require_tools, reseal
+from tests.cpp.conftest import FLAGS, HERE, SOURCE, STRICT, build_runtime, command, program, require_tools, reseal
 from ztp_deploy import environment
+from ztp_deploy.backends.tensorrt.home import check_home
+from ztp_deploy.backends.tensorrt.library import RTX
+from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import ZtpError
+from ztp_deploy.manifest import EngineManifest, read_manifest
 
 pytestmark = pytest.mark.slow
 
 FAKE = HERE / "fake_tensorrt"
+VERSION = "1.7.1.116"
+GPU = environment.Gpu("Stand-in 0", "9.0", 80.0)
 OTHERS = [f"-DZTP_WITH_{name}=OFF" for name in ("OPENVINO", "ONNXRUNTIME", "AOTINDUCTOR")]
 
 
@@ -28,10 +34,9 @@ def stand_in(tmp_path_factory):
     (root / "include").symlink_to(FAKE)
     (root / "lib").mkdir()
     library = root / "lib" / "libtensorrt_rtx.so"
-    strict = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
-    done = command("g++", *strict, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", FAKE / "fake.cpp", "-o", library)
+    done = command("g++", *STRICT, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", FAKE / "fake.cpp", "-o", library)
     assert done.returncode == 0, done.stderr
-    for name in ("libcudart.so", "libnvinfer.so"):
+    for name in ("libcudart.so", "libcuda.so.1", "libnvinfer.so"):
         (library.parent / name).symlink_to(library)
     return root
 
@@ -44,9 +49,10 @@ def runtime(stand_in, tmp_path_factory):
 
 
 @pytest.fixture
-def engine(shared_engine, tmp_path, monkeypatch):
+def engine(stand_in, shared_engine, tmp_path, monkeypatch):
     """The toy as a plan for the stand-in, and a GPU of its own."""
     monkeypatch.setenv("FAKE_GPUS", "1")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(stand_in / "lib"))  # where the driver is looked for
     return plan(tmp_path / "engine", shared_engine.directory)
 
 
@@ -54,6 +60,7 @@ def plan(directory, like, dtype="float32", **changes):
     directory.mkdir()
     (directory / "model.plan").write_text(f"toy {dtype} {toys.SIZE} 8\n")
     described = {"backend": "tensorrt_rtx", "device": "cuda", "provider": "TensorRT-RTX", "settings": {}}
+    described["backend_version"] = VERSION
     return reseal(directory, like, **described, **toys.interface(dtype), **changes)
 
 
@@ -94,10 +101,98 @@ def test_without_a_gpu_it_is_refused_in_pythons_words(runtime, engine, tmp_path,
     assert "runs on cuda, but no NVIDIA GPU was found" in done.stderr
 
 
+HOMES = {
+    "another version": ({"backend_version": "1.7.1.115"}, "was built with TensorRT-RTX 1.7.1.115; this is 1.7.1.116."),
+    "an older one, for later ones": ({"backend_version": "1.6.9", "settings": {"version_compatible": True}}, None),
+    "a later one": (
+        {"backend_version": "1.8", "settings": {"version_compatible": True}},
+        "was built with TensorRT-RTX 1.8; this is 1.7.1.116.",
+    ),
+    "another major one": (
+        {"backend_version": "2.0", "settings": {"version_compatible": True}},
+        "was built with TensorRT-RTX 2.0; this is 1.7.1.116.",
+    ),
+    "this GPU": ({"built": {"gpu": {"name": "Stand-in 0", "compute_capability": "9.0"}}}, None),
+    "another GPU": (
+        {"built": {"gpu": {"name": "Other", "compute_capability": "9.0"}}},
+        "was built for Other (compute capability 9.0); this is Stand-in 0 (9.0).",
+    ),
+    "another of the same": (
+        {
+            "built": {"gpu": {"name": "Other", "compute_capability": "9.0"}},
+            "settings": {"hardware_compatible": "same_compute_capability"},
+        },
+        None,
+    ),
+    "another capability": (
+        {
+            "built": {"gpu": {"name": "Other", "compute_capability": "8.6"}},
+            "settings": {"hardware_compatible": "same_compute_capability"},
+        },
+        "was built for Other (compute capability 8.6); this is Stand-in 0 (9.0).",
+    ),
+    "any GPU": (
+        {
+            "built": {"gpu": {"name": "Other", "compute_capability": "8.6"}},
+            "settings": {"hardware_compatible": "ampere_plus"},
+        },
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_plans_of_another_home_are_refused_in_pythons_words(runtime, engine, tmp_path, monkeypatch, home):
+    changes, said = HOMES[home]
+    reseal(engine, **changes)
+    done = runtime.consume(engine, noise(1), tmp_path)
+    monkeypatch.setattr(environment, "gpus", lambda: (GPU,))
+    manifest = read_manifest(engine, EngineManifest)
+    question = (engine, manifest, RTX, VERSION, Settings.model_validate(manifest.settings))
+    if said is None:
+        check_home(*question)
+        assert done.returncode == 0, done.stderr
+        return
+    with pytest.raises(ZtpError) as caught:
+        check_home(*question)
+    assert caught.value.problem == f"{engine} {said}"
+    assert done.stderr.splitlines() == [caught.value.problem, caught.value.fix]
+    assert done.returncode == caught.value.exit_code == 3
+
+
+def linked(runtime, stand_in, name, scratch):
+    """A program of the folder of stand-ins, with CUDA's and the runtime's headers and libraries."""
+    library = [f"-I{FAKE}", f"-L{stand_in / 'lib'}", "-lcudart", f"-Wl,-rpath,{stand_in / 'lib'}"]
+    return program(runtime, HERE / f"{name}.cpp", scratch / name, *library)
+
+
+def test_a_second_session_speaks_through_the_first_ones_logger(runtime, stand_in, engine, tmp_path):
+    """The libraries keep the first logger of a process, which must outlive the session that it came with."""
+    broken = plan(tmp_path / "broken", engine)
+    (broken / "model.plan").write_text("engine")
+    reseal(broken)
+    done = command(linked(runtime, stand_in, "sessions", tmp_path), engine, broken)
+    assert done.stderr.splitlines() == [
+        "TensorRT-RTX: no such plan",
+        f"TensorRT-RTX cannot open {broken}/model.plan: see its message above.",
+    ]
+    assert done.returncode == 2
+
+
+def test_threads_on_other_devices_run_and_close_an_engine_where_it_was_opened(
+    runtime, stand_in, engine, tmp_path, monkeypatch
+):
+    """What a stand-in made on one device ends the process where it is used on another."""
+    monkeypatch.setenv("FAKE_GPUS", "2")
+    done = command(linked(runtime, stand_in, "devices", tmp_path), engine)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "opened on 1, run on 0, closed on 0\n"
+
+
 @pytest.mark.parametrize(
     "text, changes, said",
     [
-        ("engine", {}, "TensorRT-RTX cannot open {engine}/model.plan: it was built for another GPU or version."),
+        ("engine", {}, "TensorRT-RTX cannot open {engine}/model.plan: see its message above."),
         (f"toy float32 {toys.SIZE} 4", {}, "TensorRT-RTX's engine takes no batch of 8, unlike its manifest."),
         (
             f"toy float32 {toys.SIZE} 8",

@@ -7,6 +7,11 @@
 
 #define TRT_MAJOR_RTX 1
 
+extern "C" std::int32_t getInferLibMajorVersion() noexcept;
+extern "C" std::int32_t getInferLibMinorVersion() noexcept;
+extern "C" std::int32_t getInferLibPatchVersion() noexcept;
+extern "C" std::int32_t getInferLibBuildVersion() noexcept;
+
 namespace nvinfer1 {
 
 enum class DataType : std::int32_t { kFLOAT, kHALF, kINT32, kUINT8 };
@@ -23,7 +28,7 @@ struct Dims4 : Dims {
 class ILogger {
  public:
   enum class Severity : std::int32_t { kINTERNAL_ERROR, kERROR, kWARNING, kINFO, kVERBOSE };
-  virtual ~ILogger() = default;
+  virtual ~ILogger();  // the real one's does nothing; this one remembers
   virtual void log(Severity severity, const char* message) noexcept = 0;
 };
 

@@ -1,7 +1,9 @@
-// TensorRT-RTX and the CUDA runtime on the CPU, with FAKE_GPUS devices. The plan `toy TYPE SIZE LARGEST` is
-// tests/cpp/toys.py's toy. What is put into a stream happens when it is synchronised and not before, so that
-// whoever does not wait reads nothing.
+// TensorRT-RTX 1.7.1.116, the CUDA runtime and its driver on the CPU, with FAKE_GPUS devices of compute capability 9.0.
+// The plan `toy TYPE SIZE LARGEST` is tests/cpp/toys.py's toy. What is put into a stream happens when it is synchronised
+// and not before, so that whoever does not wait reads nothing. As with the real ones, every thread starts on device 0,
+// what was made on one device does not work on another, and the first logger of a process is the only one.
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -12,25 +14,85 @@
 
 #include "NvInfer.h"
 
-struct CUstream_st {
+namespace {
+
+thread_local int current = 0;
+
+int devices() {
+  const char* text = std::getenv("FAKE_GPUS");
+  return text == nullptr ? 0 : std::atoi(text);
+}
+
+/// What remembers the device it was made on, and ends the process where it is used on another.
+struct Placed {
+  int device = current;
+
+  void here(const char* what) const {
+    if (device == current) return;
+    std::fprintf(stderr, "%s of device %d is used on device %d\n", what, device, current);
+    std::abort();
+  }
+};
+
+/// Before what cudaMalloc gives, as wide as any alignment asks for.
+struct alignas(64) Block : Placed {};
+
+Block* block_of(void* address) { return static_cast<Block*>(address) - 1; }
+
+}  // namespace
+
+struct CUstream_st : Placed {
   std::vector<std::function<void()>> queue;
 };
 
+extern "C" {
+
+int cuInit(unsigned) { return devices() == 0 ? cudaErrorNoDevice : 0; }
+
+int cuDeviceGetCount(int* count) {
+  *count = devices();
+  return 0;
+}
+
+int cuDeviceGetName(char* name, int size, int device) {
+  std::snprintf(name, static_cast<std::size_t>(size), "Stand-in %d", device);
+  return 0;
+}
+
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == 75 ? 9 : 0;
+  return 0;
+}
+
+std::int32_t getInferLibMajorVersion() noexcept { return 1; }
+std::int32_t getInferLibMinorVersion() noexcept { return 7; }
+std::int32_t getInferLibPatchVersion() noexcept { return 1; }
+std::int32_t getInferLibBuildVersion() noexcept { return 116; }
+
+}  // extern "C"
+
 const char* cudaGetErrorString(cudaError_t) { return "no device"; }
 
-cudaError_t cudaGetDeviceCount(int* count) {
-  const char* devices = std::getenv("FAKE_GPUS");
-  *count = devices == nullptr ? 0 : std::atoi(devices);
-  return *count == 0 ? cudaErrorNoDevice : cudaSuccess;
+cudaError_t cudaGetDevice(int* device) {
+  *device = current;
+  return devices() == 0 ? cudaErrorNoDevice : cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= devices()) return cudaErrorInvalidDevice;
+  current = device;
+  return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** address, std::size_t bytes) {
-  *address = std::malloc(bytes);
+  *address = new (std::aligned_alloc(alignof(Block), (bytes / alignof(Block) + 2) * alignof(Block))) Block + 1;
   return cudaSuccess;
 }
 
 cudaError_t cudaFree(void* address) {
-  std::free(address);
+  if (address == nullptr) return cudaSuccess;
+  block_of(address)->here("Memory");
+  std::free(block_of(address));
   return cudaSuccess;
 }
 
@@ -40,6 +102,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  stream->here("A stream");
   delete stream;
   return cudaSuccess;
 }
@@ -64,9 +127,10 @@ struct Toy {
   std::int64_t largest = 0;
 };
 
-class Context final : public IExecutionContext {
+class Context final : public IExecutionContext, Placed {
  public:
   explicit Context(const Toy& toy) : toy_(toy) {}
+  ~Context() override { here("A context"); }
 
   bool setInputShape(const char* name, const Dims& shape) noexcept override {
     batch_ = shape.d[0];
@@ -86,6 +150,9 @@ class Context final : public IExecutionContext {
   }
 
   bool enqueueV3(cudaStream_t stream) noexcept override {
+    here("A context");
+    stream->here("A stream");
+    for (const auto& [name, address] : addresses_) block_of(address)->here("Memory");
     stream->queue.push_back([this, batch = batch_] {
       for (std::int64_t image = 0; image < batch; ++image) run(image);
     });
@@ -115,10 +182,14 @@ class Context final : public IExecutionContext {
   std::map<std::string, void*> addresses_;
 };
 
-class Engine final : public ICudaEngine {
+class Engine final : public ICudaEngine, Placed {
  public:
   explicit Engine(Toy toy) : toy_(std::move(toy)) {}
-  IExecutionContext* createExecutionContext() noexcept override { return new Context(toy_); }
+  ~Engine() override { here("An engine"); }
+  IExecutionContext* createExecutionContext() noexcept override {
+    here("An engine");
+    return new Context(toy_);
+  }
   std::int32_t getNbIOTensors() const noexcept override { return 3; }
   DataType getTensorDataType(const char* name) const noexcept override {
     if (std::string(name) == "images") return toy_.type == "uint8" ? DataType::kUINT8 : DataType::kFLOAT;
@@ -129,28 +200,40 @@ class Engine final : public ICudaEngine {
   Toy toy_;
 };
 
+ILogger* first_logger = nullptr;
+bool first_logger_lives = false;
+
 class Runtime final : public IRuntime {
  public:
-  explicit Runtime(ILogger& logger) : logger_(logger) {}
   void setEngineHostCodeAllowed(bool) noexcept override {}
 
   ICudaEngine* deserializeCudaEngine(const void* plan, std::size_t bytes) noexcept override {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess) std::abort();  // as the real ones do
+    if (devices() == 0) std::abort();  // as the real ones do
+    if (!first_logger_lives) {
+      std::fprintf(stderr, "The process's logger was destroyed\n");
+      std::abort();
+    }
     std::istringstream words(std::string(static_cast<const char*>(plan), bytes));
     std::string kind;
     Toy toy;
     if (words >> kind >> toy.type >> toy.size >> toy.largest && kind == "toy") return new Engine(toy);
-    logger_.log(ILogger::Severity::kERROR, "no such plan");
+    first_logger->log(ILogger::Severity::kERROR, "no such plan");
     return nullptr;
   }
-
- private:
-  ILogger& logger_;
 };
 
 }  // namespace
 
-IRuntime* createInferRuntime(ILogger& logger) noexcept { return new Runtime(logger); }
+ILogger::~ILogger() {
+  if (this == first_logger) first_logger_lives = false;
+}
+
+IRuntime* createInferRuntime(ILogger& logger) noexcept {
+  if (first_logger == nullptr) {
+    first_logger = &logger;
+    first_logger_lives = true;
+  }
+  return new Runtime;
+}
 
 }  // namespace nvinfer1

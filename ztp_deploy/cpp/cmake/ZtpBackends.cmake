@@ -16,6 +16,9 @@ macro(ztp_add_backend name)
       set(ztp_state "yes")
       string(REPLACE tensorrt_rtx tensorrt ztp_source ${name})  # one source for both libraries
       target_sources(ztp_runtime PRIVATE src/backend_${ztp_source}.cpp)
+      if(${ztp_source} STREQUAL "tensorrt")
+        target_sources(ztp_runtime PRIVATE src/tensorrt_home.cpp)
+      endif()
       target_compile_definitions(ztp_runtime PRIVATE ZTP_${ztp_upper})
       if(${name} STREQUAL "onnxruntime")
         # Headers only: a user of a static runtime links to nothing of it.

@@ -1,8 +1,13 @@
 #include "picture.h"
 
+#include <algorithm>
+#include <cstring>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <memory>
 
+#include "pnm.h"
 #include "ztp/session.h"
 
 // stb is compiled here, within one file, as its authors mean it to be used.
@@ -13,24 +18,50 @@
 #define STBI_ONLY_PNG
 #define STBI_ONLY_JPEG
 #define STBI_ONLY_BMP
-#define STBI_ONLY_PNM
 #include <stb_image.h>
 #pragma GCC diagnostic pop
 
 namespace ztp::run {
+namespace {
 
-Picture read_picture(const std::string& path) {
-  std::error_code ignored;
-  if (!std::filesystem::is_regular_file(path, ignored)) {
-    throw BadRequest("There is no file " + path + ".", "Check the path.");
+/// A file as stb asks for it, which takes bytes past the end for zeros: that it asked for some is noted.
+struct Source {
+  const std::string& bytes;
+  std::size_t at = 0;
+  bool cut_off = false;
+
+  static int read(void* user, char* to, int wanted) {
+    Source& source = *static_cast<Source*>(user);
+    const std::size_t count = std::min(static_cast<std::size_t>(wanted), source.bytes.size() - source.at);
+    std::memcpy(to, source.bytes.data() + source.at, count);
+    source.at += count;
+    source.cut_off = source.cut_off || count == 0;
+    return static_cast<int>(count);
   }
+
+  static void skip(void* user, int count) {
+    Source& source = *static_cast<Source*>(user);
+    const auto target = static_cast<std::int64_t>(source.at) + count;
+    source.at = std::min(static_cast<std::size_t>(std::max<std::int64_t>(target, 0)), source.bytes.size());
+  }
+
+  static int at_end(void* user) {
+    const Source& source = *static_cast<Source*>(user);
+    return source.at == source.bytes.size() ? 1 : 0;
+  }
+};
+
+Picture decode(const std::string& bytes, const std::string& path) {
+  Source source{bytes};
+  const stbi_io_callbacks calls{Source::read, Source::skip, Source::at_end};
   int width = 0;
   int height = 0;
   int channels = 0;
   const std::unique_ptr<stbi_uc, decltype(&stbi_image_free)> loaded(
-      stbi_load(path.c_str(), &width, &height, &channels, 3), &stbi_image_free);
-  if (loaded == nullptr) {
-    throw BadRequest(path + " is no image ztp-run can read: " + stbi_failure_reason() + ".",
+      stbi_load_from_callbacks(&calls, &source, &width, &height, &channels, 3), &stbi_image_free);
+  if (loaded == nullptr || source.cut_off) {
+    const std::string reason = source.cut_off ? "it is cut off" : stbi_failure_reason();
+    throw BadRequest(path + " is no image ztp-run can read: " + reason + ".",
                      "Take it out, or convert it to PNG or JPEG.");
   }
   Picture picture;
@@ -38,6 +69,18 @@ Picture read_picture(const std::string& path) {
   picture.height = static_cast<std::size_t>(height);
   picture.pixels.assign(loaded.get(), loaded.get() + picture.width * picture.height * 3);
   return picture;
+}
+
+}  // namespace
+
+Picture read_picture(const std::string& path) {
+  std::error_code ignored;
+  std::ifstream stream(path, std::ios::binary);
+  if (!std::filesystem::is_regular_file(path, ignored) || !stream) {
+    throw BadRequest("There is no file " + path + ".", "Check the path.");
+  }
+  const std::string bytes{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
+  return is_pnm(bytes) ? read_pnm(bytes, path) : decode(bytes, path);
 }
 
 }  // namespace ztp::run

@@ -14,8 +14,8 @@ struct Picture {
   std::vector<std::uint8_t> pixels;  // [height, width, 3]
 };
 
-/// Reads PNG, JPEG, BMP or PNM. As in Python, EXIF rotation is not applied and transparency is dropped.
-/// Throws BadRequest for what is no readable picture.
+/// Reads PNG, JPEG, BMP, or PNM of 8 bits (P5, P6). As in Python, EXIF rotation is not applied and transparency is dropped.
+/// Throws BadRequest for what is no readable picture, or a part of one.
 Picture read_picture(const std::string& path);
 
 }  // namespace ztp::run

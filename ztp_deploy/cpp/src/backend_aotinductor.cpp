@@ -6,11 +6,9 @@
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
-#include <fstream>
-#include <iterator>
 #include <set>
-#include <sstream>
 
+#include "processor.h"
 #include "runner.h"
 
 namespace ztp {
@@ -21,26 +19,15 @@ bool on_cuda(const EngineFolder& folder) { return folder.manifest.provider.rfind
 /// A package's code names libtorch.so, which nothing here needs by itself; loaded from where torch was found.
 void load_torch() {
   if (dlopen("libtorch.so", RTLD_NOW | RTLD_GLOBAL) != nullptr) return;
-  throw MissingSoftware(std::string("torch cannot be loaded: ") + first_line(dlerror()) + ".", "Install torch again.");
+  throw MissingSoftware(std::string("torch cannot be loaded: ") + reason_in(dlerror()) + ".", "Install torch again.");
 }
 
-void require_gpu() {
+void prepare_gpu() {
   if (!at::hasCUDA()) {
     throw MissingSoftware("This engine was built for a GPU and torch sees none.", "Build it again with device=cpu.");
   }
   // Convolutions default to TF32, which is not the float32 that was checked; holds for the process.
   at::globalContext().setAllowTF32CuDNN(false);
-}
-
-/// The instruction sets of this processor; empty where the system does not tell.
-std::set<std::string> processor_flags() {
-  std::ifstream stream("/proc/cpuinfo");
-  for (std::string line; std::getline(stream, line);) {
-    if (line.rfind("flags", 0) != 0 && line.rfind("Features", 0) != 0) continue;
-    std::istringstream words(line);
-    return {std::istream_iterator<std::string>(words), std::istream_iterator<std::string>()};
-  }
-  return {};
 }
 
 /// The process would be killed by the first instruction that is not there.
@@ -62,12 +49,12 @@ class AotInductorRunner final : public Runner {
     const std::string package = folder.file("model.pt2").string();
     require_instructions(folder);
     load_torch();
-    if (on_cuda(folder)) require_gpu();
+    if (on_cuda(folder)) prepare_gpu();
     if (folder.threads > 0) at::set_num_threads(folder.threads);  // holds for the process, as in Python
     try {
       loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(package);
     } catch (const std::exception& error) {
-      throw DamagedFiles("torch cannot open " + package + ": " + first_line(error.what()) + ".",
+      throw DamagedFiles("torch cannot open " + package + ": " + reason_in(error.what()) + ".",
                          "Build the engine again.");
     }
   }

@@ -30,9 +30,9 @@ class Library {
   /// The message of a failed call, empty where it succeeded; frees the status.
   std::string failure(OrtStatus* status) const {
     if (status == nullptr) return "";
-    std::string message = first_line(api_->GetErrorMessage(status));
+    std::string message = reason_in(api_->GetErrorMessage(status));
     api_->ReleaseStatus(status);
-    return message.empty() ? "no reason was given" : message;
+    return message;
   }
 
   void require(OrtStatus* status) const {
@@ -61,7 +61,7 @@ class Library {
     for (const char* name : names) {
       if (void* handle = dlopen(name, RTLD_NOW | RTLD_LOCAL)) return handle;
     }
-    throw MissingSoftware(std::string("The ONNX Runtime library was not found: ") + first_line(dlerror()) + ".",
+    throw MissingSoftware(std::string("The ONNX Runtime library was not found: ") + reason_in(dlerror()) + ".",
                           "Put libonnxruntime.so.1 where the loader looks (LD_LIBRARY_PATH).");
   }
 

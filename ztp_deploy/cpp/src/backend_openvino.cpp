@@ -1,12 +1,22 @@
 /// OpenVINO: `model.xml` and `model.bin`, compiled with the very properties they were checked with.
 #include <algorithm>
+#include <cctype>
 #include <openvino/openvino.hpp>
+#include <set>
 
 #include "pool.h"
+#include "processor.h"
 #include "runner.h"
 
 namespace ztp {
 namespace {
+
+/// The library's name of what a processor computes in: BF16 for bf16.
+std::string capability(std::string precision) {
+  std::transform(precision.begin(), precision.end(), precision.begin(),
+                 [](unsigned char letter) { return static_cast<char>(std::toupper(letter)); });
+  return precision;
+}
 
 class OpenVinoRunner final : public Runner {
  public:
@@ -50,25 +60,27 @@ class OpenVinoRunner final : public Runner {
       throw MissingSoftware("This engine was built for OpenVINO's device " + device + ", which was not found.",
                             "Build it again with device=cpu.");
     }
+    check_processor(folder, core);
     const ov::AnyMap properties(folder.properties.begin(), folder.properties.end());
-    ov::CompiledModel compiled;
     try {
-      compiled = core.compile_model(core.read_model(graph, weights), device, properties);
+      return core.compile_model(core.read_model(graph, weights), device, properties);
     } catch (const std::exception& error) {
-      throw DamagedFiles("OpenVINO cannot open " + graph + ": " + first_line(error.what()) + ".", "Build it again.");
+      throw DamagedFiles("OpenVINO cannot open " + graph + ": " + reason_in(error.what()) + ".", "Build it again.");
     }
-    check_precision(folder, compiled);
-    return compiled;
   }
 
   /// On a processor without bf16 the library would quietly compute in fp32.
-  static void check_precision(const EngineFolder& folder, const ov::CompiledModel& compiled) {
-    const auto asked = folder.properties.find("INFERENCE_PRECISION_HINT");
-    if (asked == folder.properties.end()) return;
-    const std::string found = compiled.get_property(ov::hint::inference_precision).get_type_name();
-    if (found != asked->second) {
-      throw MissingSoftware("This engine computes in " + asked->second + ", and this processor only in " + found + ".",
-                            "Build it again with precision=fp32, or run it on a processor that has " + asked->second + ".");
+  static void check_processor(const EngineFolder& folder, ov::Core& core) {
+    const std::string& precision = folder.manifest.precision;
+    const std::vector<std::string> known = core.get_property(folder.manifest.provider, ov::device::capabilities);
+    std::string listed;
+    for (const std::string& name : known) listed += (listed.empty() ? "" : ", ") + name;
+    const std::string& elsewhere = precision == "int8" ? folder.float_precision : precision;
+    for (const std::string& name : std::set<std::string>{precision, elsewhere}) {
+      if (std::find(known.begin(), known.end(), capability(name)) != known.end()) continue;
+      throw MissingSoftware(name + " was asked for, and this processor (" + processor_name() +
+                                ") has no instructions for it (OpenVINO lists " + listed + ").",
+                            "Use precision fp32, or a processor that has it (bf16: AVX512-BF16 or AMX).");
     }
   }
 

@@ -1,4 +1,4 @@
-/// TensorRT 10.12 and newer, or TensorRT-RTX: `model.plan`, on the process's current CUDA device.
+/// TensorRT 10.12 and newer, or TensorRT-RTX: `model.plan`, on the CUDA device that is current when it is opened.
 ///
 /// Both libraries have this interface, down to the names of their entry points, so a build opens the plans of one.
 #include <NvInfer.h>
@@ -8,6 +8,7 @@
 
 #include "pool.h"
 #include "runner.h"
+#include "tensorrt_home.h"
 
 #if defined(ZTP_TENSORRT_RTX) != defined(TRT_MAJOR_RTX)
 #error "NvInfer.h belongs to the other of TensorRT and TensorRT-RTX: see TENSORRT_ROOT and TENSORRT_RTX_ROOT."
@@ -28,14 +29,38 @@ void require(cudaError_t status, const char* what) {
                         "Check the GPU and its memory (nvidia-smi).");
 }
 
-/// Without a GPU both libraries crash on deserialising, so this is asked first.
-void require_gpu(const EngineFolder& folder) {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) == cudaSuccess && count > 0) return;
-  throw MissingSoftware(
-      folder.directory.string() + " runs on " + folder.manifest.device + ", but no NVIDIA GPU was found.",
-      "Open it on a machine that has one, or build for this one (`ztp doctor`).");
+std::string version() {
+  std::string text;
+  for (const std::int32_t part : {getInferLibMajorVersion(), getInferLibMinorVersion(), getInferLibPatchVersion(),
+                                  getInferLibBuildVersion()}) {
+    text += (text.empty() ? "" : ".") + std::to_string(part);
+  }
+  return text;
 }
+
+int current_device() {
+  int device = 0;
+  require(cudaGetDevice(&device), "name the current device");
+  return device;
+}
+
+/// Makes a device the thread's current one, and afterwards the one that was.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : before_(device) {
+    cudaGetDevice(&before_);
+    status_ = cudaSetDevice(device);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() { cudaSetDevice(before_); }
+
+  cudaError_t status() const { return status_; }
+
+ private:
+  int before_;
+  cudaError_t status_;
+};
 
 class Logger final : public nvinfer1::ILogger {
  public:
@@ -43,6 +68,12 @@ class Logger final : public nvinfer1::ILogger {
     if (severity <= Severity::kERROR) std::cerr << kTitle << ": " << message << '\n';
   }
 };
+
+/// The process's one: the libraries keep the first that they are given for good.
+Logger& logger() {
+  static auto* const kept = new Logger;
+  return *kept;
+}
 
 class DeviceMemory {
  public:
@@ -158,27 +189,38 @@ class Context {
 class TensorRtRunner final : public Runner {
  public:
   explicit TensorRtRunner(const EngineFolder& folder)
-      : folder_(folder), contexts_([this] { return std::make_unique<Context>(*engine_, folder_); }) {
+      : folder_(folder),
+        device_(current_device()),
+        contexts_([this] { return std::make_unique<Context>(*engine_, folder_); }) {
     const std::filesystem::path path = folder.file("model.plan");
     if (folder.strip_plan) {
       throw BadRequest("This engine's plan was stripped of its weights, which only the Python runtime puts back.",
                        "Build it again without strip_plan.");
     }
-    require_gpu(folder);
+    check_home(folder, gpus().at(static_cast<std::size_t>(device_)), kTitle, version());
     const std::string plan = read_file(path);
-    runtime_.reset(nvinfer1::createInferRuntime(logger_));
+    runtime_.reset(nvinfer1::createInferRuntime(logger()));
     if (runtime_ == nullptr) throw MissingSoftware(kTitle + " did not start.", "See its message above.");
     // Plans for later releases carry code for the processor, which the library runs only when told to.
     runtime_->setEngineHostCodeAllowed(folder.version_compatible);
     engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
     if (engine_ == nullptr) {
-      throw DamagedFiles(kTitle + " cannot open " + path.string() + ": it was built for another GPU or version.",
-                         "Build it again on this machine.");
+      throw DamagedFiles(kTitle + " cannot open " + path.string() + ": see its message above.",
+                         "A plan fits the GPU and the version it was built with; build it again on this machine.");
     }
     check_tensors();
   }
 
+  ~TensorRtRunner() override {
+    const OnDevice guard(device_);
+    contexts_.clear();
+    engine_.reset();
+    runtime_.reset();
+  }
+
   Outputs run(const void* images, std::size_t batch) const override {
+    const OnDevice guard(device_);
+    require(guard.status(), "return to the engine's device");
     return contexts_.with([&](Context& context) { return context.run(images, batch); });
   }
 
@@ -199,8 +241,7 @@ class TensorRtRunner final : public Runner {
   }
 
   const EngineFolder& folder_;
-  Logger logger_;
-  // Destroyed in reverse: contexts, then the engine, then the runtime.
+  int device_;
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
   mutable Pool<Context> contexts_;

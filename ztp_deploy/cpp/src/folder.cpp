@@ -19,6 +19,9 @@ constexpr const char* kManifest = "manifest.json";
 constexpr const char* kSchema = "ztp.engine/1";
 constexpr int kDeepest = 64;  // no manifest nests deeper; a crafted one must not exhaust the stack
 constexpr std::size_t kChunk = std::size_t{1} << 20U;
+// Far above any engine's, and so low that the bytes of a batch, three channels of float32, are countable.
+constexpr std::size_t kLargestBatch = std::size_t{1} << 16U;
+constexpr std::size_t kLargestSide = std::size_t{1} << 14U;
 
 /// What is wrong with a manifest is said in the words of the Python side.
 [[noreturn]] void refuse(const fs::path& path, const std::string& where, const std::string& what) {
@@ -51,12 +54,21 @@ class Fields {
     return value.get<std::string>();
   }
 
-  /// A whole number of at least `least`.
-  std::size_t count(const std::string& where, std::size_t least) const {
+  /// A whole number from 1 to `most`.
+  std::size_t count(const std::string& where, std::size_t most) const {
     const json& value = at(where);
     if (!value.is_number_integer()) invalid(where, "Input should be a valid integer");
-    if (value < least) invalid(where, "Input should be greater than or equal to " + std::to_string(least));
-    return value.get<std::size_t>();
+    const std::size_t found = value.is_number_unsigned() ? value.get<std::size_t>() : 0;  // else it is negative
+    if (found < 1) invalid(where, "Input should be greater than or equal to 1");
+    if (found > most) invalid(where, "Input should be less than or equal to " + std::to_string(most));
+    return found;
+  }
+
+  BatchRange batch() const {
+    const BatchRange span{count("batch.min", kLargestBatch), count("batch.opt", kLargestBatch),
+                          count("batch.max", kLargestBatch)};
+    if (span.min > span.opt || span.opt > span.max) invalid("batch", "Input should be min ≤ opt ≤ max");
+    return span;
   }
 
   double number(const std::string& where) const {
@@ -98,6 +110,8 @@ json parse(const std::string& text, const fs::path& path) {
     return root;
   } catch (const json::parse_error& error) {
     refuse(path, "the file", "Invalid JSON at byte " + std::to_string(error.byte));
+  } catch (const json::exception&) {
+    refuse(path, "the file", "Invalid JSON: a number is too large");
   }
 }
 
@@ -119,13 +133,13 @@ Manifest read_public(const Fields& fields) {
   manifest.backend_version = fields.text("backend_version");
   manifest.device = fields.text("device");
   manifest.provider = fields.text("provider");
-  manifest.batch = {fields.count("batch.min", 1), fields.count("batch.opt", 1), fields.count("batch.max", 1)};
+  manifest.batch = fields.batch();
   manifest.dtype = fields.text("input.dtype");
   if (manifest.dtype != "float32" && manifest.dtype != "uint8") {
     fields.invalid("input.dtype", "Input should be 'float32' or 'uint8'");
   }
-  manifest.size = fields.count("input.size", 1);
-  manifest.patches = fields.count("plan.patch_tokens", 1);
+  manifest.size = fields.count("input.size", kLargestSide);
+  manifest.patches = fields.count("plan.patch_tokens", kLargestSide * kLargestSide);
   manifest.random_weights = fields.text("source.weights.kind") == "random";
   manifest.preprocessing.mean = fields.channels("source.preprocessing.mean");
   manifest.preprocessing.std = fields.channels("source.preprocessing.std");
@@ -160,10 +174,15 @@ void read_settings(const json& root, const Fields& fields, EngineFolder& folder)
     folder.spin_between_runs = settings.value("spin_between_runs", false);
     folder.strip_plan = settings.value("strip_plan", false);
     folder.version_compatible = settings.value("version_compatible", false);
+    folder.hardware_compatible = settings.value("hardware_compatible", "none");
+    folder.float_precision = settings.value("float_precision", "fp32");
     folder.properties = built.value("properties", std::map<std::string, std::string>());
     folder.cpu_flags = built.value("cpu_flags", std::vector<std::string>());
-  } catch (const json::type_error&) {
-    fields.invalid("settings or built", "A value has another type than its back end reads");
+    if (const auto gpu = built.find("gpu"); gpu != built.end()) {
+      folder.home = {gpu->at("name").get<std::string>(), gpu->at("compute_capability").get<std::string>()};
+    }
+  } catch (const json::exception&) {
+    fields.invalid("settings or built", "A value is missing or has another type than its back end reads");
   }
 }
 
@@ -187,7 +206,7 @@ void verify_file(const fs::path& directory, const std::string& name, const FileR
   const fs::path path = directory / name;
   std::error_code ignored;
   if (!fs::is_regular_file(path, ignored)) throw DamagedFiles(path.string() + " is missing.", "Build it again.");
-  const std::uintmax_t size = fs::file_size(path);
+  const std::uintmax_t size = fs::file_size(path, ignored);
   if (size != record.bytes) {
     throw DamagedFiles(path.string() + " has " + std::to_string(size) + " bytes, the manifest says " +
                            std::to_string(record.bytes) + ".",
@@ -199,10 +218,13 @@ void verify_file(const fs::path& directory, const std::string& name, const FileR
   }
 }
 
-/// The path as it is shown in messages: without a trailing separator.
+/// The path as Python shows it in messages. Its `..` stay: after a symbolic link they lead elsewhere than the text says.
 fs::path tidy(const std::string& directory) {
-  fs::path path = fs::path(directory).lexically_normal();
-  return path.has_filename() || path == path.root_path() ? path : path.parent_path();
+  fs::path path;
+  for (const fs::path& part : fs::path(directory)) {
+    if (!part.empty() && part != ".") path /= part;
+  }
+  return path.empty() ? fs::path(".") : path;
 }
 
 }  // namespace

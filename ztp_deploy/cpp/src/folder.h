@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "gpu.h"
 #include "ztp/session.h"
 
 namespace ztp {
@@ -29,6 +30,9 @@ struct EngineFolder {
   bool spin_between_runs = false;
   bool strip_plan = false;
   bool version_compatible = false;
+  std::string hardware_compatible = "none";
+  std::string float_precision = "fp32";  ///< of an int8 engine, where it does not compute in int8
+  Gpu home;                              ///< the GPU it was built on; without a name where it is not bound to one
   /// What the build decided, as the library's own names and texts.
   std::map<std::string, std::string> properties;
   /// Instruction sets that compiled code may use.

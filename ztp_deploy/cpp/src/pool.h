@@ -25,6 +25,12 @@ class Pool {
     return result;
   }
 
+  /// Destroys all that are not lent.
+  void clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_.clear();
+  }
+
  private:
   std::unique_ptr<T> take() {
     {

@@ -1,6 +1,7 @@
 #include "runner.h"
 
 #include <cstring>
+#include <sstream>
 
 #include "tokens.h"
 
@@ -48,6 +49,18 @@ Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector
   return outputs;
 }
 
-std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
+std::string reason_in(const std::string& message) {
+  std::istringstream lines(message);
+  std::string first;
+  for (std::string line; std::getline(lines, line);) {
+    const std::size_t end = line.find_last_not_of(" \t\r.");
+    if (end == std::string::npos) continue;
+    line.resize(end + 1);
+    line.erase(0, line.find_first_not_of(" \t"));
+    if (line.rfind("Exception from", 0) != 0) return line;
+    if (first.empty()) first = line;
+  }
+  return first.empty() ? "no reason was given" : first;
+}
 
 }  // namespace ztp

@@ -34,8 +34,8 @@ class Runner {
 /// Copies an engine's outputs, in the manifest's order, after checking that they are what the manifest promises.
 Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector<OutputView>& views);
 
-/// The first line of a library's message, which may be followed by pages of its sources' names.
-std::string first_line(const std::string& message);
+/// The first line that says something of a library's message, which may hold pages of its sources' names; no full stop.
+std::string reason_in(const std::string& message);
 
 // One a back end; each exists where that back end is compiled in. They throw DamagedFiles and MissingSoftware.
 std::unique_ptr<Runner> open_aotinductor(const EngineFolder& folder);

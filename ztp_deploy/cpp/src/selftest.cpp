@@ -1,7 +1,9 @@
 #include "selftest.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
+#include <locale>
 #include <sstream>
 #include <system_error>
 
@@ -38,9 +40,12 @@ class Record {
   }
 
   double tolerance() const {
-    std::istringstream stream(text("tolerance"));
+    // Not a stream: it would read the number as the process's locale writes numbers.
+    const std::string& written = text("tolerance");
+    const char* end = written.data() + written.size();
     double value = 0;
-    if (!(stream >> value) || !(value > 0)) damaged("gives no tolerance above zero");
+    const std::from_chars_result read = std::from_chars(written.data(), end, value);
+    if (read.ec != std::errc() || read.ptr != end || !(value > 0)) damaged("gives no tolerance above zero");
     return value;
   }
 
@@ -100,6 +105,7 @@ double compare_logits(const Record& record, const Outputs& found) {
     worst = std::max(worst, apart);
     if (apart <= tolerance) continue;
     std::ostringstream sentence;
+    sentence.imbue(std::locale::classic());
     sentence.precision(2);
     sentence << "Self-test fails: the same tokens are kept but logits differ by " << apart << " σ (at most "
              << tolerance << ") on image " << image << ".";

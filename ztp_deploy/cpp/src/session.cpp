@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "folder.h"
+#include "gpu.h"
 #include "runner.h"
 #include "selftest.h"
 
@@ -50,11 +51,23 @@ std::string joined(const std::vector<std::string>& names) {
   return text.empty() ? "none" : text;
 }
 
+void require_gpu(const EngineFolder& folder) {
+  const Manifest& manifest = folder.manifest;
+  // TensorRT's libraries know no other device, and crash without one.
+  const bool needed = manifest.device == "cuda" || manifest.backend.rfind("tensorrt", 0) == 0;
+  if (!needed || !gpus().empty()) return;
+  throw MissingSoftware(folder.directory.string() + " runs on " + manifest.device + ", but no NVIDIA GPU was found.",
+                        "Open it on a machine that has one, or build for this one (`ztp doctor`).");
+}
+
 std::unique_ptr<Runner> open_runner(const EngineFolder& folder) {
   const std::string& wanted = folder.manifest.backend;
   for (const BackEnd& back_end : kBackEnds) {
     if (back_end.name != wanted) continue;
-    if (back_end.open != nullptr) return back_end.open(folder);
+    if (back_end.open != nullptr) {
+      require_gpu(folder);
+      return back_end.open(folder);
+    }
     throw MissingSoftware(
         "This is an engine for " + wanted + "; this build of the runtime opens: " + joined(backends()) + ".",
         std::string("Configure it with -D") + back_end.option + "=ON.");
@@ -62,6 +75,20 @@ std::unique_ptr<Runner> open_runner(const EngineFolder& folder) {
   throw BadRequest(
       "The C++ runtime opens no " + wanted + " engines.",
       "Use ztp_deploy from Python, or build for openvino, onnxruntime, tensorrt, tensorrt_rtx or aotinductor.");
+}
+
+/// Does `work`, and makes the runtime's own error of whatever a library throws.
+template <class Work>
+auto own_errors(const EngineFolder& folder, Work work) {
+  try {
+    return work();
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    throw BadRequest(folder.manifest.backend + " failed on " + folder.directory.string() + ": " +
+                         reason_in(error.what()) + ".",
+                     "Check that its library is whole and memory is free, or build the engine again.");
+  }
 }
 
 void check_batch(const Manifest& manifest, std::size_t batch) {
@@ -93,12 +120,15 @@ void check_finite(const float* images, std::size_t values) {
 
 class Session::Implementation {
  public:
-  explicit Implementation(const std::string& directory)
-      : folder_(open_folder(directory)), runner_(open_runner(folder_)) {}
+  explicit Implementation(const std::string& directory) : folder_(open_folder(directory)) {
+    own_errors(folder_, [&] { runner_ = open_runner(folder_); });
+  }
 
   const EngineFolder& folder() const noexcept { return folder_; }
 
-  Outputs run(const void* images, std::size_t batch) const { return runner_->run(images, batch); }
+  Outputs run(const void* images, std::size_t batch) const {
+    return own_errors(folder_, [&] { return runner_->run(images, batch); });
+  }
 
  private:
   EngineFolder folder_;

@@ -126,8 +126,9 @@ class ZTP_API Session {
  public:
   /// Opens an engine folder after its manifest and the sha256 of every file were verified.
   ///
-  /// Throws BadRequest (no engine folder), DamagedFiles (edited, truncated, missing) and MissingSoftware
-  /// (back end not compiled in, library or device not here). AOTInductor engines are code: open only what you built.
+  /// Throws BadRequest (no engine folder, or the library failed in an unknown way), DamagedFiles (edited, truncated,
+  /// missing) and MissingSoftware (back end not compiled in, library or device not here), and nothing else. AOTInductor
+  /// and TensorRT engines are code: open only what you built. TensorRT's run on the CUDA device that is current here.
   explicit Session(const std::string& directory);
   ~Session();
   Session(Session&&) noexcept;
@@ -140,7 +141,8 @@ class ZTP_API Session {
   /// Runs batch × 3 × size × size values, channels before rows; they are read during the call only.
   ///
   /// Throws BadRequest for a batch outside the range, for pixels that are not finite, and where the engine
-  /// takes the other type; GateFailed where the engine reports tokens that cannot be.
+  /// takes the other type, and where the library failed; DamagedFiles for outputs unlike the manifest; MissingSoftware
+  /// where the device failed; GateFailed where the engine reports tokens that cannot be; and nothing else.
   Outputs run(const float* images, std::size_t batch) const;
   Outputs run(const std::uint8_t* images, std::size_t batch) const;
 
