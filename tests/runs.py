@@ -11,7 +11,7 @@ import torch
 
 import ztp_deploy as ztp
 from tests import golden, tiny
-from ztp_deploy.evidence import parity
+from ztp_deploy.evidence.observe import observe_eager
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.selection import Observation
 from ztp_deploy.exporters import torchscript
@@ -32,7 +32,7 @@ class Silent:
 
 def observe(pruned: PrunedModel, images: np.ndarray, forced: list[np.ndarray] | None = None) -> Observation:
     """An eager run with its scores."""
-    return parity._observe_eager(InferenceGraph(pruned, "float32"), images, lambda count: None, forced)
+    return observe_eager(InferenceGraph(pruned, "float32"), images, forced=forced)
 
 
 def copy_of(observation: Observation) -> Observation:

@@ -762,17 +762,13 @@ def classify(
     import numpy as np
 
     from ztp_deploy.backends import load_engine
+    from ztp_deploy.backends.batches import filled_batches
 
     with load_engine(engine) as session:
         manifest = session.manifest
         pixels = session.preprocess(list(images))
-        span = manifest.batch
-        parts = []
-        for start in range(0, len(pixels), span.max):
-            chunk = pixels[start : start + span.max]
-            fill = max(0, span.min - len(chunk))
-            padded = np.concatenate([chunk, np.repeat(chunk[-1:], fill, axis=0)]) if fill else chunk
-            parts.append(session.run(padded)[: len(chunk)])
+        batches = filled_batches(pixels, manifest.batch.max, manifest.batch.min)
+        parts = [session.run(chunk)[:count] for chunk, count in batches]
     logits = np.concatenate(parts).astype(np.float64)
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)

@@ -20,6 +20,7 @@ from torch import nn
 from ztp_deploy import environment, methods, models
 from ztp_deploy.backends import Engine, find_engine, load_engine, require_runnable, torch_device
 from ztp_deploy.backends.base import Device, Session
+from ztp_deploy.backends.batches import filled
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, Speed, accuracy, class_rows, compare
 from ztp_deploy.evidence.images import transform_for
@@ -277,12 +278,9 @@ def _engine_predictor(
     session: Session, engine: Engine, role: Literal["dense", "pruned"], batch: int | None
 ) -> Predictor:
     manifest = session.manifest
-    span = manifest.batch
 
     def forward(pictures: NDArray[Any]) -> NDArray[Any]:
-        fill = max(0, span.min - len(pictures))
-        padded = np.concatenate([pictures, np.repeat(pictures[-1:], fill, axis=0)]) if fill else pictures
-        return session.run(padded)[: len(pictures)]
+        return session.run(filled(pictures, manifest.batch.min))[: len(pictures)]
 
     return Predictor(
         role=role,

@@ -33,6 +33,20 @@ def test_modules_have_the_names_of_their_face(module, face):
     assert module.__doc__
 
 
+@pytest.mark.parametrize("name", exporters.FORMATS)
+def test_every_format_is_run_as_it_stands_or_says_that_it_is_not(name, model, tmp_path):
+    artifact = ztp.export(ztp.prune(model, ztp.make_plan(model, ratio=0.6)), name, tmp_path / "artifact")
+    if exporters.get(name).RUNNER is None:
+        with pytest.raises(BadRequest, match=f"Nothing runs a {name} graph"):
+            exporters.open_as_it_stands(artifact)
+        return
+    runner = exporters.open_as_it_stands(artifact)
+    outputs, scores = runner.run(tiny.images(3)), runner.audit(tiny.images(3))
+    assert {*artifact.manifest.outputs} <= outputs.keys()
+    assert {*artifact.manifest.outputs, *artifact.manifest.audit} <= scores.keys()
+    assert outputs["logits"].shape == (3, 10)
+
+
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_traces_with_its_counts_and_replays_its_selection(name, model):
     plan = ztp.make_plan(model, method=name, ratio=0.6, options=tiny.OPTIONS.get(name))

@@ -15,6 +15,8 @@ from tests import tiny
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.evidence import parity
 from ztp_deploy.evidence.images import load_images
+from ztp_deploy.evidence.selection import Observation
+from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import manifest_sha256
 
 
@@ -137,13 +139,39 @@ def test_plain_arrays_are_images_too(shared_engine, pruned):
     assert report.images == "3 given images"
 
 
+def kl(dense: np.ndarray, pruned: np.ndarray) -> float:
+    """KL(dense ‖ pruned) in nats an image, by the definition."""
+    one, other = (torch.from_numpy(logits).double().softmax(-1) for logits in (dense, pruned))
+    return float((one * (one / other).log()).sum(-1).mean())
+
+
 def test_dense_agreement_is_reported_for_real_weights(tmp_path):
     """Weights that are not random: what pruning changes is reported, never gated."""
     model = ztp.load_model("deit_t", weights=tiny.model().state_dict(), overrides=tiny.SIZE)
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
     artifact = ztp.export(pruned, "torchscript", tmp_path / "a")
     engine = ztp.build(artifact, "torchscript", device="cpu", directory=tmp_path / "e")
-    report = ztp.check_parity(engine, model, tiny.images(4))
-    assert report.dense_to_pruned is not None
-    assert 0 <= report.dense_to_pruned.top1_equal <= 1
-    assert report.dense_to_pruned.mean_kl > 0
+    images = tiny.images(9)  # one more than eager PyTorch runs at once
+    found = ztp.check_parity(engine, model, images).dense_to_pruned
+    with torch.inference_mode():
+        dense, thin = (module(torch.from_numpy(images)).numpy() for module in (model, pruned))
+    assert found is not None
+    assert found.images == 9
+    assert found.top1_equal == (dense.argmax(1) == thin.argmax(1)).mean()
+    assert found.mean_kl == pytest.approx(kl(dense, thin), rel=1e-4)
+
+
+def test_dense_agreement_by_hand(pruned):
+    """Pruned logits made up: two of four images with another best class, one of them far from dense."""
+    images = tiny.images(4)
+    graph = InferenceGraph(pruned, "float32")
+    with torch.inference_mode():
+        dense = pruned.model(torch.from_numpy(images)).numpy()
+    thin = dense.copy()
+    thin[1] = np.roll(thin[1], 1)
+    thin[3] = -thin[3]
+    found = parity._dense_agreement(graph, Observation(thin, [], [], {}), images)
+    assert found == parity.Agreement(images=4, top1_equal=0.5, mean_kl=found.mean_kl)
+    assert found.mean_kl == pytest.approx(kl(dense, thin), rel=1e-6)
+    same = parity._dense_agreement(graph, Observation(dense, [], [], {}), images)
+    assert (same.top1_equal, same.mean_kl) == (1, pytest.approx(0, abs=1e-9))

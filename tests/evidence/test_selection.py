@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.runs import copy_of, observe
-from ztp_deploy.evidence.selection import differences, same_fates
+from ztp_deploy.evidence.selection import Observation, differences, same_fates
 from ztp_deploy.models import host_of
 from ztp_deploy.plan import make_plan
 from ztp_deploy.pruning.prune import prune
@@ -124,3 +124,12 @@ def test_slot_order_does_not_matter(setting):
         candidate.scores[name][0] = candidate.scores[name][0][::-1]
     # The similarity scores follow the ranking, which is unchanged.
     assert differences(observation, candidate, candidate, plan, geometry, BOUND) == []
+
+
+def test_named_outputs_become_an_observation():
+    one, two, joined = (np.array([[number]]) for number in range(3))
+    values = {"logits": one, "kept_1": one, "kept_2": two, "merged_1": joined, "kept_share_1": two, "score_1": one}
+    seen = Observation.of(values)
+    assert (seen.logits, seen.kept, seen.merged, seen.scores) == (one, [one, two], [joined], values)
+    with pytest.raises(KeyError, match="logits"):
+        Observation.of({"kept_1": one})

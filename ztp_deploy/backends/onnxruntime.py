@@ -141,7 +141,12 @@ def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:
 
 
 def open_unoptimised(directory: Path, manifest: ArtifactManifest) -> OnnxRuntimeRunner:
-    """An exported graph run node by node on the CPU: what the file says, before any engine changes it."""
+    """An exported graph run node by node on the CPU: what the file says, before any engine changes it.
+
+    Raises BadRequest for a precision that the CPU has no kernels for.
+    """
+    if manifest.precision == "bf16":
+        raise BadRequest("ONNX Runtime has no bf16 kernels for the CPU.", "Check the engine itself.")
     return OnnxRuntimeRunner(directory / GRAPH_FILE, manifest, provider=CPU, settings=Settings(), optimise=False)
 
 

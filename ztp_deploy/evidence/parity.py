@@ -8,8 +8,9 @@ edge and the kind of fault.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,24 +20,21 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from ztp_deploy import environment, methods
+from ztp_deploy import environment, exporters, methods
 from ztp_deploy.backends import Engine, find_engine, load_engine
 from ztp_deploy.backends.base import Runner
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
+from ztp_deploy.evidence.accuracy import mean_kl
 from ztp_deploy.evidence.images import ImageSet
+from ztp_deploy.evidence.observe import Progress, observe, observe_eager, unheard
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.evidence.selection import Difference, Observation, differences, same_fates
-from ztp_deploy.exporters import load_artifact
 from ztp_deploy.exporters.graph import InferenceGraph
-from ztp_deploy.manifest import ArtifactManifest, manifest_sha256, write_text
-from ztp_deploy.plan import Geometry, Plan
+from ztp_deploy.manifest import manifest_sha256, write_text
+from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import PrunedModel, prune
 
 PARITY_FILE = "parity.json"
-_RUNNABLE = ("onnx", "torch_export")
-"""Formats whose graph can be run as it stands, before an engine changes it."""
-
-Progress = Callable[[int], None]
 
 
 class Tolerance(BaseModel):
@@ -179,67 +177,27 @@ def check_parity(
         )
     pictures = images if isinstance(images, ImageSet) else _named(images)
     pruned = model if isinstance(model, PrunedModel) else prune(model, manifest.plan)
-    wanted = manifest.input
-    if (
-        not isinstance(pictures.pixels, np.ndarray)
-        or pictures.pixels.dtype != np.dtype(wanted.dtype)
-        or pictures.pixels.shape[1:] != (3, wanted.size, wanted.size)
-        or not len(pictures.pixels)
-    ):
-        raise BadRequest(
-            f"Parity is checked on {wanted.dtype} images [M, 3, {wanted.size}, {wanted.size}], at least one; "
-            f"{getattr(pictures.pixels, 'dtype', type(pictures.pixels).__name__)} "
-            f"{list(getattr(pictures.pixels, 'shape', []))} came.",
-            "Use load_images, or session.preprocess.",
-        )
-    if pruned.source.weights.sha256 != manifest.source.weights.sha256 or pruned.plan != manifest.plan:
-        raise BadRequest(
-            f"This model is not the one {found.directory} was built from.", "Give the same weights and the same plan."
-        )
-    advance = progress or (lambda count: None)
-    tolerance = TOLERANCES[manifest.precision]
-    geometry = pruned.host.geometry
+    _check_belonging(found, pruned, pictures)
     notes: list[str] = []
-
     graph = InferenceGraph(pruned, manifest.input.dtype)
-    eager = _observe_eager(graph, pictures.pixels, advance)
-    observations: dict[str, Observation] = {"eager": eager}
-    tolerances = {"eager": TOLERANCES["fp32"], "engine": tolerance}
-    runners: dict[str, Runner] = {}
-    exported = _exported_runner(found, notes)
-    with load_engine(found.directory) as session:
-        if exported is not None:
-            runners["exported"], tolerances["exported"] = exported
-        runners["engine"] = session._runner
-        for name, runner in runners.items():
-            batch = manifest.batch.opt if name == "engine" else 8
-            observations[name] = _observe(runner, pictures.pixels, manifest.outputs, batch, manifest.batch.min, advance)
-        pairs = [("eager", "exported"), ("exported", "engine"), ("eager", "engine")]
+    sides = _observed_sides(found, graph, pictures, notes, progress or unheard)
+    with sides as observed:
         edges = [
-            _compare(
-                one,
-                other,
-                observations,
-                runners[other],
-                manifest.batch.min,
-                graph,
-                geometry,
-                max(tolerances[one], tolerances[other], key=lambda bounds: bounds.logits),
-                pictures,
-            )
-            for one, other in pairs
-            if one in observations and other in observations
+            _compare(graph, pictures, observed[one], observed[other])
+            for one, other in (("eager", "exported"), ("exported", "engine"), ("eager", "engine"))
+            if one in observed and other in observed
         ]
+        eager = observed["eager"].observation
     agreement = None
     if manifest.plan.stages and not manifest.random_weights and not methods.untrained(manifest.plan):
-        agreement = _dense_agreement(pruned, eager, manifest.input.dtype, pictures.pixels)
+        agreement = _dense_agreement(graph, eager, pictures.pixels)
     report = ParityReport(
         engine=found.directory.name,
         manifest_sha256=manifest_sha256(found.directory),
         images=pictures.origin,
         images_sha256=pictures.sha256,
         precision=manifest.precision,
-        tolerance=tolerance,
+        tolerance=TOLERANCES[manifest.precision],
         passed=all(edge.holds for edge in edges),
         edges=edges,
         notes=notes,
@@ -255,135 +213,165 @@ def compare_with_eager(
 ) -> Edge:
     """The one edge from eager PyTorch in float32 to whatever runs the same plan; `images` are float32."""
     graph = InferenceGraph(pruned, "float32")
-    nothing: Progress = lambda count: None  # noqa: E731
-    observations = {
-        "eager": _observe_eager(graph, images.pixels, nothing),
-        name: _observe(runner, images.pixels, graph.output_names, batch, 1, nothing),
-    }
-    geometry = pruned.host.geometry
-    return _compare("eager", name, observations, runner, 1, graph, geometry, TOLERANCES[precision], images)
+    eager = Side("eager", TOLERANCES["fp32"], observe_eager(graph, images.pixels))
+    ran = observe(runner.run, images.pixels, graph.output_names, batch, 1)
+    return _compare(graph, images, eager, Side(name, TOLERANCES[precision], ran, runner))
 
 
 def expected_steps(images: int, format: str) -> int:
     """How many image passes `check_parity` reports to its progress callback."""
-    return images * (3 if format in _RUNNABLE else 2)
+    return images * (2 if exporters.get(format).RUNNER is None else 3)
+
+
+# --- what is asked -----------------------------------------------------------------------------
 
 
 def _named(pixels: NDArray[Any]) -> ImageSet:
     return ImageSet(pixels, tuple(f"image {index}" for index in range(len(pixels))), f"{len(pixels)} given images")
 
 
+def _check_belonging(engine: Engine, pruned: PrunedModel, pictures: ImageSet) -> None:
+    """Raises BadRequest for images that the engine does not take and for a model it was not made from."""
+    manifest, pixels = engine.manifest, pictures.pixels
+    wanted = manifest.input
+    if (
+        not isinstance(pixels, np.ndarray)
+        or pixels.dtype != np.dtype(wanted.dtype)
+        or pixels.shape[1:] != (3, wanted.size, wanted.size)
+        or not len(pixels)
+    ):
+        raise BadRequest(
+            f"Parity is checked on {wanted.dtype} images [M, 3, {wanted.size}, {wanted.size}], at least one; "
+            f"{getattr(pixels, 'dtype', type(pixels).__name__)} {list(getattr(pixels, 'shape', []))} came.",
+            "Use load_images, or session.preprocess.",
+        )
+    if pruned.source.weights.sha256 != manifest.source.weights.sha256 or pruned.plan != manifest.plan:
+        raise BadRequest(
+            f"This model is not the one {engine.directory} was built from.", "Give the same weights and the same plan."
+        )
+
+
+# --- what the sides did ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Side:
+    """One end of an edge: its bounds, what it did, and what can be asked for its scores (eager's are there).
+
+    `smallest` is the smallest batch that the runner takes.
+    """
+
+    name: str
+    tolerance: Tolerance
+    observation: Observation
+    runner: Runner | None = None
+    smallest: int = 1
+
+    def audited(self, image: NDArray[Any], graph: InferenceGraph) -> Observation:
+        """Its own run on one image [1, 3, H, W], with its scores."""
+        assert self.runner is not None
+        return observe(self.runner.audit, image, (*graph.output_names, *graph.audit_names), 1, self.smallest)
+
+
+@contextmanager
+def _observed_sides(
+    engine: Engine, graph: InferenceGraph, pictures: ImageSet, notes: list[str], advance: Progress
+) -> Iterator[dict[str, Side]]:
+    """What every side did, by name; the engine is open as long as the caller compares.
+
+    Scores are asked for later, image by image, where they are needed.
+    """
+    manifest, pixels = engine.manifest, pictures.pixels
+    sides = {"eager": Side("eager", TOLERANCES["fp32"], observe_eager(graph, pixels, advance=advance))}
+
+    def join(name: str, runner: Runner, tolerance: Tolerance, batch: int) -> None:
+        ran = observe(runner.run, pixels, manifest.outputs, batch, manifest.batch.min, advance)
+        sides[name] = Side(name, tolerance, ran, runner, manifest.batch.min)
+
+    exported = _exported_runner(engine, notes)
+    with load_engine(engine.directory) as session:
+        if exported is not None:
+            join("exported", *exported, batch=8)
+        join("engine", session._runner, TOLERANCES[manifest.precision], manifest.batch.opt)
+        yield sides
+
+
 def _exported_runner(engine: Engine, notes: list[str]) -> tuple[Runner, Tolerance] | None:
     """Runs the exported graph as it stands, where the format is not itself the engine's file; with its bounds."""
     manifest = engine.manifest
-    if manifest.format not in _RUNNABLE:
+    if exporters.get(manifest.format).RUNNER is None:
         return None
     directory = (engine.directory / manifest.artifact).resolve()
     try:
-        artifact = load_artifact(directory)
+        artifact = exporters.load_artifact(directory)
         if manifest_sha256(directory) != manifest.artifact_sha256:
             raise BadRequest("It is not the export this engine was built from.")
-        return _open_exported(directory, artifact.manifest), TOLERANCES[artifact.manifest.precision]
+        return exporters.open_as_it_stands(artifact), TOLERANCES[artifact.manifest.precision]
     except ZtpError as error:
         notes.append(f"The exported graph could not be checked on its own: {error.problem}")
         return None
 
 
-def _open_exported(directory: Path, manifest: ArtifactManifest) -> Runner:
-    if manifest.format == "torch_export":
-        from ztp_deploy.exporters.torch_export import ProgramRunner
-
-        return ProgramRunner(directory, manifest)
-    from ztp_deploy.backends import onnxruntime
-
-    if manifest.precision == "bf16":
-        raise BadRequest("ONNX Runtime has no bf16 kernels for the CPU.")
-    return onnxruntime.open_unoptimised(directory, manifest)
+# --- comparing ---------------------------------------------------------------------------------
 
 
-def _observe_eager(
-    graph: InferenceGraph, pixels: NDArray[Any], advance: Progress, forced: list[NDArray[Any]] | None = None
-) -> Observation:
-    """Eager PyTorch, made to choose as `Observation.forced` says where it is given."""
-    parts: list[tuple[NDArray[Any], ...]] = []
-    for start in range(0, len(pixels), 8):
-        chunk = slice(start, start + 8)
-        instead = None if forced is None else [torch.from_numpy(one[chunk].copy()) for one in forced]
-        with torch.inference_mode():
-            values = graph.audited(torch.from_numpy(np.ascontiguousarray(pixels[chunk])), instead)
-        parts.append(tuple(value.numpy() for value in values))
-        advance(len(pixels[chunk]))
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return _observation(dict(zip((*graph.output_names, *graph.audit_names), columns, strict=True)))
+def _compare(graph: InferenceGraph, pictures: ImageSet, reference: Side, candidate: Side) -> Edge:
+    """One edge; what differs is explained against eager PyTorch (`graph`) made to choose as the candidate did."""
+    tolerance = max(reference.tolerance, candidate.tolerance, key=lambda bounds: bounds.logits)
+    agree, stages = _agreement(graph.pruned.plan, reference.observation, candidate.observation)
+    expected = reference.observation.logits.copy()
+    faults: list[Fault] = []
+    near_ties: list[NearTie] = []
+    differing = np.flatnonzero(~agree)
+    if len(differing):
+        instead = [one[differing] for one in candidate.observation.forced(graph.pruned.plan.patch_tokens)]
+        forced = observe_eager(graph, pictures.pixels[differing], forced=instead)
+        expected[differing] = forced.logits
+        faults, near_ties = _explain_differences(differing, forced, candidate, graph, tolerance, pictures)
+    worst, top1, wrong = _compare_logits(
+        expected, candidate.observation.logits, tolerance, pictures.names, {fault.image for fault in faults}
+    )
+    return Edge(
+        reference=reference.name,
+        candidate=candidate.name,
+        tolerance=tolerance,
+        images=len(pictures.names),
+        stages=stages,
+        near_ties=near_ties,
+        compared_logits=len(pictures.names),
+        top1_equal=top1,
+        worst_logit=worst,
+        faults=[*faults, *wrong],
+    )
 
 
-def _observation(values: dict[str, NDArray[Any]]) -> Observation:
-    """Named outputs of a run as an observation."""
-    kept = [value for name, value in values.items() if re.fullmatch(r"kept_\d+", name)]
-    merged = [value for name, value in values.items() if re.fullmatch(r"merged_\d+", name)]
-    return Observation(values["logits"], kept, merged, values)
-
-
-def _observe(
-    runner: Runner, pixels: NDArray[Any], outputs: tuple[str, ...], batch: int, smallest: int, advance: Progress
-) -> Observation:
-    """Logits and kept tokens of the shipped graph; scores are asked for later, image by image, where needed."""
-    columns: dict[str, list[NDArray[Any]]] = {name: [] for name in outputs}
-    for start in range(0, len(pixels), batch):
-        chunk = pixels[start : start + batch]
-        padded = chunk
-        if len(chunk) < smallest:
-            padded = np.concatenate([chunk, np.repeat(chunk[-1:], smallest - len(chunk), axis=0)])
-        result = runner.run(padded)
-        for name in outputs:
-            columns[name].append(result[name][: len(chunk)])
-        advance(len(chunk))
-    return _observation({name: np.concatenate(values) for name, values in columns.items()})
-
-
-def _compare(
-    reference_name: str,
-    candidate_name: str,
-    observations: dict[str, Observation],
-    runner: Runner,
-    smallest: int,
-    graph: InferenceGraph,
-    geometry: Geometry,
-    tolerance: Tolerance,
-    pictures: ImageSet,
-) -> Edge:
-    plan = graph.pruned.plan
-    reference, candidate = observations[reference_name], observations[candidate_name]
-    count = len(pictures.names)
-    agree = np.ones(count, dtype=bool)
+def _agreement(
+    plan: Plan, reference: Observation, candidate: Observation
+) -> tuple[NDArray[np.bool_], list[StageAgreement]]:
+    """Whether the tokens of each image [M] fare alike at every stage, and how often they do at each."""
+    agree = np.ones(len(reference.logits), dtype=bool)
     stages = []
     for index, stage in enumerate(plan.stages):
-        same = same_fates(reference, candidate, index, plan.patch_tokens)
-        agree &= same.all(axis=1)
+        same = same_fates(reference, candidate, index, plan.patch_tokens).all(axis=1)
+        agree &= same
         stages.append(
             StageAgreement(
                 stage=index + 1,
                 block=stage.block,
                 tokens=stage.tokens_out,
-                images_agreeing=int(same.all(axis=1).sum()),
+                images_agreeing=int(same.sum()),
                 token_agreement=_overlap(reference, candidate, index, plan.patch_tokens),
             )
         )
-    differing = np.flatnonzero(~agree)
-    expected = reference.logits.copy()
-    faults: list[Fault] = []
-    near_ties: list[NearTie] = []
-    if len(differing):
-        instead = [one[differing] for one in candidate.forced(plan.patch_tokens)]
-        forced = _observe_eager(graph, pictures.pixels[differing], lambda count: None, instead)
-        expected[differing] = forced.logits
-        faults, near_ties = _explain_differences(
-            differing, forced, candidate, runner, smallest, plan, geometry, tolerance, pictures
-        )
-    excused = {fault.image for fault in faults}
-    worst, top1 = 0.0, 0
-    for image, name in enumerate(pictures.names):
-        one, other = expected[image], candidate.logits[image]
+    return agree, stages
+
+
+def _compare_logits(
+    expected: NDArray[Any], found: NDArray[Any], tolerance: Tolerance, names: Sequence[str], excused: Set[str | None]
+) -> tuple[float, int, list[Fault]]:
+    """The worst Δlogit in σ, how often the best class is equal, and the faults of images that have none yet."""
+    worst, top1, faults = 0.0, 0, []
+    for name, one, other in zip(names, expected, found, strict=True):
         distance = float(np.abs(one - other).max() / one.std())
         equal = bool(one.argmax() == other.argmax())
         worst, top1 = (worst if distance <= worst else distance), top1 + equal  # not max(), which loses a NaN
@@ -396,34 +384,14 @@ def _compare(
         else:
             continue
         faults.append(Fault(kind="weights", image=name, stage=None, detail=detail))
-    return Edge(
-        reference=reference_name,
-        candidate=candidate_name,
-        tolerance=tolerance,
-        images=count,
-        stages=stages,
-        near_ties=near_ties,
-        compared_logits=count,
-        top1_equal=top1,
-        worst_logit=worst,
-        faults=faults,
-    )
-
-
-def _audited(runner: Runner, image: NDArray[Any], smallest: int) -> Observation:
-    """The candidate's own run on one image with its scores; repeated to the smallest batch it takes."""
-    values = {name: value[:1] for name, value in runner.audit(np.repeat(image, smallest, axis=0)).items()}
-    return _observation(values)
+    return worst, top1, faults
 
 
 def _explain_differences(
     images: NDArray[Any],
     forced: Observation,
-    candidate: Observation,
-    runner: Runner,
-    smallest: int,
-    plan: Plan,
-    geometry: Geometry,
+    candidate: Side,
+    graph: InferenceGraph,
     tolerance: Tolerance,
     pictures: ImageSet,
 ) -> tuple[list[Fault], list[NearTie]]:
@@ -431,38 +399,28 @@ def _explain_differences(
 
     `forced` is eager PyTorch on these images with the candidate's tokens.
     """
+    plan, geometry = graph.pruned.plan, graph.pruned.host.geometry
     faults: list[Fault] = []
     near_ties: list[NearTie] = []
     for row, image in enumerate(images):
-        audited = _audited(runner, pictures.pixels[image : image + 1], smallest)
-        name = pictures.names[image]
-        for difference in differences(forced.at(row), candidate.at(image), audited, plan, geometry, tolerance.gap):
-            if difference.cause != "near_tie":
-                faults.append(
-                    Fault(kind=difference.cause, image=name, stage=difference.stage, detail=_sentence(difference, name))
-                )
+        audited = candidate.audited(pictures.pixels[image : image + 1], graph)
+        did, name = candidate.observation.at(image), pictures.names[image]
+        for one in differences(forced.at(row), did, audited, plan, geometry, tolerance.gap):
+            if one.cause != "near_tie":
+                faults.append(Fault(kind=one.cause, image=name, stage=one.stage, detail=_sentence(one, name)))
                 break
             near_ties.append(
-                NearTie(
-                    image=name,
-                    stage=difference.stage,
-                    decision=difference.decision,
-                    gap=difference.gap,
-                    tokens=difference.tokens,
-                )
+                NearTie(image=name, stage=one.stage, decision=one.decision, gap=one.gap, tokens=one.tokens)
             )
+    return [*faults, *_too_many(near_ties, tolerance, len(pictures.names))], near_ties
+
+
+def _too_many(near_ties: Sequence[NearTie], tolerance: Tolerance, images: int) -> list[Fault]:
     tied = len({tie.image for tie in near_ties})
-    if tied > tolerance.near_ties * len(pictures.names):
-        faults.append(
-            Fault(
-                kind="near_ties",
-                image=None,
-                stage=None,
-                detail=f"{tied} of {len(pictures.names)} images keep other tokens by near-ties, "
-                f"more than {tolerance.near_ties:.0%}",
-            )
-        )
-    return faults, near_ties
+    if tied <= tolerance.near_ties * images:
+        return []
+    detail = f"{tied} of {images} images keep other tokens by near-ties, more than {tolerance.near_ties:.0%}"
+    return [Fault(kind="near_ties", image=None, stage=None, detail=detail)]
 
 
 def _sentence(difference: Difference, image: str) -> str:
@@ -484,17 +442,13 @@ def _overlap(reference: Observation, candidate: Observation, index: int, patch_t
     return float(((ours == theirs) & carried).sum() / max(carried.sum(), 1))
 
 
-def _dense_agreement(
-    pruned: PrunedModel, eager: Observation, dtype: Literal["float32", "uint8"], pixels: NDArray[Any]
-) -> Agreement:
-    graph = InferenceGraph(pruned, dtype)
+def _dense_agreement(graph: InferenceGraph, eager: Observation, pixels: NDArray[Any]) -> Agreement:
+    """The backbone as it is against its pruned module, in eager PyTorch."""
     logits = []
     for start in range(0, len(pixels), 8):
         with torch.inference_mode():
             chunk = torch.from_numpy(np.ascontiguousarray(pixels[start : start + 8]))
-            logits.append(pruned.model(graph.normalise(chunk)))
-    dense = torch.cat(logits).double().log_softmax(-1)
-    thin = torch.from_numpy(eager.logits).double().log_softmax(-1)
-    kl = (dense.exp() * (dense - thin)).sum(-1).mean().item()
-    equal = (dense.argmax(-1) == thin.argmax(-1)).double().mean().item()
-    return Agreement(images=len(pixels), top1_equal=equal, mean_kl=kl)
+            logits.append(graph.pruned.model(graph.normalise(chunk)).numpy())
+    dense = np.concatenate(logits)
+    equal = (dense.argmax(axis=1) == eager.logits.argmax(axis=1)).mean()
+    return Agreement(images=len(pixels), top1_equal=float(equal), mean_kl=mean_kl(dense, eager.logits))

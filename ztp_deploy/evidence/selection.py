@@ -5,6 +5,7 @@ No other check sees this: logits can agree while an engine drops the wrong patch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from ztp_deploy.methods.base import Decision, Replay
 from ztp_deploy.plan import Geometry, Plan
 
 Cause = Literal["near_tie", "selection", "weights"]
+_KINDS = ("kept", "merged")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,12 @@ class Observation:
     kept: list[NDArray[Any]]
     merged: list[NDArray[Any]]
     scores: Mapping[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, values: Mapping[str, NDArray[Any]]) -> Observation:
+        """A run by the names of its outputs (`InferenceGraph`), in stage order; the scores may be among them."""
+        kept, merged = ([values[name] for name in values if re.fullmatch(rf"{kind}_\d+", name)] for kind in _KINDS)
+        return cls(values["logits"], kept, merged, values)
 
     def at(self, image: int) -> Observation:
         """One image of it."""

@@ -22,6 +22,7 @@ SUMMARY = "torch.export's program, dynamic batch; what AOTInductor engines are b
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 PACKAGES: tuple[str, ...] = ()
 OPSET: int | None = None
+RUNNER: str | None = "ztp_deploy.exporters.torch_export:ProgramRunner"
 GRAPH_FILE = "model.pt2"
 
 FORBIDDEN = {
