@@ -150,6 +150,55 @@ def test_an_engine_is_found_again_and_rebuilt_for_other_settings(artifact, tmp_p
     assert other.manifest.settings["threads"] == 1
 
 
+def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeypatch):
+    """Else an engine that this processor refuses would stand in the way of the one it can run."""
+    module, recipes = backends.get("onnxruntime"), set()
+    for sources, instructions in (("today", ["avx2"]), ("today", ["avx2", "amx"]), ("tomorrow", ["avx2"])):
+        monkeypatch.setattr(backends, "sources_sha256", lambda *rooms, now=sources: now)
+        monkeypatch.setattr(module, "instructions", lambda now=instructions: now)
+        engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
+        assert ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e").manifest == engine.manifest
+        recipes.add(engine.manifest.recipe)
+    assert len(recipes) == 3
+
+
+def test_instructions_decide_where_the_build_looks_at_them(monkeypatch):
+    monkeypatch.setattr(environment, "cpu_features", lambda: ["avx2", "amx_bf16"])
+    monkeypatch.setattr(environment, "instruction_flags", lambda: {"fma", "avx2"})
+    asked = {name: backends.get(name).instructions() for name in backends.BACKENDS}
+    assert {name: found for name, found in asked.items() if found} == {
+        "openvino": ["amx_bf16"],
+        "aotinductor": ["avx2", "fma"],
+    }
+
+
+def test_an_engine_finds_its_artifact_through_links(artifact, tmp_path):
+    """A folder of engines on another disk is often a link."""
+    shutil.copytree(artifact.directory, tmp_path / "project" / "export" / "a")
+    (tmp_path / "disk" / "deep" / "engines").mkdir(parents=True)
+    (tmp_path / "project" / "engines").symlink_to(tmp_path / "disk" / "deep" / "engines")
+    near = exporters.load_artifact(tmp_path / "project" / "export" / "a")
+    folder = tmp_path / "project" / "engines" / "e"
+    engine = ztp.build(near, "onnxruntime", device="cpu", directory=folder)
+    assert (folder.resolve() / engine.manifest.artifact).resolve() == near.directory.resolve()
+
+
+def test_audits_leave_weights_in_their_file(pruned, shared_engine, tmp_path, monkeypatch):
+    """Beyond protobuf's 2 GB, for which a limit of nothing stands in."""
+    from ztp_deploy.exporters import onnx as exporter
+
+    monkeypatch.setattr(exporter, "_PROTOBUF_LIMIT", 0)
+    artifact = ztp.export(pruned, "onnx", tmp_path / "a")
+    assert set(artifact.manifest.files) == {"model.onnx", "model.onnx.data"}
+    engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
+    with ztp.load_engine(engine.directory) as large, ztp.load_engine(shared_engine.directory) as small:
+        assert len(large._runner._audited()) < 1_000_000 < (tmp_path / "e" / "model.onnx.data").stat().st_size
+        found, expected = (session.audit(tiny.images(2)) for session in (large, small))
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values)
+
+
 def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine = ztp.build(artifact, "onnxruntime", device="cpu", batch=(1, 4, 8))

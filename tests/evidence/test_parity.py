@@ -85,6 +85,31 @@ def test_wrong_weights_after_the_last_stage_are_seen_in_the_logits(engine, model
         report.require()
 
 
+def test_logits_that_overflow_are_a_fault_whose_evidence_can_be_read(engine, model, photographs):
+    """fp16's way to fail: one bias is not a number, and the report must say so rather than the last finite figure."""
+
+    def damage(graph: onnx.ModelProto) -> None:
+        [bias] = [t for t in graph.graph.initializer if t.name.endswith("head.bias")]
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * np.float32("nan"), bias.name))
+
+    tiny.damage_graph(engine.directory, damage)
+    report = ztp.check_parity(engine, model, photographs)
+    assert not report.passed
+    read = parity.ParityReport.model_validate_json((engine.evidence / "parity.json").read_bytes())
+    assert [np.isnan(one.worst_logit) for one in read.edges] == [False, True, True]
+    assert read.passed is False
+
+
+def test_the_worst_distance_is_not_lost_among_finite_ones():
+    expected = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    found = expected.copy()
+    found[1, 0] = np.nan
+    tolerance = parity.TOLERANCES["fp32"]
+    worst, _, faults = parity._compare_logits(expected, found, tolerance, ["a", "b", "c"], set())
+    assert np.isnan(worst)
+    assert [fault.image for fault in faults] == ["b"]
+
+
 def test_a_top_k_that_keeps_the_wrong_tokens_is_a_selection_fault(engine, model, photographs):
     def damage(graph: onnx.ModelProto) -> None:
         [top_k] = [n for n in graph.graph.node if n.op_type == "TopK" and n.input[0] == "score_2"]

@@ -30,6 +30,7 @@ from ztp_deploy.manifest import (
     new_directory,
     read_manifest,
     recipe_hash,
+    sources_sha256,
     sweep,
     verify_files,
     write_manifest,
@@ -44,6 +45,7 @@ BACKENDS: dict[str, str] = {
     "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",
 }
 EVIDENCE = "evidence"
+_SOURCES = ("backends",)
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,10 @@ def build(
     artifact_sha256 = manifest_sha256(artifact.directory)
     recipe = recipe_hash(
         artifact=source.recipe,
+        sources=sources_sha256(*_SOURCES),
         backend=name,
         version=module.version(),
+        instructions=module.instructions(),
         device=target.slug,
         precision=precision,
         batch=span.model_dump(),
@@ -223,7 +227,8 @@ def build(
             built=built,
             unproved=module.unrunnable(target),
             format=source.format,
-            artifact=os.path.relpath(artifact.directory, final),
+            # Links resolved as whoever follows it will: `engines/` may be one.
+            artifact=os.path.relpath(artifact.directory.resolve(), final.parent.resolve() / final.name),
             artifact_sha256=artifact_sha256,
         )
         # Opening it once proves that the device takes it before anything is called built.

@@ -65,6 +65,11 @@ def version() -> str:
     return environment.installed("torch") or "none"
 
 
+def instructions() -> list[str]:
+    """All that the compiler may use."""
+    return sorted(environment.instruction_flags())
+
+
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
     return torch_device.resolve(device, "AOTInductor")
@@ -107,7 +112,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     # Through memory: torch's own file writer aborts the process on a full disk.
     (job.directory / PACKAGE_FILE).write_bytes(package)
     job.advance(0.9)
-    return {"compiler": compiler, "isa": isa, "cpu_flags": sorted(environment.instruction_flags())}
+    return {"compiler": compiler, "isa": isa, "cpu_flags": instructions()}
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> AotInductorRunner:

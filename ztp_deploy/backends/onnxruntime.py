@@ -29,6 +29,7 @@ PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
 GPU_REPORT: OnGpu | None = OnGpu(recorded=False)
 GRAPH_FILE = "model.onnx"
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_ERRORS_ONLY = 3
 _PRECISIONS_OF = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
@@ -63,6 +64,11 @@ def version() -> str:
     import onnxruntime
 
     return str(onnxruntime.__version__)
+
+
+def instructions() -> list[str]:
+    """None: ONNX Runtime chooses its kernels when it opens."""
+    return []
 
 
 def resolve_device(device: str) -> Device:
@@ -229,7 +235,8 @@ class OnnxRuntimeRunner:
 
         from ztp_deploy.exporters.onnx import with_audit
 
-        model = with_audit(onnx.load(str(self._graph)), self._manifest.audit)
+        # Large weights stay in their file: with them a message would be beyond protobuf's 2 GB.
+        model = with_audit(onnx.load(str(self._graph), load_external_data=False), self._manifest.audit)
         return bytes(model.SerializeToString())
 
     def _open(self, graph: str | bytes) -> Any:
@@ -238,6 +245,8 @@ class OnnxRuntimeRunner:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._settings.threads
         options.log_severity_level = _LOG_ERRORS_ONLY
+        if isinstance(graph, bytes):
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._graph.parent))
         if not self._settings.spin_between_runs:
             options.add_session_config_entry("session.force_spinning_stop", "1")
         if not self._optimise:

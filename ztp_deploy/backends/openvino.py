@@ -29,6 +29,7 @@ CALIBRATED: tuple[str, ...] = ("int8",)
 GPU_REPORT: OnGpu | None = None
 DEVICE = "CPU"
 MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
+_AMX = "amx_bf16"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _RUNTIME_NAMES = {"fp32": {"f32"}, "bf16": {"bf16"}, "int8": {"i8", "u8"}}
 _FAST_INT8 = {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm"}
@@ -60,6 +61,11 @@ def missing() -> str | None:
 def version() -> str:
     """OpenVINO's release, without the build number."""
     return (environment.installed("openvino") or "none").split("-")[0]
+
+
+def instructions() -> list[str]:
+    """AMX, for which sums get an even number of terms."""
+    return [name for name in environment.cpu_features() if name == _AMX]
 
 
 def resolve_device(device: str) -> Device:
@@ -114,7 +120,7 @@ def build(job: BuildJob) -> dict[str, Any]:
         scores = ir.outside_the_tokens_way(model)
     if job.precision == "int8":
         model = ir.quantised(model, job.calibration, scores, job.advance)
-    if _float_precision(job.precision, settings) == "bf16" and "amx_bf16" in environment.cpu_features():
+    if _float_precision(job.precision, settings) == "bf16" and instructions():
         ir.even_sums(model, scores)
     if job.batch.min == job.batch.max:
         # Shapes that are known spare OpenVINO working them out in every run.

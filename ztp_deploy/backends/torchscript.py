@@ -47,6 +47,11 @@ def version() -> str:
     return environment.installed("torch") or "none"
 
 
+def instructions() -> list[str]:
+    """None: torch chooses its kernels when it runs."""
+    return []
+
+
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
     return torch_device.resolve(device, "TorchScript")

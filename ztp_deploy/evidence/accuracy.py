@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.evidence.schema import EvidenceFile
+from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 
 ACCURACY_FILE = "accuracy.json"
 CONFIDENCE = 0.95
@@ -25,7 +25,7 @@ _CELLS = 1 << 22
 """Bootstrap counts that are in memory at once."""
 
 
-class _Record(BaseModel):
+class _Record(EvidencePart):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 

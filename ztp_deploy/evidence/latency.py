@@ -15,13 +15,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import Engine, find_engine, load_engine
 from ztp_deploy.backends.base import Session
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.evidence.schema import EvidenceFile
+from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 from ztp_deploy.manifest import BatchRange, manifest_sha256
 
 LATENCY_FILE = "latency.json"
@@ -49,7 +49,7 @@ class Runs(Protocol):
         """One run."""
 
 
-class Samples(BaseModel):
+class Samples(EvidencePart):
     """Wall times of one engine at one batch, in milliseconds a batch, one list a sitting.
 
     `p99` only from 100 samples on.
@@ -69,7 +69,7 @@ class Samples(BaseModel):
     images_per_second: float
 
 
-class Ratio(BaseModel):
+class Ratio(EvidencePart):
     """How many times faster `engine` is than `reference`: the median of per-round ratios, with its interval.
 
     `verdict` is "inconclusive" where the interval is wide or the machine drifted while measuring.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from ztp_deploy import methods
 from ztp_deploy.backends import Engine
 from ztp_deploy.evidence.latency import LatencyReport, Ratio
-from ztp_deploy.evidence.schema import EvidenceFile
+from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 
 DENSE = "dense"
 
@@ -20,7 +20,7 @@ def twin_role(method: str) -> str:
     return f"{method} slice twin"
 
 
-class MethodRow(BaseModel):
+class MethodRow(EvidencePart):
     """One method's plan. Shares are of the dense model's multiply-accumulates; `blocks` carry its stages.
 
     `latency_only` says why its predictions would mean nothing, None where they would not.

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from torch import nn
 
 from ztp_deploy import environment, exporters, methods
@@ -27,7 +27,7 @@ from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.accuracy import mean_kl
 from ztp_deploy.evidence.images import ImageSet
 from ztp_deploy.evidence.observe import Progress, observe, observe_eager, unheard
-from ztp_deploy.evidence.schema import EvidenceFile
+from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 from ztp_deploy.evidence.selection import Difference, Observation, differences, same_fates
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import manifest_sha256, write_text
@@ -37,7 +37,7 @@ from ztp_deploy.pruning.prune import PrunedModel, prune
 PARITY_FILE = "parity.json"
 
 
-class Tolerance(BaseModel):
+class Tolerance(EvidencePart):
     """Bounds of the gate for one precision.
 
     `logits`: largest difference in units of the image's logit σ. `gap`: largest relative distance from the cut
@@ -70,7 +70,7 @@ sign of a whole layer costs a small model, and needs a wider gap.
 """
 
 
-class Fault(BaseModel):
+class Fault(EvidencePart):
     """One reason why an edge does not hold."""
 
     kind: Literal["selection", "weights", "near_ties"]
@@ -79,7 +79,7 @@ class Fault(BaseModel):
     detail: str
 
 
-class StageAgreement(BaseModel):
+class StageAgreement(EvidencePart):
     """How often two runs keep the same tokens at one stage."""
 
     stage: int
@@ -89,7 +89,7 @@ class StageAgreement(BaseModel):
     token_agreement: float
 
 
-class NearTie(BaseModel):
+class NearTie(EvidencePart):
     """A tolerated difference: the image's logits are held against eager PyTorch on the same tokens."""
 
     image: str
@@ -99,7 +99,7 @@ class NearTie(BaseModel):
     tokens: list[int]
 
 
-class Edge(BaseModel):
+class Edge(EvidencePart):
     """Reference against candidate over all images; Δlogit in units of each image's logit σ."""
 
     reference: str
@@ -119,7 +119,7 @@ class Edge(BaseModel):
         return not self.faults
 
 
-class Agreement(BaseModel):
+class Agreement(EvidencePart):
     """What pruning itself changes, dense against pruned in eager PyTorch: reported, never gated."""
 
     images: int
@@ -370,11 +370,12 @@ def _compare_logits(
     expected: NDArray[Any], found: NDArray[Any], tolerance: Tolerance, names: Sequence[str], excused: Set[str | None]
 ) -> tuple[float, int, list[Fault]]:
     """The worst Δlogit in σ, how often the best class is equal, and the faults of images that have none yet."""
-    worst, top1, faults = 0.0, 0, []
+    distances, top1, faults = [], 0, []
     for name, one, other in zip(names, expected, found, strict=True):
         distance = float(np.abs(one - other).max() / one.std())
         equal = bool(one.argmax() == other.argmax())
-        worst, top1 = (worst if distance <= worst else distance), top1 + equal  # not max(), which loses a NaN
+        distances.append(distance)
+        top1 += equal
         if name in excused:
             continue
         if not distance <= tolerance.logits:
@@ -384,7 +385,7 @@ def _compare_logits(
         else:
             continue
         faults.append(Fault(kind="weights", image=name, stage=None, detail=detail))
-    return worst, top1, faults
+    return float(np.max(distances)), top1, faults
 
 
 def _explain_differences(

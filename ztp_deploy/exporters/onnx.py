@@ -47,7 +47,7 @@ def _save(model: onnx.ModelProto, plan: Plan, directory: Path, wanted: str) -> N
     model = precision.lower(model, wanted)
     path = directory / GRAPH_FILE
     vocabulary.check(model, plan, path)
-    if model.ByteSize() > _PROTOBUF_LIMIT:
+    if sum(len(weights.raw_data) for weights in model.graph.initializer) > _PROTOBUF_LIMIT:
         onnx.save_model(model, path, save_as_external_data=True, location=WEIGHTS_FILE)
     else:
         onnx.save_model(model, path)

@@ -241,6 +241,25 @@ def test_a_plan_stays_at_home(here, version, settings, message, shared_engine, m
         backend.open_runner(tmp_path, manifest)
 
 
+def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeypatch, tmp_path):
+    """Plans are code: one that lies beside an engine built without it is nobody's."""
+    backend, opened = backends.get("tensorrt"), []
+    monkeypatch.setattr(environment, "gpus", lambda: (H100,))
+    monkeypatch.setattr(backend, "version", lambda: "11.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "open_engine", lambda library, path, *others: opened.append(path.name))
+    monkeypatch.setattr(runtime, "Executor", lambda *arguments, **settings: SimpleNamespace())
+    (tmp_path / "audit.plan").write_bytes(b"planted")
+    [record] = [record for name, record in shared_engine.manifest.files.items() if name == "model.onnx"]
+    built = {"gpu": {"name": H100.name, "compute_capability": H100.compute_capability}}
+    settings = backend.parse_settings({"audit": False})
+    changes = {"backend_version": "11.4", "settings": settings, "built": built, "files": {"model.plan": record}}
+    runner = backend.open_runner(tmp_path, shared_engine.manifest.model_copy(update=changes))
+    with pytest.raises(BadRequest, match=r"has no audit\.plan"):
+        runner.audit(np.zeros((1, 3, 96, 96), np.float32))
+    assert opened == ["model.plan"]
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(Library, "found", lambda self: None)
     assert backends.get("tensorrt").missing() == "tensorrt"

@@ -50,6 +50,10 @@ class TensorRT:
         """The library's version."""
         return str(self.library.load().__version__)
 
+    def instructions(self) -> list[str]:
+        """None: plans are for GPUs."""
+        return []
+
     def resolve_device(self, device: str) -> Device:
         """The GPU; a portable library needs none to build. Raises BadRequest and MissingSoftware."""
         title = self.library.title
@@ -153,7 +157,7 @@ class TensorRT:
 
         def execute(file: str) -> runtime.Executor:
             path = directory / file
-            if not path.is_file():
+            if file not in manifest.files:  # one that lies there all the same was never verified
                 raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
             engine = runtime.open_engine(self.library, path, weights, settings.version_compatible)
             return runtime.Executor(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from ztp_deploy.evidence.latency import LatencyReport, Ratio
 from ztp_deploy.evidence.parity import ParityReport
-from ztp_deploy.evidence.schema import EvidenceFile
+from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 from ztp_deploy.manifest import EngineManifest
 
 SUMMARY_FILE = "report.json"
@@ -17,7 +17,7 @@ MEASURING = "measure latency"
 """How the latency step's title begins: its length is chosen, the other steps' is not."""
 
 
-class Timing(BaseModel):
+class Timing(EvidencePart):
     """One engine at one batch; times in milliseconds an image."""
 
     role: str
@@ -30,7 +30,7 @@ class Timing(BaseModel):
     images_per_second: float
 
 
-class Gain(BaseModel):
+class Gain(EvidencePart):
     """What pruning gains over dense at one batch, and what selection costs.
 
     `flop_limit_reached` is the speed-up over the one that multiply-accumulates alone would allow;
