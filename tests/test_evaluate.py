@@ -23,11 +23,11 @@ from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
 from ztp_deploy.evidence import accuracy, predictions
 from ztp_deploy.evidence.accuracy import AccuracyReport, compare
-from ztp_deploy.evidence.images import open_image, transform_for
 from ztp_deploy.evidence.labelled import read_labelled
 from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows, render_accuracy
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.models import weights as weights_module
+from ztp_deploy.models.preprocessing import open_image, transform_for
 from ztp_deploy.workflow import PlanRequest
 
 

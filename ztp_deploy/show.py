@@ -20,13 +20,13 @@ from ztp_deploy import methods, models
 from ztp_deploy.backends import EVIDENCE, find_engine, load_engine
 from ztp_deploy.backends.base import Session
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
-from ztp_deploy.evidence.images import open_image, transform_for
 from ztp_deploy.evidence.report.html import PICTURES_FILE, PICTURES_FOLDER, PictureFile, Pictures
 from ztp_deploy.evidence.selection import Observation, replayed
 from ztp_deploy.exporters.graph import merges
 from ztp_deploy.manifest import hash_file, manifest_sha256, write_bytes, write_text
 from ztp_deploy.methods.base import Replay
 from ztp_deploy.models.base import Source
+from ztp_deploy.models.preprocessing import open_image, transform_for
 from ztp_deploy.painting import CONTRARY, SIMILARITY, UNKNOWN, UNSCORED, StagePicture, photograph, render_strip
 from ztp_deploy.plan import Geometry, Plan
 from ztp_deploy.pruning.prune import PrunedModel, prune

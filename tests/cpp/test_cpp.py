@@ -33,8 +33,9 @@ from tests.cpp.conftest import (
 )
 from ztp_deploy import environment
 from ztp_deploy.errors import ZtpError
-from ztp_deploy.evidence.images import photograph_crops, transform_for
+from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
+from ztp_deploy.models.preprocessing import transform_for
 from ztp_deploy.pruning.trace import assign
 
 pytestmark = pytest.mark.slow

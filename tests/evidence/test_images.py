@@ -8,7 +8,8 @@ from PIL import Image
 
 from tests import tiny
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.evidence.images import DEFAULT_COUNT, load_images, open_image, photograph_crops
+from ztp_deploy.evidence.images import DEFAULT_COUNT, load_images, photograph_crops
+from ztp_deploy.models.preprocessing import open_image
 
 
 @pytest.fixture(scope="module")

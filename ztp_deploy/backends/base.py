@@ -204,7 +204,7 @@ class Session:
 
         Raises BadRequest for files that are no readable images.
         """
-        from ztp_deploy.evidence.images import open_image, transform_for
+        from ztp_deploy.models.preprocessing import open_image, transform_for
 
         if self._transform is None:
             self._transform = transform_for(self.manifest.source.preprocessing, self.manifest.input.dtype)

@@ -1,26 +1,25 @@
-"""Photographs for proofs, and how they become a model's input."""
+"""Photographs for proofs, prepared as a model's input."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models.base import Preprocessing
+from ztp_deploy.models.preprocessing import open_image, transform_for
 
 DEFAULT_COUNT = 64
 DEFAULT_ORIGIN = "crops of scikit-learn's sample photographs"
 _CROP_SIDES = (160, 200, 240, 280, 320, 360, 400)
-
-Transform = Callable[[Image.Image], NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -39,50 +38,6 @@ class ImageSet:
     def sha256(self) -> str:
         """Hash over the prepared pixels."""
         return hashlib.sha256(np.ascontiguousarray(self.pixels).tobytes()).hexdigest()
-
-
-def transform_for(preprocessing: Preprocessing, dtype: Literal["float32", "uint8"]) -> Transform:
-    """timm's own evaluation transform: PIL image → [3, H, W]; uint8 stops before the normalisation."""
-    from timm.data import create_transform
-
-    transform = create_transform(**preprocessing.model_dump(), is_training=False, normalize=dtype == "float32")
-
-    def apply(image: Image.Image) -> NDArray[Any]:
-        prepared: NDArray[Any] = np.asarray(transform(image))
-        return prepared
-
-    return apply
-
-
-def open_image(image: Image.Image | Path | str) -> Image.Image:
-    """A picture in RGB, as timm's own loaders make it: EXIF rotation is not applied, transparency is dropped.
-
-    16-bit greys are scaled to 8 bits. Raises BadRequest for what is no readable image.
-    """
-    if isinstance(image, Image.Image):
-        return _to_rgb(image, "The image")
-    if not isinstance(image, (str, Path)):
-        raise BadRequest(f"{type(image).__name__} is no picture.", "Give PIL images or paths.")
-    path = Path(image)
-    if not path.is_file():
-        raise BadRequest(f"There is no file {path}.", "Check the path.")
-    try:
-        with Image.open(path) as opened:
-            return _to_rgb(opened, str(path))
-    except UnidentifiedImageError as error:
-        raise BadRequest(
-            f"{path} is no image Pillow can read.", "Take it out, or convert it to PNG or JPEG."
-        ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"{path} cannot be read: {error}.", "Take it out, or save it again.") from error
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise BadRequest(f"{name} has {image.mode} pixels, whose range is not known.", "Save it with 8 bits a channel.")
-    return image.convert("RGB")
 
 
 def load_images(

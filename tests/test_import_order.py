@@ -1,0 +1,104 @@
+"""Data flows one way: no room imports from a later one."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = (
+    "errors quiet environment recipes pruning.tokens pruning.merge reference.canvases reference.model",
+    "plan",
+    "models",
+    "methods",
+    "pruning manifest",
+    "exporters",
+    "backends",
+    "evidence",
+    "workflow",
+    "gpu_report",
+    "painting show evaluate",
+    "tune",
+    "reference",
+    "options console",
+    "cli",
+    "__main__",
+)
+"""Rooms as CONTRIBUTING lists them; a file of a room may stand earlier than the room, if it needs that little itself."""
+EXCEPTIONS = {
+    ("plan", "models"): "`make_plan` is called with a model or its name, and measures it.",
+    ("plan", "methods"): "`make_plan` asks the method for its counts.",
+    ("models.weights", "methods"): "Checkpoints carry weights of methods; the registry says which keys these are.",
+}
+
+
+def place(module: str) -> int:
+    """The number of a module's room: of the longest entry in `ORDER` that its name begins with."""
+    found = {
+        entry: number
+        for number, room in enumerate(ORDER)
+        for entry in room.split()
+        if f"{module}.".startswith(f"{entry}.")
+    }
+    assert found, f"{module} has no place in the order of rooms"
+    return found[max(found, key=len)]
+
+
+def imported(path: Path, package: Path) -> set[str]:
+    """The modules that a file imports from the package, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [f"{node.module}.{name}" for name in names]
+        for name in names:
+            top, *parts = name.split(".")
+            if top != package.name:
+                continue
+            while parts and not (
+                (package / Path(*parts)).is_dir() or (package / Path(*parts)).with_suffix(".py").is_file()
+            ):
+                parts.pop()
+            if parts:
+                found.add(".".join(parts))
+    return found
+
+
+def backward(package: Path) -> set[tuple[str, str]]:
+    """Every import of a later room, as importing and imported module."""
+    found = set()
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if module:  # the package's own face names everything, and loads it only when asked
+            found |= {(module, other) for other in imported(path, package) if place(other) > place(module)}
+    return found
+
+
+def test_no_room_imports_a_later_one():
+    assert backward(ROOT / "ztp_deploy") == set(EXCEPTIONS)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("from ztp_deploy.workflow import build_engine\n", {("backends.mine", "workflow")}),
+        ("def late():\n    from ztp_deploy.evidence import images\n", {("backends.mine", "evidence.images")}),
+        ("import ztp_deploy.cli\n", {("backends.mine", "cli")}),
+        ("from ztp_deploy import plan\nfrom ztp_deploy.errors import BadRequest\nimport json\n", set()),
+    ],
+)
+def test_an_import_of_a_later_room_is_noticed(text, found, tmp_path):
+    package = tmp_path / "ztp_deploy"
+    for file in ("errors.py", "plan.py", "workflow.py", "cli.py", "evidence/images.py", "backends/mine.py"):
+        (package / file).parent.mkdir(parents=True, exist_ok=True)
+        (package / file).write_text(text if "mine" in file else "")
+    assert backward(package) == found
+
+
+def test_a_module_without_a_place_is_noticed():
+    with pytest.raises(AssertionError, match=r"newroom\.file has no place"):
+        place("newroom.file")
