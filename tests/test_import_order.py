@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "errors quiet environment recipes pruning.tokens pruning.merge reference.canvases reference.model",
+    "errors quiet scratch environment recipes defaults pruning.tokens pruning.merge reference.canvases reference.model",
     "plan",
     "models",
     "methods",
@@ -22,7 +22,7 @@ ORDER = (
     "painting show evaluate",
     "tune",
     "reference",
-    "options console",
+    "ending options console",
     "cli",
     "__main__",
 )

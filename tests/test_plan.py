@@ -11,7 +11,7 @@ from tests import tiny
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import describe
-from ztp_deploy.plan import Plan, Stage, count_flops, default_sites, dense_plan, make_plan, share_of
+from ztp_deploy.plan import Plan, Stage, count_flops, default_sites, make_plan, share_of
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_published_flops_of_the_paper_schedule(name, published):
 
 @pytest.mark.parametrize("name, published", [("deit_s", 4.60), ("deit_b", 17.58)])
 def test_published_dense_flops(name, published):
-    assert dense_plan(name).flops.dense / 1e9 == pytest.approx(published, rel=0.005)
+    assert make_plan(name, "dense").flops.dense / 1e9 == pytest.approx(published, rel=0.005)
 
 
 def test_ratio_on_deit_s():
@@ -108,8 +108,8 @@ def test_default_sites(depth, stages, sites):
 
 
 def test_ratio_one_is_the_dense_model():
-    assert make_plan("deit_t", ratio=1.0) == dense_plan("deit_t")
-    assert dense_plan("deit_t").label == "dense"
+    assert make_plan("deit_t", ratio=1.0) == make_plan("deit_t", "dense")
+    assert make_plan("deit_t", "dense").label == "dense"
 
 
 def test_explicit_counts_and_sites():

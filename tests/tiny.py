@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnx
 import torch
 
 import ztp_deploy as ztp
+from ztp_deploy.exporters.precision import matrix_nodes
 from ztp_deploy.manifest import EngineManifest, hash_files, read_manifest, write_manifest
 from ztp_deploy.models.base import ModelSize
 
@@ -42,3 +44,8 @@ def damage_graph(directory: Path, change: Callable[[onnx.ModelProto], None]) -> 
     change(graph)
     onnx.save_model(graph, str(path))
     reseal(directory)
+
+
+def matrix_types(model: onnx.ModelProto) -> Counter[str]:
+    """How many matrix products the graph computes in each element type."""
+    return Counter(onnx.TensorProto.DataType.Name(kind).lower() for _, kind in matrix_nodes(model))

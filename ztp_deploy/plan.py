@@ -22,7 +22,7 @@ from ztp_deploy.errors import BadRequest
 if TYPE_CHECKING:
     from torch import nn
 
-Place = Literal["before_block", "attention_rows", "attention_bias", "after_attention", "after_block", "read_out"]
+Place = Literal["before_block", "attention_rows", "after_attention", "after_block", "read_out"]
 
 FLOP_SHARE_TOLERANCE = 0.005
 DEFAULT_STAGES = 3
@@ -311,11 +311,6 @@ def make_plan(
         request = {"flops": float(flops)}
     asked = request | ({"sites": blocks} if sites is not None else {}) | ({"options": dict(options)} if options else {})
     return _assemble(name, geometry, method, chosen.model_dump(mode="json"), asked, stages)
-
-
-def dense_plan(model_or_name: nn.Module | str) -> Plan:
-    """The plan without stages: the model as it is."""
-    return make_plan(model_or_name, "dense")
 
 
 def _assemble(

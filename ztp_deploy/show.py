@@ -7,22 +7,23 @@ put in their place.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ztp_deploy import methods, models
 from ztp_deploy.backends import EVIDENCE, find_engine, load_engine
 from ztp_deploy.backends.base import Session
+from ztp_deploy.backends.batches import filled_batches
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
+from ztp_deploy.evidence.observe import observe, observe_eager
 from ztp_deploy.evidence.report.html import PICTURES_FILE, PICTURES_FOLDER, PictureFile, Pictures
 from ztp_deploy.evidence.selection import Observation, replayed
-from ztp_deploy.exporters.graph import merges
+from ztp_deploy.exporters.graph import InferenceGraph, merges
 from ztp_deploy.manifest import hash_file, manifest_sha256, write_bytes, write_text
 from ztp_deploy.methods.base import Replay
 from ztp_deploy.models.base import Source
@@ -59,18 +60,7 @@ class Seen:
 
 def seen_by_model(pruned: PrunedModel, pixels: NDArray[Any]) -> Seen:
     """What eager PyTorch does with images [M, 3, H, W], float32 normalised, one by one."""
-    runs = []
-    for image in pixels:
-        with torch.inference_mode():
-            outputs = pruned.run(torch.from_numpy(np.ascontiguousarray(image[None])))
-        scores = {
-            f"{name}_{index}": value.numpy()
-            for index, stage in enumerate(outputs.scores, start=1)
-            for name, value in stage.items()
-        }
-        kept, merged = ([value.numpy() for value in part] for part in (outputs.kept, outputs.merged))
-        runs.append(Observation(outputs.logits.numpy(), kept, merged, scores))
-    seen = _joined(runs)
+    seen = observe_eager(InferenceGraph(pruned, "float32"), pixels, batch=1)
     plan = pruned.plan
     kept = [np.sort(positions, axis=1) for positions in seen.kept]
     carried: list[NDArray[Any]] = [*assign(seen.kept, seen.merged, plan.patch_tokens)]
@@ -83,10 +73,11 @@ def seen_by_engine(session: Session, pixels: NDArray[Any], geometry: Geometry | 
     With the model's `geometry` its audit scores are asked for as well. Raises GateFailed where the engine reports
     tokens that cannot be.
     """
-    plan = session.manifest.plan
+    manifest = session.manifest
+    plan, span = manifest.plan, manifest.batch
     kept: list[list[NDArray[Any]]] = []
     carried: list[list[NDArray[Any]]] = []
-    for chunk, count in _chunks(session, pixels):
+    for chunk, count in filled_batches(pixels, span.max, span.min):
         session.run(chunk)
         reported = [positions[:count] for positions in session.kept()]
         _check_reported(reported, plan, session.directory)
@@ -99,7 +90,7 @@ def seen_by_engine(session: Session, pixels: NDArray[Any], geometry: Geometry | 
         )
     if not notes:
         try:
-            audited = _audited(session, pixels)
+            audited = observe(session.audit, pixels, (*manifest.outputs, *manifest.audit), span.max, span.min)
         except ZtpError as error:
             notes = (f"Scores are not shown: the engine does not give them. {error.problem}",)
     return Seen(plan, _columns(kept), _columns(carried), audited, geometry, notes)
@@ -109,15 +100,6 @@ def _unscored(plan: Plan) -> tuple[str, ...]:
     method = methods.get(plan.method)
     scored = any(method.score_names(stage) for stage in plan.stages)
     return () if scored else (f"{plan.method} scores nothing: there is no heat map.",)
-
-
-def _chunks(session: Session, pixels: NDArray[Any]) -> Iterator[tuple[NDArray[Any], int]]:
-    """Batches the engine takes, the last image repeated where they are too small, and how many images count."""
-    span = session.manifest.batch
-    for start in range(0, len(pixels), span.max):
-        chunk = pixels[start : start + span.max]
-        fill = np.repeat(chunk[-1:], max(0, span.min - len(chunk)), axis=0)
-        yield np.concatenate([chunk, fill]), len(chunk)
 
 
 def _check_reported(kept: list[NDArray[Any]], plan: Plan, directory: Path) -> None:
@@ -141,26 +123,6 @@ def _assignment(session: Session) -> list[NDArray[Any]]:
             "The engine says that tokens merged into others that are not there.",
             f"It is broken: `ztp check --engine {session.directory}` shows where.",
         ) from error
-
-
-def _audited(session: Session, pixels: NDArray[Any]) -> Observation:
-    runs = []
-    for chunk, count in _chunks(session, pixels):
-        values = {name: value[:count] for name, value in session.audit(chunk).items()}
-        stages = range(1, len(session.manifest.plan.stages) + 1)
-        kept = [values[f"kept_{index}"] for index in stages]
-        merged = [values[f"merged_{index}"] for index in stages if f"merged_{index}" in values]
-        runs.append(Observation(values["logits"], kept, merged, values))
-    return _joined(runs)
-
-
-def _joined(runs: Sequence[Observation]) -> Observation:
-    return Observation(
-        np.concatenate([run.logits for run in runs]),
-        _columns([run.kept for run in runs]),
-        _columns([run.merged for run in runs]),
-        {name: np.concatenate([run.scores[name] for run in runs]) for name in runs[0].scores},
-    )
 
 
 def _columns(parts: Sequence[Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:

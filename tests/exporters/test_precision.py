@@ -42,10 +42,10 @@ def test_only_the_tokens_way_is_lowered(lowered, artifact):
             assert types[node.output[0]] == low
     for name in lowered.manifest.audit:
         assert types[name] == TensorProto.FLOAT
-    counts = precision.matrix_types(model)
+    counts = tiny.matrix_types(model)
     # Patch embedding, per block six products of the attention and two of the MLP.
     assert counts[TensorProto.DataType.Name(low).lower()] == 1 + 4 * 8
-    assert precision.matrix_types(graph_of(artifact)) == {"float": sum(counts.values())}
+    assert tiny.matrix_types(graph_of(artifact)) == {"float": sum(counts.values())}
 
 
 def test_inputs_and_outputs_keep_their_types(lowered):

@@ -40,15 +40,6 @@ def lower(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     return lowered
 
 
-def matrix_types(model: onnx.ModelProto) -> dict[str, int]:
-    """How many matrix products (MatMul, Gemm, Conv) the graph computes in each element type."""
-    counts: dict[str, int] = {}
-    for _, kind in matrix_nodes(model):
-        name = TensorProto.DataType.Name(kind).lower()
-        counts[name] = counts.get(name, 0) + 1
-    return counts
-
-
 def matrix_nodes(model: onnx.ModelProto) -> list[tuple[str, int]]:
     """Every matrix product's node name and the element type it is computed in.
 

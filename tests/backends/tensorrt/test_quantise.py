@@ -25,7 +25,7 @@ from ztp_deploy.evidence.images import ImageSet, load_images
 from ztp_deploy.evidence.parity import TOLERANCES, compare_with_eager
 from ztp_deploy.exporters import vocabulary
 from ztp_deploy.exporters.fold import constants, fold_constants
-from ztp_deploy.exporters.precision import lower, matrix_types, weight_products
+from ztp_deploy.exporters.precision import lower, weight_products
 from ztp_deploy.manifest import hash_files
 
 QUANTISED = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
@@ -73,9 +73,9 @@ class TestTheGraph:
             sources = {producer[name].op_type for name in node.input if name in producer}
             if node.name not in names and node.op_type != "DequantizeLinear":
                 assert not sources & vocabulary.QUANTISATION, node.name
-        kinds = matrix_types(model)
+        kinds = tiny.matrix_types(model)
         assert kinds[TensorProto.DataType.Name(QUANTISED[precision]).lower()] == 24
-        assert kinds["float"] == sum(matrix_types(folded).values()) - 24
+        assert kinds["float"] == sum(tiny.matrix_types(folded).values()) - 24
 
     def test_scales_are_symmetric_per_channel_for_weights_and_per_tensor_for_tokens(self, precision, graphs):
         model = graphs[precision]

@@ -1,4 +1,4 @@
-"""An evaluation on labelled pictures, in the terminal and as Markdown."""
+"""An evaluation on labelled pictures: its rows and sentences, and how they stand in the terminal."""
 
 from __future__ import annotations
 
@@ -59,15 +59,6 @@ def accuracy_lines(report: AccuracyReport) -> list[str]:
     if any(one.images < report.images for one in report.speed):
         lines.append("The run was interrupted and gone on with; images a second are those of its last part.")
     return [*lines, *report.notes]
-
-
-def render_accuracy(report: AccuracyReport) -> str:
-    """The table and its notes as Markdown."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---|---|---|---:|"]
-    lines += [f"| {' | '.join(row)} |" for row in accuracy_rows(report)]
-    machine = report.environment
-    lines += ["", *(f"- {line}" for line in accuracy_lines(report))]
-    return "\n".join([*lines, f"- {machine['cpu']}, {machine['cores']} cores, {machine['system']}."]) + "\n"
 
 
 def show_accuracy(report: AccuracyReport, console: Console) -> None:
