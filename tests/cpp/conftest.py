@@ -123,9 +123,8 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     require_tools()
     if find_spec("openvino") is None:
         pytest.skip("openvino is not installed: pip install openvino")
-    header = onnxruntime_header()
-    onnxruntime = ["-DZTP_WITH_ONNXRUNTIME=ON", f"-DORT_ROOT={header}"] if header else ["-DZTP_WITH_ONNXRUNTIME=OFF"]
-    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", *onnxruntime]
+    onnxruntime = f"-DZTP_WITH_ONNXRUNTIME={'ON' if onnxruntime_header() else 'OFF'}"
+    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", onnxruntime]
     others = [f"-DZTP_WITH_{name}=OFF" for name in ("AOTINDUCTOR", "TENSORRT", "TENSORRT_RTX")]
     return build_runtime(tmp_path_factory.mktemp("cpp"), *options, *others)
 

@@ -20,7 +20,9 @@ import ztp_deploy as ztp
 from tests import tiny
 from tests.cpp import toys
 from tests.cpp.conftest import (
+    FLAGS,
     HERE,
+    ORT_HEADERS,
     SOURCE,
     STRICT,
     build_runtime,
@@ -718,6 +720,46 @@ def test_the_public_header_needs_nothing(runtime, tmp_path):
     assert "openvino" not in done.stderr
 
 
+def rootless(**variables):
+    """The environment without any variable that names a library's folder, and with those given."""
+    return {name: value for name, value in os.environ.items() if not name.endswith("_ROOT")} | variables
+
+
+def onnxruntime_in(build, *options, **variables):
+    """What a configuration of that folder, the first or a later one, takes for ONNX Runtime: header's folder, library."""
+    off = [f"-DZTP_WITH_{name}=OFF" for name in ("OPENVINO", "AOTINDUCTOR", "TENSORRT", "TENSORRT_RTX")]
+    words = ["cmake", "-G", "Ninja", "-S", SOURCE, "-B", build, *FLAGS, *off, "-DZTP_BUILD_RUN=OFF", *options]
+    done = command(*words, env=rootless(**variables))
+    assert done.returncode == 0, done.stderr
+    assert "  onnxruntime: yes" in done.stdout
+    written = (build / "build.ninja").read_text()
+    [library] = {*re.findall(r'ZTP_ONNXRUNTIME_LIBRARY=\\"([^"\\]*)', written)}
+    [header] = {path for path in re.findall(r"-(?:I|isystem )(\S+)", written) if "onnxruntime" in path}
+    return Path(header), Path(library)
+
+
+def test_onnxruntime_is_found_beside_python_and_where_a_later_configuration_says(tmp_path):
+    """As `make cpp` configures it, without a word about ONNX Runtime, and as the last line of that says."""
+    require_tools()
+    if not ORT_HEADERS.is_dir():
+        pytest.skip(f"{ORT_HEADERS} is not there: make setup puts it there")
+    header, library = onnxruntime_in(tmp_path / "build")
+    assert header.is_relative_to(ORT_HEADERS)
+    assert library.parent.name == "capi"
+    for root in ("onnxruntime-1", "onnxruntime-2"):
+        (tmp_path / root / "include").mkdir(parents=True)
+        (tmp_path / root / "include" / "onnxruntime_c_api.h").touch()
+        (tmp_path / root / "lib").mkdir()
+        (tmp_path / root / "lib" / "libonnxruntime.so.1").touch()
+    one, two = tmp_path / "onnxruntime-1", tmp_path / "onnxruntime-2"
+    found = onnxruntime_in(tmp_path / "build", ORT_ROOT=str(one))
+    assert found == (one / "include", one / "lib" / "libonnxruntime.so.1")
+    found = onnxruntime_in(tmp_path / "build", f"-DORT_ROOT={two}")
+    assert found == (two / "include", two / "lib" / "libonnxruntime.so.1")
+    found = onnxruntime_in(tmp_path / "build", "-DZTP_ONNXRUNTIME_LIBRARY=/opt/mine.so")
+    assert found == (two / "include", Path("/opt/mine.so"))
+
+
 def test_a_back_end_that_is_asked_for_and_missing_stops_the_configuration(runtime, tmp_path):
     # CMake is told to look nowhere by itself, so that a TensorRT that is installed is not found either.
     blind = ["CMAKE_FIND_USE_CMAKE_SYSTEM_PATH", "CMAKE_FIND_USE_SYSTEM_ENVIRONMENT_PATH"]
@@ -726,8 +768,7 @@ def test_a_back_end_that_is_asked_for_and_missing_stops_the_configuration(runtim
     known = [re.search(rf"^{name}:\w+=.*$", cached, flags=re.MULTILINE)[0] for name in needed]
     options = ["-DZTP_WITH_TENSORRT=ON", f"-DTENSORRT_ROOT={tmp_path}", "-DZTP_WITH_OPENVINO=OFF"]
     options += [*(f"-D{entry}" for entry in known), *(f"-D{name}=OFF" for name in blind)]
-    rootless = {name: value for name, value in os.environ.items() if not name.endswith("_ROOT")}
-    done = command("cmake", "-G", "Ninja", "-S", SOURCE, "-B", tmp_path / "build", *options, env=rootless)
+    done = command("cmake", "-G", "Ninja", "-S", SOURCE, "-B", tmp_path / "build", *options, env=rootless())
     assert done.returncode != 0
     assert "ZTP_WITH_TENSORRT=ON was asked for, but there is no NvInfer.h" in " ".join(done.stderr.split())
 

@@ -229,6 +229,16 @@ def configure(stand_in, build, *options):
     return command("cmake", "-G", "Ninja", "-S", SOURCE, "-B", build, *FLAGS, *OTHERS, *roots, *options)
 
 
+def test_a_static_runtime_finds_the_libraries_again(stand_in, engine, tmp_path, monkeypatch):
+    """Its user asks for ztp alone, and is told nowhere where TensorRT and CUDA are."""
+    for name in ("TENSORRT_ROOT", "TENSORRT_RTX_ROOT", "CUDA_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    options = ["-DBUILD_SHARED_LIBS=OFF", "-DZTP_BUILD_RUN=OFF", *OTHERS, "-DZTP_WITH_TENSORRT=OFF"]
+    roots = [f"-DTENSORRT_RTX_ROOT={stand_in}", f"-DCUDA_ROOT={stand_in}", "-DZTP_WITH_TENSORRT_RTX=ON"]
+    static = build_runtime(tmp_path / "static", *options, *roots)
+    np.testing.assert_allclose(static.outputs(engine, noise(2), tmp_path).logits, toys.expected(noise(2))[0], atol=1e-6)
+
+
 def test_a_build_has_room_for_one_of_the_two(stand_in, tmp_path):
     rtx = ["-DZTP_WITH_TENSORRT_RTX=ON", f"-DTENSORRT_RTX_ROOT={stand_in}"]
     done = configure(stand_in, tmp_path, *rtx)

@@ -3,16 +3,20 @@
 #
 # Each macro defines its target where everything was found, else sets ZTP_MISSING to what to do about it.
 
-# The folder of an installed Python package, found without importing it; empty where there is none.
-function(ztp_python_package name result)
+# What a line of Python prints; empty where it fails.
+function(ztp_python script result)
   find_package(Python3 QUIET COMPONENTS Interpreter)
-  set(script "import importlib.util as u; s = u.find_spec('${name}'); print(list(s.submodule_search_locations)[0] if s else '')")
   set(found "")
   if(Python3_Interpreter_FOUND)
     execute_process(COMMAND ${Python3_EXECUTABLE} -c "${script}" OUTPUT_VARIABLE found ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
   endif()
   set(${result} "${found}" PARENT_SCOPE)
 endfunction()
+
+# The folder of an installed Python package, found without importing it; empty where there is none.
+macro(ztp_python_package name result)
+  ztp_python("import importlib.util as u; s = u.find_spec('${name}'); print(list(s.submodule_search_locations)[0] if s else '')" ${result})
+endmacro()
 
 macro(ztp_find_openvino)
   if(NOT OpenVINO_DIR)
@@ -29,23 +33,33 @@ macro(ztp_find_openvino)
   set(ZTP_MISSING "no OpenVINO: pip install openvino, or set OpenVINO_DIR")
 endmacro()
 
-# Headers only: the library is opened at run time, from ZTP_ONNXRUNTIME_LIBRARY or where the loader looks.
+# Headers only: the library is opened at run time, from ZTP_ONNXRUNTIME_LIBRARY or where the loader looks. Neither is
+# cached, so that an ORT_ROOT given later still counts; both can be given.
 macro(ztp_find_onnxruntime)
-  find_path(ONNXRUNTIME_INCLUDE onnxruntime_c_api.h
-    HINTS ${ORT_ROOT} ENV ORT_ROOT PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session onnxruntime)
-  if(NOT ZTP_ONNXRUNTIME_LIBRARY)
-    ztp_python_package(onnxruntime ztp_package)
-    file(GLOB ztp_library ${ORT_ROOT}/lib/libonnxruntime.so.1 ${ORT_ROOT}/lib/libonnxruntime.so.1.*
-      ${ztp_package}/capi/libonnxruntime.so.1 ${ztp_package}/capi/libonnxruntime.so.1.*)
-    list(APPEND ztp_library libonnxruntime.so.1)
-    list(GET ztp_library 0 ztp_library)
-    set(ZTP_ONNXRUNTIME_LIBRARY "${ztp_library}" CACHE STRING "libonnxruntime.so.1, opened at run time")
+  ztp_python_package(onnxruntime ztp_package)
+  ztp_python("import sys; print(sys.prefix)" ztp_prefix)
+  set(ztp_roots ${ORT_ROOT} $ENV{ORT_ROOT})
+  file(GLOB_RECURSE ztp_header ${ztp_prefix}/onnxruntime-headers/onnxruntime_c_api.h)  # where `make setup` puts it
+  list(TRANSFORM ztp_header REPLACE "/[^/]*$" "")
+  find_path(ONNXRUNTIME_INCLUDE onnxruntime_c_api.h NO_CACHE
+    HINTS ${ztp_roots} ${ztp_header}
+    PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session onnxruntime)
+  set(ztp_library "")
+  foreach(ztp_folder IN LISTS ztp_roots ztp_package)
+    file(GLOB ztp_found ${ztp_folder}/lib/libonnxruntime.so.1 ${ztp_folder}/lib/libonnxruntime.so.1.*
+      ${ztp_folder}/capi/libonnxruntime.so.1 ${ztp_folder}/capi/libonnxruntime.so.1.*)
+    list(APPEND ztp_library ${ztp_found})
+  endforeach()
+  list(APPEND ztp_library libonnxruntime.so.1)
+  list(GET ztp_library 0 ztp_library)
+  if(ZTP_ONNXRUNTIME_LIBRARY)
+    set(ztp_library "${ZTP_ONNXRUNTIME_LIBRARY}")
   endif()
   if(ONNXRUNTIME_INCLUDE AND NOT TARGET ztp::onnxruntime)
     add_library(ztp::onnxruntime INTERFACE IMPORTED)
     set_target_properties(ztp::onnxruntime PROPERTIES
       INTERFACE_INCLUDE_DIRECTORIES "${ONNXRUNTIME_INCLUDE}"
-      INTERFACE_COMPILE_DEFINITIONS "ZTP_ONNXRUNTIME_LIBRARY=\"${ZTP_ONNXRUNTIME_LIBRARY}\"")
+      INTERFACE_COMPILE_DEFINITIONS "ZTP_ONNXRUNTIME_LIBRARY=\"${ztp_library}\"")
   endif()
   set(ZTP_MISSING "no onnxruntime_c_api.h: unpack a release of ONNX Runtime and set ORT_ROOT")
 endmacro()
@@ -53,9 +67,9 @@ endmacro()
 macro(ztp_find_cudart)
   ztp_python_package(nvidia.cu13 ztp_cuda)
   find_path(CUDART_INCLUDE cuda_runtime_api.h
-    HINTS ${CUDA_ROOT} ENV CUDA_ROOT /usr/local/cuda ${ztp_cuda} PATH_SUFFIXES include)
+    HINTS ${CUDA_ROOT} ENV CUDA_ROOT ${ztp_was_CUDART_INCLUDE} /usr/local/cuda ${ztp_cuda} PATH_SUFFIXES include)
   find_library(CUDART_LIBRARY NAMES cudart libcudart.so.13 libcudart.so.12
-    HINTS ${CUDA_ROOT} ENV CUDA_ROOT /usr/local/cuda ${ztp_cuda} PATH_SUFFIXES lib64 lib)
+    HINTS ${CUDA_ROOT} ENV CUDA_ROOT ${ztp_was_CUDART_LIBRARY} /usr/local/cuda ${ztp_cuda} PATH_SUFFIXES lib64 lib)
 endmacro()
 
 macro(ztp_add_tensorrt name include library)
@@ -70,9 +84,11 @@ endmacro()
 macro(ztp_find_tensorrt)
   ztp_find_cudart()
   ztp_python_package(tensorrt_libs ztp_package)
-  find_path(TENSORRT_INCLUDE NvInfer.h HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT PATH_SUFFIXES include)
+  find_path(TENSORRT_INCLUDE NvInfer.h
+    HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT ${ztp_was_TENSORRT_INCLUDE} PATH_SUFFIXES include)
   find_library(TENSORRT_LIBRARY NAMES nvinfer libnvinfer.so.11 libnvinfer.so.10
-    HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT ${ztp_package} PATH_SUFFIXES lib targets/x86_64-linux-gnu/lib .)
+    HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT ${ztp_was_TENSORRT_LIBRARY} ${ztp_package}
+    PATH_SUFFIXES lib targets/x86_64-linux-gnu/lib .)
   ztp_add_tensorrt(tensorrt TENSORRT_INCLUDE TENSORRT_LIBRARY)
   set(ZTP_MISSING "no NvInfer.h, libnvinfer, cuda_runtime_api.h or libcudart: set TENSORRT_ROOT and CUDA_ROOT")
 endmacro()
@@ -82,9 +98,9 @@ macro(ztp_find_tensorrt_rtx)
   ztp_find_cudart()
   ztp_python_package(tensorrt_rtx_libs ztp_package)
   find_path(TENSORRT_RTX_INCLUDE NvInfer.h
-    HINTS ${TENSORRT_RTX_ROOT} ENV TENSORRT_RTX_ROOT PATH_SUFFIXES include NO_DEFAULT_PATH)
+    HINTS ${TENSORRT_RTX_ROOT} ENV TENSORRT_RTX_ROOT ${ztp_was_TENSORRT_RTX_INCLUDE} PATH_SUFFIXES include NO_DEFAULT_PATH)
   find_library(TENSORRT_RTX_LIBRARY NAMES tensorrt_rtx libtensorrt_rtx.so.1
-    HINTS ${TENSORRT_RTX_ROOT} ENV TENSORRT_RTX_ROOT ${ztp_package} PATH_SUFFIXES lib .)
+    HINTS ${TENSORRT_RTX_ROOT} ENV TENSORRT_RTX_ROOT ${ztp_was_TENSORRT_RTX_LIBRARY} ${ztp_package} PATH_SUFFIXES lib .)
   if(TARGET ztp::tensorrt)
     set(ZTP_MISSING "TensorRT in this build, whose functions have the same names: set ZTP_WITH_TENSORRT=OFF")
   else()
@@ -97,7 +113,9 @@ endmacro()
 macro(ztp_find_aotinductor)
   if(NOT TORCH_ROOT)
     ztp_python_package(torch ztp_package)
-    set(TORCH_ROOT "${ztp_package}" CACHE PATH "libtorch, or the folder of the pip package torch")
+    if(ztp_package)
+      set(TORCH_ROOT "${ztp_package}" CACHE PATH "libtorch, or the folder of the pip package torch")
+    endif()
   endif()
   find_path(TORCH_INCLUDE torch/csrc/inductor/aoti_package/model_package_loader.h
     HINTS ${TORCH_ROOT} PATH_SUFFIXES include)
