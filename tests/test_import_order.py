@@ -21,8 +21,8 @@ ORDER = (
     "gpu_report",
     "painting show evaluate",
     "tune",
+    "options console ending",
     "reference",
-    "ending options console",
     "cli",
     "__main__",
 )

@@ -723,7 +723,7 @@ def gpu_report(
     from ztp_deploy.gpu_report.measure import Grid, measure_gpu, report_path
     from ztp_deploy.gpu_report.runtimes import RUNTIMES
     from ztp_deploy.gpu_report.table import render_gpu_report
-    from ztp_deploy.manifest import write_text
+    from ztp_deploy.scratch import write_text
 
     check_seconds(seconds)
     check_seconds(minutes * 60)

@@ -79,7 +79,7 @@ def show_parity(report: ParityReport) -> None:
 def record_result(result: Result, folder: Path) -> None:
     """Writes summary, raw samples and table, named after model, plan, engine and machine, without local paths."""
     from ztp_deploy.evidence.report.markdown import render_tables
-    from ztp_deploy.manifest import write_text
+    from ztp_deploy.scratch import write_text
 
     assert result.latency is not None  # only engines that run are measured, and only these recorded
     where = Path(result.summary.engine)
@@ -96,7 +96,7 @@ def record_result(result: Result, folder: Path) -> None:
 def record_comparison(report: LatencyReport, model: str, folder: Path) -> None:
     """Writes engines measured against each other and their table, without local paths."""
     from ztp_deploy.evidence.report.comparison import render_comparison
-    from ztp_deploy.manifest import write_text
+    from ztp_deploy.scratch import write_text
 
     engines = _particulars([sample.engine for sample in report.samples])
     name = f"{model}--comparison{engines}--{_slug(report.environment)}"
@@ -108,7 +108,7 @@ def record_comparison(report: LatencyReport, model: str, folder: Path) -> None:
 def record_methods(report: MethodsReport, folder: Path) -> None:
     """Writes methods measured against each other and their table, without local paths."""
     from ztp_deploy.evidence.report.methods import render_methods
-    from ztp_deploy.manifest import write_text
+    from ztp_deploy.scratch import write_text
 
     particulars = _particulars([sample.engine for sample in report.latency.samples])
     engines = f"{report.backend.split()[0]}-{report.precision}{particulars}"

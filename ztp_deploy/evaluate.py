@@ -27,11 +27,12 @@ from ztp_deploy.evidence.labelled import Labelled, read_labelled
 from ztp_deploy.evidence.parity import PARITY_FILE
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
 from ztp_deploy.evidence.report.html import write_report
-from ztp_deploy.manifest import manifest_sha256, write_text
+from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.models.base import Source
 from ztp_deploy.models.preprocessing import transform_for
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
+from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow import Clock, Monitor, PlanRequest, load
 
 EAGER_BATCH = 32

@@ -14,10 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ztp_deploy.errors import BadRequest, DamagedFiles
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
-from ztp_deploy.scratch import new_directory as new_directory
-from ztp_deploy.scratch import sweep as sweep
-from ztp_deploy.scratch import write_bytes as write_bytes
-from ztp_deploy.scratch import write_text as write_text
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20

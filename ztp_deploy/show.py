@@ -24,7 +24,7 @@ from ztp_deploy.evidence.observe import observe, observe_eager
 from ztp_deploy.evidence.report.html import PICTURES_FILE, PICTURES_FOLDER, PictureFile, Pictures
 from ztp_deploy.evidence.selection import Observation, replayed
 from ztp_deploy.exporters.graph import InferenceGraph, merges
-from ztp_deploy.manifest import hash_file, manifest_sha256, write_bytes, write_text
+from ztp_deploy.manifest import hash_file, manifest_sha256
 from ztp_deploy.methods.base import Replay
 from ztp_deploy.models.base import Source
 from ztp_deploy.models.preprocessing import open_image, transform_for
@@ -32,6 +32,7 @@ from ztp_deploy.painting import CONTRARY, SIMILARITY, UNKNOWN, UNSCORED, StagePi
 from ztp_deploy.plan import Geometry, Plan
 from ztp_deploy.pruning.prune import PrunedModel, prune
 from ztp_deploy.pruning.trace import assign
+from ztp_deploy.scratch import write_bytes, write_text
 from ztp_deploy.workflow import Clock, PlanRequest, load
 
 _RANKS_ONLY = "split"

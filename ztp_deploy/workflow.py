@@ -37,11 +37,12 @@ from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary,
 from ztp_deploy.evidence.reproducer import write_reproducer
 from ztp_deploy.evidence.selftest import write_selftest
 from ztp_deploy.exporters import Artifact
-from ztp_deploy.manifest import BatchRange, folder_tags, manifest_sha256, write_text
+from ztp_deploy.manifest import BatchRange, folder_tags, manifest_sha256
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.pruning.prune import build_stages, prune
+from ztp_deploy.scratch import write_text
 
 REPORT_FILE = "report.md"
 

@@ -27,14 +27,13 @@ from ztp_deploy.manifest import (
     check_replaceable,
     hash_files,
     manifest_sha256,
-    new_directory,
     read_manifest,
     recipe_hash,
     sources_sha256,
-    sweep,
     verify_files,
     write_manifest,
 )
+from ztp_deploy.scratch import new_directory, sweep
 
 BACKENDS: dict[str, str] = {
     "aotinductor": "ztp_deploy.backends.aotinductor",

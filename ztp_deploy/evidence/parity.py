@@ -30,9 +30,10 @@ from ztp_deploy.evidence.observe import Progress, observe, observe_eager, unhear
 from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 from ztp_deploy.evidence.selection import Difference, Observation, differences, same_fates
 from ztp_deploy.exporters.graph import InferenceGraph
-from ztp_deploy.manifest import manifest_sha256, write_text
+from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import PrunedModel, prune
+from ztp_deploy.scratch import write_text
 
 PARITY_FILE = "parity.json"
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed
 from ztp_deploy.evidence.accuracy import Speed
 from ztp_deploy.evidence.labelled import Labelled, batches
-from ztp_deploy.manifest import recipe_hash, write_bytes
+from ztp_deploy.manifest import recipe_hash
 from ztp_deploy.models.preprocessing import Transform
+from ztp_deploy.scratch import write_bytes
 
 SAVE_EVERY = 25
 """Batches between two writes of the partial file."""

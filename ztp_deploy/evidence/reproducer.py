@@ -12,9 +12,9 @@ from ztp_deploy.backends import Engine
 from ztp_deploy.evidence.images import ImageSet
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.exporters.graph import InferenceGraph
-from ztp_deploy.manifest import write_text
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.quiet import quiet
+from ztp_deploy.scratch import write_text
 
 FOLDER = "polygraphy"
 COMMANDS = {

@@ -15,17 +15,16 @@ from ztp_deploy.manifest import (
     ImageInput,
     check_replaceable,
     hash_files,
-    new_directory,
     read_manifest,
     recipe_hash,
     sources_sha256,
-    sweep,
     verify_files,
     write_manifest,
 )
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import PrunedModel
+from ztp_deploy.scratch import new_directory, sweep
 
 FORMATS: dict[str, str] = {
     "onnx": "ztp_deploy.exporters.onnx",

@@ -29,10 +29,10 @@ from ztp_deploy.gpu_report import runtimes
 from ztp_deploy.gpu_report.rows import Call, Effort, GpuReport, Row
 from ztp_deploy.gpu_report.runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
 from ztp_deploy.gpu_report.workers import Failure, side_by_side
-from ztp_deploy.manifest import write_text
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning, load_model, source_of
 from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.scratch import write_text
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 PARITY_IMAGES = 16

@@ -33,11 +33,11 @@ from ztp_deploy.ending import end
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import Comparison, Proportion, compare, hits, image_kl, paired_bootstrap, wilson
 from ztp_deploy.evidence.schema import EvidenceFile
-from ztp_deploy.manifest import write_bytes, write_text
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import MEAN, STD
+from ztp_deploy.scratch import write_bytes, write_text
 from ztp_deploy.tune.report import TUNE_FILE, TuneReport
 
 MODEL = "vit_digits"

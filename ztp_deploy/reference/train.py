@@ -30,9 +30,9 @@ from torch.multiprocessing.spawn import start_processes
 
 from ztp_deploy.ending import end
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.manifest import write_bytes
 from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import MEAN, STD, WIDTH, vit_digits
+from ztp_deploy.scratch import write_bytes
 
 GRID = canvases.SIDE // canvases.PATCH
 NO_DIGIT = 10

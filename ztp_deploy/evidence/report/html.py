@@ -38,7 +38,8 @@ from ztp_deploy.evidence.report.markdown import (
 from ztp_deploy.evidence.report.parity import EDGE_HEAD, STAGE_HEAD, edge_name, edge_rows, stage_rows, tolerance_line
 from ztp_deploy.evidence.report.summary import SUMMARY_FILE, Summary, summarise
 from ztp_deploy.evidence.schema import EvidenceFile
-from ztp_deploy.manifest import EngineManifest, hash_file, manifest_sha256, read_manifest, write_text
+from ztp_deploy.manifest import EngineManifest, hash_file, manifest_sha256, read_manifest
+from ztp_deploy.scratch import write_text
 
 HTML_FILE = "report.html"
 PICTURES_FILE = "pictures.json"
