@@ -8,6 +8,7 @@ import torch
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.contracts.test_registries import HostCopies
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.similarity import PARTITIONS, best_match, raster_order, staying
@@ -86,7 +87,24 @@ def test_without_a_partition_any_token_may_go(model):
     assert plan.stages[0].static["similar"] == 34
 
 
-@pytest.mark.parametrize("partition", ["random", "none"])
+@pytest.mark.parametrize("tokens", [5, 36])
+def test_every_second_token_in_raster_order(tokens):
+    raster = torch.stack([torch.randperm(tokens, generator=torch.Generator().manual_seed(seed)) for seed in range(2)])
+    positions = torch.empty_like(raster).scatter(1, raster, torch.arange(tokens).expand(2, -1) * 3)
+    places = [*range(0, tokens, 2), *range(1, tokens, 2)]
+    assert raster_order(positions, "alternate").tolist() == raster[:, places].tolist()
+    assert places[: staying(tokens, "alternate")] == list(range(0, tokens, 2))  # those that cannot go are the rest
+
+
+@pytest.mark.parametrize("partition, copies", [("sequential", 0), ("alternate", 0), ("random", 1)])
+def test_what_raster_order_copies_from_the_host(partition, copies):
+    """Only the seeded halves are a list, which on a GPU has to come from the host."""
+    with HostCopies() as found:
+        raster_order(torch.empty(2, 36, device="meta"), partition)
+    assert found.found == ["tensor"] * copies
+
+
+@pytest.mark.parametrize("partition", ["alternate", "random", "none"])
 def test_variants_export_and_pass_the_gate(partition, model, tmp_path):
     options = {"partition": partition, "metric": "euclidean", "features": "values", "rounds": 2}
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.6, options=options))

@@ -30,12 +30,13 @@ def raster_order(positions: Tensor, partition: Partition) -> Tensor:
     """Slots [B, n] with those that cannot go first, for partitions that go by position [B, n] alone."""
     tokens = positions.shape[1]
     raster = top_k(-positions.float(), tokens)
-    places = list(range(tokens))
     if partition == "alternate":
-        places = [*places[::2], *places[1::2]]
-    elif partition == "random":
+        return torch.cat([raster[:, ::2], raster[:, 1::2]], dim=1)
+    if partition == "random":
+        places = list(range(tokens))
         random.Random(_RANDOM_SEED).shuffle(places)
-    return raster.index_select(1, torch.tensor(places, device=positions.device))
+        return raster.index_select(1, torch.tensor(places, device=positions.device))
+    return raster
 
 
 def best_match(
