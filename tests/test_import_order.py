@@ -30,6 +30,7 @@ ORDER = (
 EXCEPTIONS = {
     ("plan", "models"): "`make_plan` is called with a model or its name, and measures it.",
     ("plan", "methods"): "`make_plan` asks the method for its counts.",
+    ("reference.canvases", "ending"): "It is a command, too; the shape of `vit_digits` needs three numbers of it.",
     ("models.weights", "methods"): "Checkpoints carry weights of methods; the registry says which keys these are.",
 }
 
