@@ -3,70 +3,102 @@
 #   make engine MODEL=deit_s RATIO=0.7
 #   make test
 
-MODEL     ?= deit_s
+MODEL     ?= $(if $(RECIPE),,deit_s)
 RATIO     ?= $(if $(FLOPS)$(KEEP)$(RECIPE)$(filter dense,$(METHOD)),,0.7)
-WEIGHTS   ?= auto
 PYTHON    ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
                $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 
 override VENV := .venv
 READY := $(VENV)/.ready
 ZTP   := $(VENV)/bin/ztp
+comma := ,
 
-flag   = $(if $($(1)),$(2) "$($(1))")
-WANTED = --model "$(MODEL)" $(call flag,METHOD,--method) $(call flag,RATIO,--ratio) $(call flag,FLOPS,--flops) \
-         $(call flag,KEEP,--keep) $(call flag,SITES,--sites) $(call flag,RECIPE,--recipe) --weights "$(WEIGHTS)"
-# Only what is asked for: it wins over a recipe or a profile, which win over the defaults.
-BUILT  = $(call flag,PROFILE,--profile) $(call flag,BACKEND,--backend) $(call flag,PRECISION,--precision) $(call flag,BATCH,--batch)
+# Every variable and the option of `ztp` that it becomes; then what each target takes.
+OPTIONS := MODEL/model METHOD/method RATIO/ratio FLOPS/flops KEEP/keep SITES/sites RECIPE/recipe WEIGHTS/weights \
+           PROFILE/profile BACKEND/backend PRECISION/precision BATCH/batch IMAGES/images METHODS/methods \
+           ENGINE/engine DATA/data BUDGET/budget TRIALS/trials BESIDE/beside
+PLAN    := MODEL METHOD RATIO FLOPS KEEP SITES RECIPE WEIGHTS
+BUILD   := PROFILE BACKEND PRECISION BATCH
+TAKES_engine     := $(PLAN) $(BUILD) IMAGES
+TAKES_bench      := $(PLAN) $(BUILD) IMAGES
+TAKES_demo       := METHOD RATIO FLOPS WEIGHTS PROFILE BACKEND PRECISION
+TAKES_export     := $(PLAN) PRECISION
+TAKES_check      := ENGINE IMAGES
+TAKES_compare    := MODEL RATIO FLOPS WEIGHTS $(BUILD) IMAGES METHODS
+TAKES_eval        = DATA $(if $(ENGINE),ENGINE,$(PLAN))
+TAKES_tune        = MODEL METHOD WEIGHTS IMAGES BUDGET TRIALS $(if $(filter latency%,$(BUDGET)),PROFILE BACKEND PRECISION)
+TAKES_gpu-report := MODEL WEIGHTS PRECISION
+TAKES_classify   := ENGINE IMAGES
+TAKES_show        = IMAGES $(if $(ENGINE),ENGINE,$(PLAN))
+TAKES_report     := ENGINE IMAGES BESIDE
+TAKES_setup      := PYTHON
+TAKES_cpp        := CMAKE
+TAKES_help       := $(foreach pair,$(OPTIONS),$(patsubst %/,%,$(dir $(pair))))
+
+typed = $(strip $(foreach v,$(1),$(if $(filter $(2),$(firstword $(origin $(v)))),$(if $($(v)),$(v)))))
+# What was asked for: on the command line whatever it is, in the environment what the table knows.
+COMMANDED := $(filter-out MAKEFLAGS MAKEOVERRIDES PYTHON,$(call typed,$(.VARIABLES),command))
+ASKED     := $(COMMANDED) $(call typed,$(TAKES_help),environment)
+# Targets outside the table take nothing; a variable of the environment is not meant for them.
+unused = $(filter-out $(TAKES_$(1)),$(if $(TAKES_$(1)),$(ASKED),$(COMMANDED)))
+beside = $(if $(filter ENGINE,$(TAKES_$(1))),$(if $(ENGINE), beside ENGINE))
+$(foreach goal,$(MAKECMDGOALS),$(foreach v,$(firstword $(call unused,$(goal))),$(error \
+    make $(goal) does not use $(v)$(call beside,$(goal)): leave it out. It takes $(or $(TAKES_$(goal)),no variables))))
+
+# Only what is asked for, and the defaults of MODEL and RATIO: it wins over a recipe or a profile, which win over the rest.
+pass = $(foreach v,$(1),$(if $($(v)),--$(notdir $(filter $(v)/%,$(OPTIONS))) "$($(v))"))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup engine demo export check bench compare eval tune gpu-report classify show report list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
-	@echo "Variables: MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(or $(METHOD),zero_tprune) BACKEND=$(or $(BACKEND),auto)"
-	@echo "  PRECISION=$(or $(PRECISION),fp32) BATCH=$(or $(BATCH),1:8:64) WEIGHTS=$(WEIGHTS)"
-	@echo "  IMAGES=folder FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name"
+	@echo "Variables (a target stops at one that it does not use):"
+	@echo "  MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(or $(METHOD),zero_tprune) BACKEND=$(or $(BACKEND),auto)"
+	@echo "  PRECISION=$(or $(PRECISION),fp32) BATCH=$(or $(BATCH),1:8:64) WEIGHTS=$(or $(WEIGHTS),auto)"
+	@echo "  FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name METHODS=names ENGINE=folder BESIDE=folders"
+	@echo "  DATA=folder or CSV file, BUDGET=flops=0.65 or latency=12ms@batch8, TRIALS=60"
+	@echo "  IMAGES=folder; for classify, show and report files"
 
 setup: $(READY)  ## Make .venv from requirements.lock (every other target does it by itself)
 
 engine: $(READY)  ## Plan, export, build, prove and measure an engine: make engine MODEL=deit_s RATIO=0.7
-	@$(ZTP) engine $(WANTED) $(BUILT) $(call flag,IMAGES,--images)
+	@$(ZTP) engine $(call pass,$(TAKES_engine))
 
 demo: $(READY)  ## The reference classifier, offline: engine, parity, speed-up, accuracy, pictures
-	@$(ZTP) demo $(if $(filter-out auto,$(WEIGHTS)),--weights "$(WEIGHTS)")
+	@$(ZTP) demo $(call pass,$(filter $(ASKED),$(TAKES_demo)))
 
 export: $(READY)  ## Export a pruned model only
-	@$(ZTP) export $(WANTED)
+	@$(ZTP) export $(call pass,$(TAKES_export))
 
 check: $(READY)  ## Prove an engine again: make check ENGINE=engines/…
-	@$(ZTP) check --engine "$(ENGINE)" $(call flag,IMAGES,--images)
+	@$(ZTP) check $(call pass,$(TAKES_check))
 
 bench: $(READY)  ## Build anew and measure long, recorded in engines/evidence
-	@$(ZTP) bench $(WANTED) $(BUILT) --fresh --record engines/evidence
+	@$(ZTP) bench $(call pass,$(TAKES_bench)) --fresh --record engines/evidence
 
 compare: $(READY)  ## Pruning methods against each other at one FLOP share: make compare MODEL=deit_s FLOPS=0.65
-	@$(ZTP) compare --model "$(MODEL)" --flops "$(or $(FLOPS),0.65)" --weights "$(WEIGHTS)" \
-	    $(if $(METHODS),--methods "$(METHODS)",--methods zero_tprune,tome,ats,evit,dynamicvit --option dynamicvit.weights=random) $(BUILT) --record engines/evidence
+	@$(ZTP) compare $(call pass,$(filter MODEL $(ASKED),$(TAKES_compare))) $(if $(filter RATIO FLOPS,$(ASKED)),,--flops "0.65") \
+	    $(if $(METHODS),,--methods zero_tprune$(comma)tome$(comma)ats$(comma)evit$(comma)dynamicvit --option dynamicvit.weights=random) \
+	    --record engines/evidence
 
 eval: $(READY)  ## What pruning costs in accuracy: make eval ENGINE=engines/… DATA=imagenet/val (or MODEL=… WEIGHTS=…)
-	@$(ZTP) eval $(if $(ENGINE),--engine "$(ENGINE)",$(WANTED)) $(call flag,DATA,--data)
+	@$(ZTP) eval $(call pass,$(TAKES_eval))
 
 tune: $(READY)  ## Search the plan that changes predictions least: make tune IMAGES=photos/ BUDGET=flops=0.65
-	@$(ZTP) tune --model "$(MODEL)" $(call flag,METHOD,--method) --weights "$(WEIGHTS)" --budget "$(or $(BUDGET),flops=0.65)" \
-	    $(call flag,IMAGES,--images) $(call flag,TRIALS,--trials) $(if $(filter latency%,$(BUDGET)),$(call flag,PROFILE,--profile) $(call flag,BACKEND,--backend) $(call flag,PRECISION,--precision))
+	@$(ZTP) tune $(call pass,$(TAKES_tune)) $(if $(BUDGET),,--budget "flops=0.65")
 
 gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a call; the next call goes on
-	@$(ZTP) gpu-report
+	@$(ZTP) gpu-report $(call pass,$(filter-out PRECISION,$(filter $(ASKED),$(TAKES_gpu-report)))) $(if $(PRECISION),--precisions "$(PRECISION)")
 
 classify: $(READY)  ## Classify pictures: make classify ENGINE=engines/… IMAGES="cat.jpg dog.png"
-	@$(ZTP) classify $(IMAGES) --engine "$(ENGINE)"
+	@$(ZTP) classify $(IMAGES) $(call pass,ENGINE)
 
 show: $(READY)  ## Draw what an engine kept, and why: make show ENGINE=engines/… IMAGES="cat.jpg dog.png"
-	@$(ZTP) show $(IMAGES) $(if $(ENGINE),--engine "$(ENGINE)",$(WANTED))
+	@$(ZTP) show $(IMAGES) $(call pass,$(filter-out IMAGES,$(TAKES_show)))
 
 report: $(READY)  ## Render an engine's HTML report again: make report ENGINE=engines/… IMAGES="cat.jpg dog.png" BESIDE=engines/…
-	@$(ZTP) report --engine "$(ENGINE)" $(foreach image,$(IMAGES),--pictures "$(image)") $(foreach other,$(BESIDE),--beside "$(other)")
+	@$(ZTP) report $(call pass,ENGINE) $(foreach image,$(IMAGES),--pictures "$(image)") $(foreach other,$(BESIDE),--beside "$(other)")
 
 list: $(READY)  ## Models, methods, formats, back ends
 	@$(ZTP) list

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,9 +40,43 @@ COMPARISONS = list((ROOT / "engines" / "evidence").glob("*--comparison*.samples.
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
-def blocks(kind):
-    """Fenced blocks of one kind in the README ("" for plain)."""
-    return re.findall(rf"^```{kind}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / name for name in subprocess.run(
+    ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+).stdout.splitlines()]  # fmt: skip
+
+
+def fences(text):
+    """The fenced blocks of a page in order: (kind, its lines), "" for plain ones. A fence left open is an error."""
+    found, kind, lines = [], None, []
+    for line in text.splitlines():
+        if not line.startswith("```"):
+            lines.append(line)
+        elif kind is None:
+            kind, lines = line[3:].strip(), []
+        else:
+            assert line.strip() == "```", f"{line} inside a block"
+            found.append((kind, lines))
+            kind, lines = None, []
+    assert kind is None, f"the block of {kind!r} is not closed"
+    return found
+
+
+def documented(command):
+    """(page, line) for every line of a page's plain blocks that starts with this command; comments are cut off."""
+    return [
+        (page.relative_to(ROOT), line.split(" #")[0].strip())
+        for page in PAGES
+        for kind, lines in fences(page.read_text(encoding="utf-8"))
+        for line in lines
+        if kind == "" and line.startswith(command)
+    ]
+
+
+def test_fences_are_paired_and_told_apart():
+    assert fences("a\n```\nmake b\n```\nmake c\n```python\nd\n```") == [("", ["make b"]), ("python", ["d"])]
+    for broken in ("```\na", "```\na\n```python\nb\n```"):
+        with pytest.raises(AssertionError, match=r"not closed|inside a block"):
+            fences(broken)
 
 
 def test_every_public_name_is_documented_and_annotated():
@@ -61,7 +96,7 @@ def test_the_readmes_python_runs(monkeypatch, tmp_path):
     """The ten lines of the README, on DeiT-T with random weights instead of a download."""
     from PIL import Image
 
-    [script] = blocks("python")
+    [script] = ["\n".join(lines) for kind, lines in fences(README) if kind == "python"]
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((300, 200), 80).convert("RGB").save("photo.jpg")
     script = script.replace('ztp.load_model("deit_s")', 'ztp.load_model("deit_t", weights="random")')
@@ -71,25 +106,39 @@ def test_the_readmes_python_runs(monkeypatch, tmp_path):
     assert [k.shape for k in names["kept"]] == [(1, 137), (1, 95), (1, 66)]
 
 
-def test_the_readmes_commands_exist():
+def test_documented_commands_exist():
     from typer.main import get_command
 
     from ztp_deploy.cli import app
 
     commands = get_command(app).commands
-    shell = "\n".join(blocks(""))
-    used = re.findall(r"\.venv/bin/ztp (\w+)(.*)", shell)
-    assert used
-    for command, rest in used:
-        assert command in commands
+    used = documented(".venv/bin/ztp ")
+    assert len(used) >= 10
+    for page, line in used:
+        command, *words = shlex.split(line.removeprefix(".venv/bin/ztp "))
+        assert command in commands, page
         known = {option for parameter in commands[command].params for option in parameter.opts}
-        assert set(re.findall(r"(?<!\S)--[a-z-]+", rest)) <= known
-    targets = set(re.findall(r"^(\w+):", MAKEFILE, flags=re.MULTILINE))
-    made = re.findall(r"make (\w+)((?: [A-Z]+=\S+)*)", shell)
-    assert {target for target, _ in made} == {"engine", "demo", "test"} <= targets
-    for _, variables in made:
-        for variable in re.findall(r"([A-Z]+)=", variables):
-            assert f"{variable}" in MAKEFILE
+        assert {word for word in words if word.startswith("-")} <= known, line
+
+
+def variables_arrive(line):
+    """Asserts that make takes a documented line and that every variable's value reaches the command, by its option."""
+    target, *variables = shlex.split(line.removeprefix("make "))
+    done = make("-n", "-o", ".venv/.ready", target, *variables)
+    assert done.returncode == 0, f"{line}: {done.stderr}"
+    typed = shlex.split(done.stdout.replace("\\\n", ""), comments=True)
+    for name, value in (variable.split("=", 1) for variable in variables):
+        assert value in typed, f"{line}: {done.stdout}"
+        assert typed[typed.index(value) - 1] == f"--{name.lower()}", done.stdout
+
+
+def test_documented_make_lines_reach_the_command_whole():
+    lines = documented("make ")
+    assert {page.name for page, _ in lines} >= {"README.md", "methods.md", "tensorrt.md"}
+    for _, line in lines:
+        variables_arrive(line)
+    with pytest.raises(AssertionError, match="does not use BATCH"):
+        variables_arrive("make export BATCH=8")
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
@@ -202,10 +251,16 @@ def make(*arguments, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
+VARIABLES = (
+    *("MODEL", "METHOD", "RATIO", "FLOPS", "KEEP", "SITES", "RECIPE", "WEIGHTS", "PROFILE", "BACKEND", "PRECISION"),
+    *("BATCH", "IMAGES", "METHODS", "ENGINE", "DATA", "BUDGET", "TRIALS", "BESIDE"),
+)
+
+
 def test_make_prints_its_own_help():
     done = make()
     assert done.returncode == 0
-    for target in ("engine", "test", "bench", "clean", "MODEL=deit_s"):
+    for target in ("engine", "test", "bench", "clean", "MODEL=deit_s", *(f"{name}=" for name in VARIABLES)):
         assert target in done.stdout
 
 
@@ -235,6 +290,75 @@ def test_make_passes_variables_on():
     assert "--ratio" not in line
     assert '--ratio "0.7"' in make("-n", "-o", ".venv/.ready", "engine").stdout
     assert "--ratio" not in make("-n", "-o", ".venv/.ready", "engine", "METHOD=dense").stdout
+
+
+# What each target hands to `ztp` under another name than the variable's, and what it takes beside an ENGINE.
+RENAMED = {("gpu-report", "PRECISION"): "--precisions", ("report", "IMAGES"): "--pictures"}
+PLAIN = {("classify", "IMAGES"), ("show", "IMAGES")}
+TARGETS = (
+    "engine",
+    "demo",
+    "export",
+    "check",
+    "bench",
+    "compare",
+    "eval",
+    "tune",
+    "gpu-report",
+    "classify",
+    "show",
+    "report",
+)
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "test", "list", "clean"])
+def test_make_passes_a_variable_on_or_stops_at_it(target):
+    """One variable at a time: its value is in the command, or make says so in one line and runs nothing."""
+    passed = set()
+    for name in VARIABLES:
+        done = make("-n", "-o", ".venv/.ready", target, f"{name}=some")
+        if done.returncode == 0:
+            words = shlex.split(done.stdout.replace("\\\n", ""))
+            option = RENAMED.get((target, name), f"--{name.lower()}")
+            before = words[words.index("some") - 1]
+            assert before == (target if (target, name) in PLAIN else option), done.stdout
+            passed.add(name)
+        else:
+            assert done.returncode == 2
+            assert done.stdout == ""
+            [line] = done.stderr.splitlines()
+            assert f"make {target} does not use {name}" in line
+    assert bool(passed) == (target in TARGETS)
+    assert ("MODEL" in passed) == (
+        target in {"engine", "bench", "export", "compare", "eval", "tune", "gpu-report", "show"}
+    )
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("eval ENGINE=e DATA=d RATIO=0.5", "make eval does not use RATIO beside ENGINE"),
+        ("tune IMAGES=i BUDGET=flops=0.6 PRECISION=fp16", "make tune does not use PRECISION"),
+        ("engine RATO=0.5", "make engine does not use RATO"),
+    ],
+)
+def test_make_stops_at_what_makes_no_sense_together(line, words):
+    done = make("-n", "-o", ".venv/.ready", *line.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+
+
+def test_make_heeds_the_environment(monkeypatch):
+    monkeypatch.setenv("DATA", "d")
+    assert "does not use DATA" in make("-n", "-o", ".venv/.ready", "engine").stderr
+    assert make("-n", "-o", ".venv/.ready", "lint").returncode == 0  # it was not meant for what takes no variables
+
+
+def test_make_takes_the_model_from_a_recipe():
+    quiet = ("-n", "-o", ".venv/.ready", "engine")
+    assert "--model" not in make(*quiet, "RECIPE=mine").stdout
+    assert '--model "deit_b"' in make(*quiet, "RECIPE=mine", "MODEL=deit_b").stdout  # ztp holds one against the other
+    assert '--model "deit_s"' in make(*quiet).stdout
 
 
 @pytest.fixture

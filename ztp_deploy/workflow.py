@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
 from ztp_deploy.defaults import BATCH, BENCH_SECONDS, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT, METHOD
-from ztp_deploy.errors import BadRequest, MissingSoftware
-from ztp_deploy.evidence.images import DEFAULT_COUNT, image_files, load_images
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.evidence.images import DEFAULT_COUNT, ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import (
     LATENCY_FILE,
     LatencyReport,
@@ -30,7 +30,7 @@ from ztp_deploy.evidence.latency import (
     usual_batches,
 )
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, twin_role
-from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps
+from ztp_deploy.evidence.parity import PARITY_FILE, ParityReport, check_parity, expected_steps
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise, unproved_line
@@ -45,6 +45,7 @@ from ztp_deploy.pruning.prune import build_stages, prune
 from ztp_deploy.scratch import write_text
 
 REPORT_FILE = "report.md"
+YARDSTICK_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -238,17 +239,53 @@ def check(
 
     Where it passed the self-test joins it, else a case for Polygraphy.
     """
-    manifest = engine.manifest
     with clock.step("prepare images"):
-        pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, count)
-    total = expected_steps(len(pictures.names), manifest.format)
-    with clock.step(f"check parity on {len(pictures.names)} images", total) as advance:
+        pictures = load_images(images, engine.manifest.source.preprocessing, engine.manifest.input.dtype, count)
+    return _check_on(pictures, engine, model, clock)
+
+
+def _check_on(pictures: ImageSet, engine: Engine, model: nn.Module, clock: Clock) -> ParityReport:
+    total = expected_steps(len(pictures.names), engine.manifest.format)
+    title = f"check parity of {engine.manifest.plan.label} on {len(pictures.names)} images"
+    with clock.step(title, total) as advance:
         report = check_parity(engine, model, pictures, progress=advance)
     if report.passed:
         write_selftest(engine.directory, pictures.pixels)
     elif script := write_reproducer(engine, model, pictures, report):
         clock.monitor.warn(f"To see the first fault with Polygraphy: sh {script}")
     return report
+
+
+def _require(engine: Engine, report: ParityReport) -> None:
+    """Raises GateFailed, which names the engine, where the gate is not passed."""
+    try:
+        report.require()
+    except GateFailed as error:
+        raise GateFailed(f"{engine.directory.name}: {error.problem}", error.fix) from error
+
+
+def _check_yardsticks(engines: Sequence[Engine], model: nn.Module, images: Path | str | None, clock: Clock) -> None:
+    """The gate, on fewer images, for what others are measured against: a wrong yardstick makes every ratio wrong.
+
+    One that this gate has passed as it stands keeps its proof. Raises GateFailed for the first that fails.
+    """
+    fresh = [engine for engine in engines if not _proved(engine)]
+    if not fresh:
+        return
+    manifest = fresh[0].manifest
+    with clock.step("prepare images for the yardsticks"):
+        pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, YARDSTICK_IMAGES)
+    for engine in fresh:
+        _require(engine, _check_on(pictures, engine, model, clock))
+
+
+def _proved(engine: Engine) -> bool:
+    """Whether a parity report of this very engine lies beside it, passed."""
+    try:
+        report = ParityReport.model_validate_json((engine.evidence / PARITY_FILE).read_bytes())
+    except (OSError, ValidationError):
+        return False
+    return report.passed and report.manifest_sha256 == manifest_sha256(engine.directory)
 
 
 def bench(
@@ -286,7 +323,7 @@ def make_engine(
 ) -> Result:
     """Everything from a name to a shippable engine: plan, export, build, parity gate, latency, summary.
 
-    The dense model and the slice twin are built as well, as yardsticks, where latency is measured. An engine that
+    The dense model and the slice twin are built and proved as well, as yardsticks, where latency is measured. An engine that
     this machine cannot run is built and left at that; the summary says so.
     Raises GateFailed after the evidence is written where parity does not hold.
     """
@@ -322,7 +359,8 @@ def make_engine(
         parity = check(engines["pruned"], model, images, clock)
         if not parity.passed:
             write_report(engines["pruned"].directory)
-        parity.require()
+        _require(engines["pruned"], parity)
+        _check_yardsticks([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
     del model
     latency = None
     line = command or shlex.join(sys.argv)
@@ -361,7 +399,7 @@ def compare_methods(
 ) -> MethodsReport:
     """Several methods on one model at one ratio or FLOP share, and their slice twins, in one interleaved run.
 
-    Every method's engine passes the parity gate first. Raises GateFailed where one does not, and what `make_engine` raises.
+    Every engine passes the parity gate first. Raises GateFailed where one does not, and what `make_engine` raises.
     """
     clock = Clock(monitor)
     batches = _measured_batches(batches, build)
@@ -379,11 +417,13 @@ def compare_methods(
             raise BadRequest(f"{request.method} keeps every token there.", "Compare at a smaller ratio or FLOP share.")
         plans |= {request.method: plan, twin_role(request.method): twin_of(plan)}
     engines: dict[str, Engine] = {}
+    compared = {request.method for request in wanted}
     for role, plan in plans.items():
         artifact = export_model(model, plan, build, format, graph_precision, clock)
         engines[role] = build_engine(artifact, build, clock, images)
-        if role in {request.method for request in wanted}:
-            check(engines[role], model, images, clock, count=8).require()
+        if role in compared:
+            _require(engines[role], check(engines[role], model, images, clock, count=YARDSTICK_IMAGES))
+    _check_yardsticks([engine for role, engine in engines.items() if role not in compared], model, images, clock)
     del model
     latency = bench(engines, batches, seconds, clock, command or shlex.join(sys.argv))
     first = wanted[0]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import onnx
 import pytest
 
+import ztp_deploy as ztp
 from tests.runs import Silent
 from ztp_deploy import workflow
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.evidence.latency import LatencyReport, Samples, paired_ratio
 from ztp_deploy.evidence.methods import MethodRow, MethodsReport, twin_role
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import make_plan
-from ztp_deploy.workflow import BuildRequest, PlanRequest, compare_methods
+from ztp_deploy.workflow import BuildRequest, PlanRequest, compare_methods, make_engine
 
 MILLISECONDS = {"dense": 20.0, "tome": 12.5, "tome slice twin": 12.0, "evit": 12.25, "evit slice twin": 12.25}
 
@@ -72,26 +74,68 @@ def test_twins_of_different_methods_have_names_of_their_own():
     assert twin_of(make_plan("deit_s", "dense")).label == "dense"
 
 
-def test_every_engine_is_proved_and_measured(tmp_path, monkeypatch):
-    """One method at a small size, from its name to the table."""
+@pytest.fixture
+def build(tmp_path, monkeypatch):
+    """A build of the tiny model for batch 2, whatever model and plan are asked for."""
     from tests import tiny
     from ztp_deploy import models
 
     monkeypatch.setattr(workflow, "load", lambda name, weights, clock: tiny.model())
     monkeypatch.setattr(PlanRequest, "plan", lambda self, model: make_plan(tiny.model(), "zero_tprune", ratio=0.6))
     assert models.source_of(tiny.model()).name == "deit_t"
-
-    request = BuildRequest(
+    return BuildRequest(
         backend="onnxruntime", device="cpu", batch="2", export_root=tmp_path / "x", engines_root=tmp_path / "e"
     )
-    wanted = [PlanRequest("deit_t", "zero_tprune", ratio=0.6)]
+
+
+WANTED = PlanRequest("deit_t", "zero_tprune", ratio=0.6)
+
+
+def test_every_engine_is_proved_and_measured(build):
+    """One method at a small size, from its name to the table."""
     with pytest.raises(BadRequest, match="Latency at batch 1 was asked for, but the engine's range is 2"):
-        compare_methods("deit_t", wanted, request, Silent(), batches=(1,))
-    assert not (tmp_path / "x").exists()  # told before anything is built
-    found = compare_methods("deit_t", wanted, request, Silent(), seconds=0.2, command="test")
+        compare_methods("deit_t", [WANTED], build, Silent(), batches=(1,))
+    assert not build.export_root.exists()  # told before anything is built
+    found = compare_methods("deit_t", [WANTED], build, Silent(), seconds=0.2, command="test")
     assert {sample.batch for sample in found.latency.samples} == {2}
     assert [sample.role for sample in found.latency.samples] == ["dense", "zero_tprune", "zero_tprune slice twin"]
     assert found.asked == {"ratio": 0.6}
     assert found.methods[0].tokens == [36, 21, 12, 7]
     assert found.methods[0].executed_share < found.methods[0].planned_share < 1
-    assert len(list((tmp_path / "e").glob("*/*/evidence/parity.json"))) == 1
+    assert len(list(build.engines_root.glob("*/*/evidence/parity.json"))) == 3
+
+
+def test_yardsticks_are_proved_once_and_again_when_they_changed(build, monkeypatch):
+    """A dense engine or a slice twin that computes something else would make every ratio wrong."""
+    from tests import tiny
+
+    checked = []
+
+    def check_parity(engine, model, pictures, **others):
+        checked.append((engine.manifest.plan.method, len(pictures.names)))
+        return ztp.check_parity(engine, model, pictures, **others)
+
+    def damage(graph):
+        node = next(node for node in reversed(graph.graph.node) if node.op_type in ("Gemm", "MatMul"))
+        [weight] = [one for one in graph.graph.initializer if one.name == node.input[1]]
+        weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
+
+    monkeypatch.setattr(workflow, "check_parity", check_parity)
+    monkeypatch.setattr(workflow, "bench", lambda *others: pytest.fail("measured"))
+    fail = pytest.raises(pytest.fail.Exception, match="measured")
+    with fail:
+        make_engine(WANTED, build, Silent())
+    assert checked == [("zero_tprune", 64), ("dense", 8), ("slice", 8)]
+    checked.clear()
+    with fail:
+        make_engine(WANTED, build, Silent())
+    assert checked == [("zero_tprune", 64)]
+    for method in ("slice", "dense"):
+        [folder] = build.engines_root.glob(f"*/deit_t--{method}*")
+        tiny.damage_graph(folder, damage)
+        checked.clear()
+        with pytest.raises(GateFailed, match=f"{folder.name}: Parity fails between .* weights fault"):
+            make_engine(WANTED, build, Silent())
+        assert checked == [("zero_tprune", 64), (method, 8)]
+        with pytest.raises(GateFailed, match=f"{folder.name}: Parity fails"):
+            compare_methods("deit_t", [WANTED], build, Silent())
