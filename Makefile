@@ -32,7 +32,7 @@ TAKES_classify   := ENGINE IMAGES
 TAKES_show        = IMAGES $(if $(ENGINE),ENGINE,$(PLAN))
 TAKES_report     := ENGINE IMAGES BESIDE
 TAKES_setup      := PYTHON
-TAKES_cpp        := CMAKE
+TAKES_cpp        := CMAKE_ARGS
 TAKES_help       := $(foreach pair,$(OPTIONS),$(patsubst %/,%,$(dir $(pair))))
 
 typed = $(strip $(foreach v,$(1),$(if $(filter $(2),$(firstword $(origin $(v)))),$(if $($(v)),$(v)))))
@@ -58,6 +58,7 @@ help:  ## Show the targets and variables
 	@echo "  PRECISION=$(or $(PRECISION),fp32) BATCH=$(or $(BATCH),1:8:64) WEIGHTS=$(or $(WEIGHTS),auto)"
 	@echo "  FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name METHODS=names ENGINE=folder BESIDE=folders"
 	@echo "  DATA=folder or CSV file, BUDGET=flops=0.65 or latency=12ms@batch8, TRIALS=60"
+	@echo "  CMAKE_ARGS=-DORT_ROOT=… for cpp"
 	@echo "  IMAGES=folder; for classify, show and report files"
 
 setup: $(READY)  ## Make .venv from requirements.lock (every other target does it by itself)
@@ -107,7 +108,7 @@ doctor: $(READY)  ## Versions, devices, what would be used here
 	@$(ZTP) doctor
 
 cpp: $(READY)  ## Build the C++ runtime and ztp-run into build/cpp (needs cmake, ninja, nlohmann-json, stb)
-	@cmake -G Ninja -S ztp_deploy/cpp -B build/cpp -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python" $(CMAKE)
+	@cmake -G Ninja -S ztp_deploy/cpp -B build/cpp -DPython3_EXECUTABLE="$(abspath $(VENV))/bin/python" $(CMAKE_ARGS)
 	@cmake --build build/cpp
 
 test: lint  ## Lint, type-check and run all tests, in two processes

@@ -170,7 +170,7 @@ def export(
     size = sum(record.bytes for record in artifact.manifest.files.values())
     out.print(f"Exported {wanted.model} {artifact.manifest.plan.label} as {format}, {size / 2**20:.1f} MiB.")
     out.print(f"Artifact: {artifact.directory}", soft_wrap=True)
-    out.print(f"Next: ztp build --artifact {artifact.directory}", soft_wrap=True)
+    out.print(f"Next: ztp build --artifact {shlex.quote(str(artifact.directory))}", soft_wrap=True)
 
 
 @app.command()
@@ -206,7 +206,7 @@ def build(
         f"Built{only} for {engine.manifest.backend} {engine.manifest.backend_version} on {engine.manifest.device}."
     )
     out.print(f"Engine: {engine.directory}", soft_wrap=True)
-    out.print(f"Next: ztp check --engine {engine.directory}", soft_wrap=True)
+    out.print(f"Next: ztp check --engine {shlex.quote(str(engine.directory))}", soft_wrap=True)
 
 
 @app.command()
@@ -510,7 +510,7 @@ def demo(
     show_accuracy(made.accuracy, out)
     out.print("Pictures of what the engine kept:")
     for one in made.pictures.drawn:
-        out.print(str(one.picture), soft_wrap=True, markup=False)
+        out.print(str(one.picture), soft_wrap=True)
 
 
 @app.command("eval")
@@ -593,7 +593,7 @@ def eval_(
         return
     show_accuracy(report, out)
     if engine is not None:
-        out.print(f"Report: {engine}/evidence/{HTML_FILE}", soft_wrap=True, markup=False)
+        out.print(f"Report: {engine}/evidence/{HTML_FILE}", soft_wrap=True)
 
 
 @app.command()
@@ -627,7 +627,7 @@ def report(
         return
     for line in evidence.left_out:
         warn(line)
-    out.print(f"Report: {path}", soft_wrap=True, markup=False)
+    out.print(f"Report: {path}", soft_wrap=True)
 
 
 @app.command()
@@ -746,9 +746,9 @@ def gpu_report(
     if as_json:
         print_json(progress.report.model_dump(mode="json"))
         return
-    out.print(table, markup=False, soft_wrap=True)
+    out.print(table, soft_wrap=True)
     for line in (*progress.lines(), f"Report: {path}"):
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -841,7 +841,7 @@ def show(
         print_json(shown.to_json())
         return
     for one in shown.drawn:
-        out.print(str(one.picture), soft_wrap=True, markup=False)
+        out.print(str(one.picture), soft_wrap=True)
 
 
 @app.command("list")

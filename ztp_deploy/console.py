@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ztp_deploy.evidence.latency import LatencyReport
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from ztp_deploy.evidence.parity import ParityReport
     from ztp_deploy.workflow import Result
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, markup=False)  # square brackets are part of many a path
+err = Console(stderr=True, highlight=False, markup=False)
 
 
 class Bars:
@@ -31,7 +32,7 @@ class Bars:
     def step(self, title: str, total: float | None) -> Iterator[Any]:
         progress = Progress(
             SpinnerColumn(finished_text="[green]✓[/green]"),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TimeElapsedColumn(),
             console=err,
@@ -50,7 +51,7 @@ class Bars:
 
 
 def warn(text: str) -> None:
-    err.print(Panel(text, title="note", title_align="left", border_style="yellow"))
+    err.print(Panel(Text(text), title="note", title_align="left", border_style="yellow"))
 
 
 def show_result(result: Result, as_json: bool) -> None:
@@ -70,7 +71,7 @@ def show_parity(report: ParityReport) -> None:
         table.add_column(name)
     for row, edge in zip(edge_rows(report), report.edges, strict=True):
         style = "green" if edge.holds else "bold red"
-        table.add_row(*row[:-1], f"[{style}]{row[-1]}[/{style}]")
+        table.add_row(*row[:-1], Text(row[-1], style))
     out.print(table)
     for note in report.notes:
         warn(note)

@@ -71,5 +71,5 @@ def _refuse(error: BaseException) -> int:
         print_json({"error": {"problem": problem, "fix": fix, "exit_code": code}})
     else:
         err.print("error: ", style="bold red", end="")
-        err.print(f"{problem} {fix}".strip(), markup=False, soft_wrap=True)
+        err.print(f"{problem} {fix}".strip(), soft_wrap=True)
     return code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ztp_deploy import models, workflow
+from ztp_deploy import environment, models, workflow
 from ztp_deploy.console import Bars
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.reference import demo, model
@@ -37,6 +37,23 @@ def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, mo
     assert made.accuracy.comparison.agreement.hits >= 21
     assert len(made.pictures.drawn) == 4
     assert all(drawn.picture.is_file() for drawn in made.pictures.drawn)
+
+
+@pytest.mark.parametrize("nothing", [{"ratio": 1.0}, {"method": "dense"}])
+def test_a_plan_that_prunes_nothing_is_refused_before_anything_is_made(nothing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wanted = workflow.PlanRequest("vit_digits", **nothing)
+    with pytest.raises(BadRequest, match="prunes nothing"):
+        demo.demonstrate(workflow.BuildRequest(), Bars(), wanted=wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_engine_that_cannot_run_here_is_refused_before_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "gpus", lambda: ())
+    with pytest.raises(MissingSoftware, match="cannot be measured"):
+        demo.demonstrate(workflow.BuildRequest(backend="tensorrt_rtx"), Bars())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_accuracy_needs_trained_weights():

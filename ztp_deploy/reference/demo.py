@@ -45,7 +45,12 @@ def demonstrate(
     line = command or shlex.join(sys.argv)
     if wanted.weights in ("auto", "random"):
         raise BadRequest("The demonstration shows accuracy: it needs trained weights.", "Give pretrained, or a path.")
-    models.load_model(wanted.model, wanted.weights)  # what cannot be had is refused before anything is drawn
+    workflow.check_runnable(build)
+    model = models.load_model(wanted.model, wanted.weights)  # what cannot be had is refused before anything is drawn
+    if not wanted.plan(model).stages:
+        raise BadRequest(
+            "The demonstration shows what pruning does; this plan prunes nothing.", "Give a smaller ratio."
+        )
     folder = directory / "canvases"
     with clock.step(f"draw {count} test canvases"):
         paths = list(canvases.write(folder, "test", count, by_class=True))

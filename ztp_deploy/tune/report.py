@@ -209,9 +209,8 @@ def show_tune(report: TuneReport, directory: Path, out: Console) -> None:
         )
     out.print(f"Verdict: {report.verdict}. {report.because}", style="bold", soft_wrap=True)
     if report.winner:
-        out.print(f"Plan, recipe, record and picture: {directory}", soft_wrap=True, markup=False)
+        out.print(f"Plan, recipe, record and picture: {directory}", soft_wrap=True)
         out.print(
             f"Next: ztp engine --model {report.model} --weights … --recipe {directory / RECIPE_FILE}",
             soft_wrap=True,
-            markup=False,
         )

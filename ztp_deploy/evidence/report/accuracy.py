@@ -76,7 +76,7 @@ def show_accuracy(report: AccuracyReport, console: Console) -> None:
         table.add_row(*row)
     console.print(table)
     for line in accuracy_lines(report):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, highlight=False)
 
 
 def share_text(part: Proportion) -> str:
