@@ -18,6 +18,7 @@ from PIL import Image
 from tests import tiny
 from ztp_deploy import backends, cli
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.evidence import parity
 from ztp_deploy.evidence.images import photograph_crops
 
 
@@ -143,6 +144,41 @@ def test_a_failed_gate_returns_1(made, ztp, tmp_path):
     code, _, err = ztp("check", "--engine", copy, "--count", 4)
     assert code == 1
     assert "selection fault" in err
+
+
+def test_reports_follow_the_last_check(made, ztp, tmp_path, monkeypatch):
+    """An engine that fails on this machine must not lie beside a report that says it holds, or a self-test to pass."""
+    folder, _ = made
+    [engine] = folder.glob("engines/*/deit_t--zero_tprune*")
+    copy = tmp_path / "copy"
+    shutil.copytree(engine, copy)
+    evidence = copy / "evidence"
+
+    def says():
+        summary = json.loads((evidence / "report.json").read_text())
+        page = (evidence / "report.md").read_text()
+        return summary["parity_passed"], "FAILS" in page, (evidence / "selftest.safetensors").exists()
+
+    assert says() == (True, False, True)
+    strict = parity.TOLERANCES["fp32"].model_copy(update={"logits": 0.0})
+    with monkeypatch.context() as patch:
+        patch.setitem(parity.TOLERANCES, "fp32", strict)
+        assert ztp("check", "--engine", copy, "--count", 4)[0] == 1
+    assert says() == (False, True, False)
+    assert "PARITY FAILS" in (evidence / "report.html").read_text().upper()
+    assert ztp("check", "--engine", copy, "--count", 4)[0] == 0
+    assert says() == (True, False, True)
+
+
+def test_paths_with_brackets_arrive_as_they_are(ztp, tmp_path):
+    """To the library that prints them, brackets are markup."""
+    folder = tmp_path / "runs[old]" / "b[/v2]"
+    code, out, err = ztp("export", "-m", "deit_t", "--keep", "0.5", "--sites", "6", "--weights", "random", "--format", "torchscript",
+                         "--directory", folder)  # fmt: skip
+    assert code == 0, err
+    [artifact] = folder.iterdir()
+    assert f"Artifact: {artifact}\n" in out
+    assert f"Next: ztp build --artifact '{artifact}'\n" in out
 
 
 def test_bench_of_engine_folders(made, ztp):

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from ztp_deploy.console import (
 )
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 from ztp_deploy.ending import end
-from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.options import (
     BUILD_OPTIONS,
     PLAN_OPTIONS,
@@ -219,7 +220,6 @@ def check(
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
     from ztp_deploy import models, workflow
     from ztp_deploy.backends import find_engine, require_runnable
-    from ztp_deploy.evidence.report.html import write_report
 
     found = find_engine(engine)
     require_runnable(found)
@@ -227,7 +227,6 @@ def check(
     with clock.step(f"load {found.manifest.source.name}"):
         model = models.reload_model(found.manifest.source)
     report = workflow.check(found, model, images, clock, count)
-    write_report(found.directory)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:
@@ -302,15 +301,23 @@ def bench(
         )
     if record is not None:
         record_result(result, record)
-    show_result(result, as_json)
+    show_result(result, as_json, kept=not fresh)
 
 
 @contextlib.contextmanager
 def _fresh_roots(request: BuildRequest) -> Iterator[BuildRequest]:
     """The request with nothing built yet: its folders lie in a scratch folder while the block runs."""
-    with tempfile.TemporaryDirectory() as scratch:
-        export_root, engines_root = (Path(scratch, root.name) for root in (EXPORT_ROOT, ENGINES_ROOT))
+    scratch = Path(tempfile.mkdtemp(prefix="ztp-bench-"))
+    export_root, engines_root = (scratch / root.name for root in (EXPORT_ROOT, ENGINES_ROOT))
+    try:
         yield dataclasses.replace(request, export_root=export_root, engines_root=engines_root)
+    except GateFailed:
+        warn(f"What failed is left in {scratch}, for you to look at and remove.")
+        raise
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _bench_engines(

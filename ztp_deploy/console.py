@@ -54,13 +54,14 @@ def warn(text: str) -> None:
     err.print(Panel(Text(text), title="note", title_align="left", border_style="yellow"))
 
 
-def show_result(result: Result, as_json: bool) -> None:
+def show_result(result: Result, as_json: bool, *, kept: bool = True) -> None:
+    """Prints the summary, and where the engine lies if it is kept."""
     from ztp_deploy.evidence.report.terminal import show_summary
 
     if as_json:
         print_json(result.summary.model_dump(mode="json"))
     else:
-        show_summary(result.summary, out)
+        show_summary(result.summary, out, kept)
 
 
 def show_parity(report: ParityReport) -> None:

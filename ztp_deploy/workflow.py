@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import nn
 
 from ztp_deploy import backends, environment, exporters, models
@@ -33,9 +33,10 @@ from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, tw
 from ztp_deploy.evidence.parity import PARITY_FILE, ParityReport, check_parity, expected_steps
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.markdown import render_markdown
-from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise, unproved_line
+from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise, unproved_line, with_parity
 from ztp_deploy.evidence.reproducer import write_reproducer
-from ztp_deploy.evidence.selftest import write_selftest
+from ztp_deploy.evidence.schema import stored
+from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, folder_tags, manifest_sha256
 from ztp_deploy.methods.slice import twin_of
@@ -196,7 +197,13 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
     if request.precision in module.CALIBRATED:
         with clock.step("prepare images for calibration"):
             source, dtype = manifest.source.preprocessing, manifest.input.dtype
-            calibration = load_images(images, source, dtype, purpose="calibration").pixels
+            pictures = load_images(images, source, dtype, purpose="calibration")
+        calibration = pictures.pixels
+        if pictures.shared:
+            clock.monitor.warn(
+                f"{len(pictures.names)} images calibrate the engine, and the check uses {pictures.shared} of them too: "
+                f"give {2 * DEFAULT_COUNT} or more for a proof on others."
+            )
     span = BatchRange.parse(request.batch)
     directory = backends.engine_directory(
         request.engines_root, manifest, name, device, request.precision, span, settings, calibration
@@ -235,7 +242,7 @@ def check_runnable(request: BuildRequest) -> None:
 def check(
     engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = DEFAULT_COUNT
 ) -> ParityReport:
-    """The parity gate on photographs; the report is written, passed or not.
+    """The parity gate on photographs; its report is written, passed or not, and others that quote it anew.
 
     Where it passed the self-test joins it, else a case for Polygraphy.
     """
@@ -251,9 +258,25 @@ def _check_on(pictures: ImageSet, engine: Engine, model: nn.Module, clock: Clock
         report = check_parity(engine, model, pictures, progress=advance)
     if report.passed:
         write_selftest(engine.directory, pictures.pixels)
-    elif script := write_reproducer(engine, model, pictures, report):
-        clock.monitor.warn(f"To see the first fault with Polygraphy: sh {script}")
+    else:
+        (engine.evidence / SELFTEST_FILE).unlink(missing_ok=True)
+        if script := write_reproducer(engine, model, pictures, report):
+            clock.monitor.warn(f"To see the first fault with Polygraphy: sh {script}")
+    _quote_anew(engine, report)
     return report
+
+
+def _quote_anew(engine: Engine, report: ParityReport) -> None:
+    """Reports of the engine that stand say what this check found; none goes on saying the contrary."""
+    summary = stored(engine.evidence / SUMMARY_FILE, Summary)
+    if summary is not None and summary.manifest_sha256 == report.manifest_sha256:
+        _write_summary(engine, with_parity(summary, report))
+    write_report(engine.directory)
+
+
+def _write_summary(engine: Engine, summary: Summary) -> None:
+    write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
+    write_text(engine.evidence / REPORT_FILE, render_markdown(summary))
 
 
 def _require(engine: Engine, report: ParityReport) -> None:
@@ -264,8 +287,8 @@ def _require(engine: Engine, report: ParityReport) -> None:
         raise GateFailed(f"{engine.directory.name}: {error.problem}", error.fix) from error
 
 
-def _check_yardsticks(engines: Sequence[Engine], model: nn.Module, images: Path | str | None, clock: Clock) -> None:
-    """The gate, on fewer images, for what others are measured against: a wrong yardstick makes every ratio wrong.
+def _prove(engines: Sequence[Engine], model: nn.Module, images: Path | str | None, clock: Clock) -> None:
+    """The gate, on fewer images, for what is only measured: a wrong yardstick makes every ratio wrong.
 
     One that this gate has passed as it stands keeps its proof. Raises GateFailed for the first that fails.
     """
@@ -273,7 +296,7 @@ def _check_yardsticks(engines: Sequence[Engine], model: nn.Module, images: Path 
     if not fresh:
         return
     manifest = fresh[0].manifest
-    with clock.step("prepare images for the yardsticks"):
+    with clock.step("prepare images for what is compared"):
         pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, YARDSTICK_IMAGES)
     for engine in fresh:
         _require(engine, _check_on(pictures, engine, model, clock))
@@ -281,11 +304,8 @@ def _check_yardsticks(engines: Sequence[Engine], model: nn.Module, images: Path 
 
 def _proved(engine: Engine) -> bool:
     """Whether a parity report of this very engine lies beside it, passed."""
-    try:
-        report = ParityReport.model_validate_json((engine.evidence / PARITY_FILE).read_bytes())
-    except (OSError, ValidationError):
-        return False
-    return report.passed and report.manifest_sha256 == manifest_sha256(engine.directory)
+    report = stored(engine.evidence / PARITY_FILE, ParityReport)
+    return report is not None and report.passed and report.manifest_sha256 == manifest_sha256(engine.directory)
 
 
 def bench(
@@ -357,10 +377,8 @@ def make_engine(
     parity = None
     if runs_here:
         parity = check(engines["pruned"], model, images, clock)
-        if not parity.passed:
-            write_report(engines["pruned"].directory)
         _require(engines["pruned"], parity)
-        _check_yardsticks([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
+        _prove([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
     del model
     latency = None
     line = command or shlex.join(sys.argv)
@@ -379,8 +397,7 @@ def make_engine(
         machine=environment.snapshot(),
         manifest_sha256=manifest_sha256(engines["pruned"].directory),
     )
-    write_text(engines["pruned"].evidence / SUMMARY_FILE, summary.to_json())
-    write_text(engines["pruned"].evidence / REPORT_FILE, render_markdown(summary))
+    _write_summary(engines["pruned"], summary)
     write_report(engines["pruned"].directory)
     engine = engines.pop("pruned")
     return Result(engine, engines, parity, latency, summary)
@@ -417,13 +434,10 @@ def compare_methods(
             raise BadRequest(f"{request.method} keeps every token there.", "Compare at a smaller ratio or FLOP share.")
         plans |= {request.method: plan, twin_role(request.method): twin_of(plan)}
     engines: dict[str, Engine] = {}
-    compared = {request.method for request in wanted}
     for role, plan in plans.items():
         artifact = export_model(model, plan, build, format, graph_precision, clock)
         engines[role] = build_engine(artifact, build, clock, images)
-        if role in compared:
-            _require(engines[role], check(engines[role], model, images, clock, count=YARDSTICK_IMAGES))
-    _check_yardsticks([engine for role, engine in engines.items() if role not in compared], model, images, clock)
+    _prove(list(engines.values()), model, images, clock)
     del model
     latency = bench(engines, batches, seconds, clock, command or shlex.join(sys.argv))
     first = wanted[0]

@@ -45,6 +45,11 @@ def test_fp32_is_fp32(openvino_engine):
     assert built["notes"] == []
 
 
+def test_the_manifest_says_on_how_many_images_it_was_calibrated(int8_engine, openvino_engine):
+    assert int8_engine.manifest.built["calibration_images"] == 16
+    assert "calibration_images" not in openvino_engine.manifest.built
+
+
 def test_bf16_is_bf16_or_refused(artifact, tmp_path):
     """On processors without bf16 OpenVINO would quietly compute in fp32."""
     if not HAS_BF16:

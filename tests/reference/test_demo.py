@@ -42,7 +42,7 @@ def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, mo
 @pytest.mark.parametrize("nothing", [{"ratio": 1.0}, {"method": "dense"}])
 def test_a_plan_that_prunes_nothing_is_refused_before_anything_is_made(nothing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wanted = workflow.PlanRequest("vit_digits", **nothing)
+    wanted = workflow.PlanRequest("vit_digits", weights="pretrained", **nothing)
     with pytest.raises(BadRequest, match="prunes nothing"):
         demo.demonstrate(workflow.BuildRequest(), Bars(), wanted=wanted)
     assert list(tmp_path.iterdir()) == []

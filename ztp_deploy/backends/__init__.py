@@ -207,6 +207,8 @@ def build(
     with new_directory(final) as scratch:
         advance = progress or (lambda share: None)
         built = module.build(BuildJob(artifact, scratch, target, precision, span, chosen, calibration, advance))
+        if calibration is not None and precision in module.CALIBRATED:
+            built["calibration_images"] = len(calibration)
         manifest = EngineManifest(
             source=source.source,
             plan=source.plan,

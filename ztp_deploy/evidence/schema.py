@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class EvidencePart(BaseModel):
@@ -22,3 +25,14 @@ class EvidenceFile(EvidencePart):
     def to_json(self) -> str:
         """Indented JSON with a final newline."""
         return self.model_dump_json(indent=2) + "\n"
+
+
+E = TypeVar("E", bound=EvidenceFile)
+
+
+def stored(path: Path, kind: type[E]) -> E | None:
+    """An evidence file; None where there is none that can be read."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None

@@ -107,8 +107,6 @@ def summarise(
     from ztp_deploy import environment, methods
 
     plan = manifest.plan
-    end_to_end = parity.edges[-1] if parity else None
-    agreement = parity.dense_to_pruned if parity else None
     notes = [*manifest.built.get("notes", ()), *(parity.notes if parity else ()), *(latency.notes if latency else ())]
     if manifest.random_weights:
         notes.insert(0, "Random weights: latency is real, predictions mean nothing; accuracy is left out.")
@@ -138,13 +136,7 @@ def summarise(
         flop_share=plan.flops.share,
         flop_limit=plan.flops.speedup_limit,
         unproved=unproved,
-        parity_passed=parity.passed if parity else None,
-        parity=_parity_line(parity) if parity else "was not checked",
-        parity_images=parity.images if parity else None,
-        worst_logit=end_to_end.worst_logit if end_to_end else None,
-        logit_tolerance=parity.tolerance.logits if parity else None,
-        near_ties=len(end_to_end.near_ties) if end_to_end else None,
-        top1_dense_to_pruned=agreement.top1_equal if agreement else None,
+        **_parity_fields(parity),
         timings=_timings(latency) if latency else [],
         gains=_gains(latency, plan.flops.speedup_limit) if latency and plan.stages else [],
         gpu=environment.gpu_line(),
@@ -156,6 +148,25 @@ def summarise(
         command=command,
         notes=notes,
     )
+
+
+def with_parity(summary: Summary, parity: ParityReport) -> Summary:
+    """The summary of an engine that was checked again."""
+    return summary.model_copy(update={"unproved": None, **_parity_fields(parity)})
+
+
+def _parity_fields(parity: ParityReport | None) -> dict[str, Any]:
+    end_to_end = parity.edges[-1] if parity else None
+    agreement = parity.dense_to_pruned if parity else None
+    return {
+        "parity_passed": parity.passed if parity else None,
+        "parity": _parity_line(parity) if parity else "was not checked",
+        "parity_images": parity.images if parity else None,
+        "worst_logit": end_to_end.worst_logit if end_to_end else None,
+        "logit_tolerance": parity.tolerance.logits if parity else None,
+        "near_ties": len(end_to_end.near_ties) if end_to_end else None,
+        "top1_dense_to_pruned": agreement.top1_equal if agreement else None,
+    }
 
 
 def unproved_line(reason: str) -> str:

@@ -10,8 +10,8 @@ from ztp_deploy.evidence.report.markdown import giga, percent, table_rows
 from ztp_deploy.evidence.report.summary import Summary
 
 
-def show_summary(summary: Summary, console: Console) -> None:
-    """Prints the report."""
+def show_summary(summary: Summary, console: Console, kept: bool = True) -> None:
+    """Prints the report, and where the engine lies if it is kept."""
     title = f"{summary.model} · {summary.label} · {summary.backend} · {summary.precision}"
     if summary.timings:
         table = Table(title=title, title_justify="left", title_style="bold")
@@ -55,5 +55,7 @@ def show_summary(summary: Summary, console: Console) -> None:
         f"Made in {summary.seconds} s ({summary.seconds_measuring} s measuring latency), peak memory {summary.peak_gib} GiB.",
         highlight=False,
     )
+    if not kept:
+        return
     console.print(f"Engine: {summary.engine}", highlight=False, soft_wrap=True)
     console.print(f"Report: {summary.engine}/evidence/{HTML_FILE} (and report.md)", highlight=False, soft_wrap=True)
