@@ -619,7 +619,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Render an engine's HTML report again, from the evidence in its folder; without --pictures with those it has."""
-    from ztp_deploy.evidence.report.html import read_evidence, write_report
+    from ztp_deploy.evidence.report.folder import read_evidence
+    from ztp_deploy.evidence.report.html import write_report
 
     evidence = read_evidence(engine)
     if pictures:

@@ -21,7 +21,7 @@ from ztp_deploy.backends.base import Session
 from ztp_deploy.backends.batches import filled_batches
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.observe import observe, observe_eager
-from ztp_deploy.evidence.report.html import PICTURES_FILE, PICTURES_FOLDER, PictureFile, Pictures
+from ztp_deploy.evidence.report.folder import PICTURES_FILE, PICTURES_FOLDER, PictureFile, Pictures
 from ztp_deploy.evidence.selection import Observation, replayed
 from ztp_deploy.exporters.graph import InferenceGraph, merges
 from ztp_deploy.manifest import hash_file, manifest_sha256

@@ -25,11 +25,9 @@ from ztp_deploy.evidence.parity import Fault, ParityReport
 from ztp_deploy.evidence.report import figures
 from ztp_deploy.evidence.report.accuracy import accuracy_rows
 from ztp_deploy.evidence.report.figures import distribution_figure, gains_figure, tokens_figure
+from ztp_deploy.evidence.report.folder import PictureFile, Pictures, read_evidence
 from ztp_deploy.evidence.report.html import (
-    PictureFile,
-    Pictures,
     latency_rows,
-    read_evidence,
     render_html,
     worst_first,
     write_report,
