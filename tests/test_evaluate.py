@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import ztp_deploy as ztp
 from tests import tiny
 from tests.pictures import write_pictures
-from ztp_deploy import cli, evaluate
+from ztp_deploy import cli, ending, evaluate
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
@@ -369,7 +369,7 @@ def test_an_interrupt_says_what_is_kept(command, engines, pictures, monkeypatch)
     predictions_batches = predictions.batches
     monkeypatch.setattr(predictions, "batches", interrupted)
     ended = []
-    monkeypatch.setattr(cli.os, "_exit", lambda code: (ended.append(code), sys.exit(code)))
+    monkeypatch.setattr(ending.os, "_exit", lambda code: (ended.append(code), sys.exit(code)))
     code, _, err = command("--engine", engines["pruned"].directory, "--data", pictures, "--no-dense")
     assert (code, ended) == (130, [130])
     assert "8 of 22 images are kept, and the same command goes on." in err

@@ -192,7 +192,8 @@ def test_audits_leave_weights_in_their_file(pruned, shared_engine, tmp_path, mon
     assert set(artifact.manifest.files) == {"model.onnx", "model.onnx.data"}
     engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
     with ztp.load_engine(engine.directory) as large, ztp.load_engine(shared_engine.directory) as small:
-        assert len(large._runner._audited()) < 1_000_000 < (tmp_path / "e" / "model.onnx.data").stat().st_size
+        weights = (tmp_path / "e" / "model.onnx.data").stat().st_size
+        assert len(large._runner._audited()) < len(small._runner._audited()) - 0.9 * weights
         found, expected = (session.audit(tiny.images(2)) for session in (large, small))
     assert set(found) == set(expected)
     for name, values in expected.items():
