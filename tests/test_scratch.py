@@ -49,7 +49,7 @@ def test_what_a_killed_run_left_is_swept_and_a_living_one_keeps_its_own(tmp_path
     other = hold(tmp_path)
     theirs = tmp_path / other.stdout.readline().strip()
     (tmp_path / ".old.0123abcd.partial").mkdir()
-    (tmp_path / f".file.{os.getpid()}.partial").write_text("x")
+    (tmp_path / ".file.89abcdef.partial").write_text("x")
     with new_directory(tmp_path / "new") as mine:
         sweep(tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {mine.name, theirs.name}
@@ -59,6 +59,16 @@ def test_what_a_killed_run_left_is_swept_and_a_living_one_keeps_its_own(tmp_path
     assert theirs.exists()
     write_text(tmp_path / "file", "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new"]
+
+
+@pytest.mark.parametrize(
+    "name", [".download.partial", ".film.mkv.partial", f".x.{os.getpid()}.partial", "x.0123abcd.partial"]
+)
+def test_partial_files_of_others_stay(name, tmp_path):
+    """An engine may be built beside anything."""
+    (tmp_path / name).write_text("theirs")
+    write_text(tmp_path / "file", "x")
+    assert (tmp_path / name).read_text() == "theirs"
 
 
 def test_a_run_killed_between_two_folders_loses_none(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from ztp_deploy.errors import write_failed
 
 _REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _REPLACED = "-old"
+_OURS = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+"""Nothing else is swept: the folder may be one in which others keep partial files, too."""
 
 
 @contextmanager
@@ -75,6 +78,8 @@ def sweep(parent: Path) -> None:
     if not parent.is_dir():
         return
     for left in parent.glob(".*.partial"):
+        if not _OURS.fullmatch(left.name):
+            continue
         with suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
             try:
