@@ -81,7 +81,8 @@ def sweep(parent: Path) -> None:
         if not _OURS.fullmatch(left.name):
             continue
         with suppress(OSError):
-            lock = os.open(left, os.O_RDONLY)
+            # A folder is set aside only while its parent is locked (`_replace`).
+            lock = os.open(parent if _name_of(left).endswith(_REPLACED) else left, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(left)
@@ -89,8 +90,12 @@ def sweep(parent: Path) -> None:
                 os.close(lock)
 
 
+def _name_of(left: Path) -> str:
+    return left.name[1:].rsplit(".", 2)[0]
+
+
 def _remove(left: Path) -> None:
-    name = left.name[1:].rsplit(".", 2)[0]
+    name = _name_of(left)
     earlier = left.with_name(name.removesuffix(_REPLACED))
     if not left.is_dir():
         left.unlink(missing_ok=True)
@@ -143,9 +148,7 @@ def _replace(scratch: Path, final: Path) -> None:
 
 def _swap(scratch: Path, final: Path) -> None:
     old = _beside(final, _REPLACED)
-    lock = os.open(final, os.O_RDONLY)
     try:
-        _locks(lock)
         final.rename(old)
         scratch.rename(final)
     except BaseException:
@@ -154,7 +157,6 @@ def _swap(scratch: Path, final: Path) -> None:
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
-        os.close(lock)
 
 
 def _beside(final: Path, suffix: str = "") -> Path:
