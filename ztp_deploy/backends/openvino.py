@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
+from ztp_deploy.backends import openvino_attention as attention
 from ztp_deploy.backends import openvino_ir as ir
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
@@ -112,6 +113,10 @@ def build(job: BuildJob) -> dict[str, Any]:
         ) from error
     job.advance(0.1)
     ir.fuse(model)
+    on_amx = _float_precision(job.precision, settings) == "bf16" and bool(instructions())
+    if on_amx and job.precision == "bf16":
+        # Not in int8, which knows 256 steps: exponentials need more.
+        attention.divide_late(model)
     scores = ir.outside_the_tokens_way(model)
     as_they_are: set[str] = set()
     if job.precision != "fp32":
@@ -120,8 +125,8 @@ def build(job: BuildJob) -> dict[str, Any]:
         scores = ir.outside_the_tokens_way(model)
     if job.precision == "int8":
         model = ir.quantised(model, job.calibration, scores, job.advance)
-    if _float_precision(job.precision, settings) == "bf16" and instructions():
-        ir.even_sums(model, scores)
+    if on_amx:
+        attention.even_sums(model, scores)
     if job.batch.min == job.batch.max:
         # Shapes that are known spare OpenVINO working them out in every run.
         [images] = model.inputs

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ztp_deploy.backends.openvino_attention import is_attention
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.quiet import quiet
 
@@ -70,31 +71,14 @@ def read_bf16(model: Any, scores: set[str]) -> set[str]:
             moved.add(name)
         elif kind == "MatMul":
             first, second = operation.input_values()
-            if held(second) and (held(first) or (_is_attention(second) and _from_constants(first))):
+            if held(second) and (held(first) or (is_attention(second) and _from_constants(_undivided(first)))):
                 products.add(name)
+                if _undivided(first) is not first:
+                    products.add(first.get_node().get_friendly_name())
+                    products.add(_undivided(first).get_node().get_friendly_name())
                 zero = zero if zero is not None else _zero(model)
                 _give_out_float32(operation, zero)
     return moved | products
-
-
-def even_sums(model: Any, scores: set[str]) -> None:
-    """Products of an attention that a stage reads with the values get an even number of terms, in place.
-
-    AMX multiplies bf16 in pairs; a sum of 197 terms runs several times as long without it. Attention that no stage
-    reads is fused with its products, and OpenVINO sees to it there.
-    """
-    from openvino import opset13 as opset
-
-    for operation in model.get_ordered_ops():
-        if operation.get_friendly_name() in scores or not _is_product_of_read_attention(operation):
-            continue
-        terms = operation.input_value(0).get_partial_shape()[-1].get_length()
-        if terms % 2 == 0:
-            continue
-        for port, axis in ((0, 3), (1, 2)):
-            more = [int(number == axis) for number in range(4)]
-            padded = opset.pad(operation.input_value(port), [0] * 4, more, "constant", opset.constant(np.float32(0)))
-            operation.input(port).replace_source_output(padded.output(0))
 
 
 def keep_float32(path: Path, names: set[str]) -> None:
@@ -183,12 +167,9 @@ def _back(result: Any, through: Callable[[Any], bool]) -> set[str]:
     return found
 
 
-def _is_attention(value: Any) -> bool:
-    """Whether a value is the result of a softmax, turned or not."""
-    operation = value.get_node()
-    if operation.get_type_name() == "Transpose":
-        operation = operation.input_value(0).get_node()
-    return bool(operation.get_type_name() == "Softmax")
+def _undivided(value: Any) -> Any:
+    """A vote's weights without the row sums that `divide_late` divided them by."""
+    return value.get_node().input_value(0) if value.get_node().get_type_name() == "Divide" else value
 
 
 def _from_constants(value: Any) -> bool:
@@ -232,14 +213,6 @@ def _give_out_float32(product: Any, zero: Any) -> None:
         reader.replace_source_output(sums.output(0))
     product.output(0).set_names(set())
     sums.output(0).set_names(names)
-
-
-def _is_product_of_read_attention(operation: Any) -> bool:
-    if operation.get_type_name() != "MatMul":
-        return False
-    attention = operation.input_value(0)
-    read = _is_attention(attention) and len(attention.get_target_inputs()) > 1
-    return read and attention.get_partial_shape().rank.get_length() == 4
 
 
 def _computes_floats(operation: Any) -> bool:

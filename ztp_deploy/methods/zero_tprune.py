@@ -5,7 +5,7 @@ heads are combined by the emphasising root mean square (EIR) over those whose sc
 bounds (VHF). One stage runs I′ → S → I: I′ ranks, S drops tokens that resemble more
 important ones, I votes again among the survivors and keeps the best.
 
-Scores are float32 and scaled to mean 1 over the tokens that take part.
+Scores are float32, and scaled to mean 1 over the tokens that take part until the heads are combined.
 """
 
 from __future__ import annotations
@@ -216,24 +216,28 @@ def vote(
     s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered (DESIGN section 5). With their number, `participants`, q is
     left out and s scaled back to mean 1 over them each time, since votes are then lost.
     """
-    count = attention.shape[-1]
-    score = start.to(attention).reshape(1, 1, 1, count)
+    score = start.to(attention).reshape(1, 1, -1)
     if survivors is None:
         for _ in range(rounds):
-            score = score @ attention
-        return score.squeeze(2)
-    mask = survivors.to(attention).reshape(-1, 1, 1, count)
+            score = _along(attention, score)
+        return score
+    mask = survivors.to(attention).unsqueeze(1)
     if participants is not None:
         for _ in range(rounds):
-            score = (score * mask) @ attention * mask
+            score = _along(attention, score * mask) * mask
             score = score / (score.sum(-1, keepdim=True) / participants).clamp_min(1e-30)
-        return score.squeeze(2)
-    row_sums = mask @ attention.transpose(-1, -2)  # [B, H, 1, N]
+        return score
+    row_sums = _along(attention.transpose(-1, -2), mask)
     # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
     weight = mask / row_sums.clamp_min(1e-30)
     for _ in range(rounds):
-        score = (score * weight) @ attention
-    return (score * mask).squeeze(2)
+        score = _along(attention, score * weight)
+    return score * mask
+
+
+def _along(attention: Tensor, score: Tensor) -> Tensor:
+    """Aᵀs: scores [1 or B, 1 or H, N] → [B, H, N]."""
+    return (score.unsqueeze(2) @ attention).squeeze(2)
 
 
 def score_spread(scores: Tensor, survivors: Tensor | None = None) -> Tensor:
@@ -254,15 +258,20 @@ def head_weights(spread: Tensor, bounds: tuple[float, float] | None, participant
     if bounds is None:
         return torch.ones_like(spread)
     low, high = ((participants * bound) ** 0.5 for bound in bounds)
-    return (spread.clamp(low, high) == spread).to(spread.dtype).clamp_min(_OUT_OF_BOUNDS)
+    within: Tensor = spread.clamp(low, high) == spread
+    return torch.where(within, 1.0, _OUT_OF_BOUNDS).to(spread)
 
 
 def combine_heads(scores: Tensor, weights: Tensor, how: Literal["rms", "mean"] = "rms") -> Tensor:
-    """EIR: root of the mean square over the heads, scores [B, H, N] weighted by [B, H, 1] → [B, N]."""
+    """EIR: root of the sum of squares over the heads, scores [B, H, N] weighted by [B, H, 1] → [B, N].
+
+    The mean is that of the heads that count, which are the same for all tokens of an image: dividing by their number
+    would change no ranking, and is left out. So for the sum, "mean".
+    """
     weighted = scores * weights
     if how == "mean":
-        return weighted.sum(1) / weights.sum(1)
-    combined: Tensor = torch.linalg.vector_norm(weighted, dim=1) / torch.linalg.vector_norm(weights, dim=1)
+        return weighted.sum(1)
+    combined: Tensor = torch.linalg.vector_norm(weighted, dim=1)
     return combined
 
 
