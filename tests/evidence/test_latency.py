@@ -70,7 +70,7 @@ def test_engines_are_interleaved_and_samples_kept(shared_engine, torchscript_eng
     for batch in (1, 3):
         dense, pruned = (report.sample(role, batch).milliseconds for role in ("dense", "pruned"))
         assert [len(sitting) for sitting in dense] == [len(sitting) for sitting in pruned]
-        assert len(dense) == latency.SITTINGS
+        assert len(dense) == 6  # each is opened first three times
         assert min(len(sitting) for sitting in dense) >= latency.MIN_ROUNDS
         one = report.ratio("pruned", "dense", batch)
         assert one.low <= one.speedup <= one.high
@@ -119,7 +119,9 @@ def test_the_order_of_a_round_is_random(shared_engine):
             order.append(self.role)
 
     roles = {role: Recorder(role) for role in "abc"}
-    times = latency.interleave(roles, dict.fromkeys(roles), 1000.0, np.random.default_rng(0), lambda share: None)
+    times = latency.interleave(
+        roles, dict.fromkeys(roles), 1000.0, np.random.default_rng(0), lambda share: None, settling=0.0
+    )
     measured = order[-6 * latency.MAX_ROUNDS :]  # what came before was warm-up
     # Every turn is an untimed run and a timed one.
     assert measured[::2] == measured[1::2]
@@ -127,6 +129,40 @@ def test_the_order_of_a_round_is_random(shared_engine):
     rounds = ["".join(measured[start : start + 6 : 2]) for start in range(0, len(measured), 6)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) == 6
+
+
+def test_caches_settle_before_a_run_is_timed():
+    now = iter(range(10**6))
+
+    class Recorder:
+        runs = 0
+
+        def run(self, images):
+            self.runs += 1
+
+    one = Recorder()
+    times = latency.interleave(
+        {"a": one}, {"a": None}, 0.01, np.random.default_rng(0), lambda share: None, lambda run: (run(), next(now))[1]
+    )["a"]
+    warm_up = times[0]
+    assert len(times) == latency.MIN_ROUNDS
+    untimed = np.diff(times) - 1
+    assert warm_up > 100
+    assert untimed.min() > 100  # a run that takes no time is run again for 0.05 s
+
+
+@pytest.mark.parametrize("count", range(1, 13))
+def test_every_engine_is_opened_as_often_in_every_place(count):
+    """Of equal engines, the first one to be opened is the slowest."""
+    roles = [f"r{number}" for number in range(count)]
+    orders = latency.orders_of_opening(roles)
+    assert 5 <= len(orders) < 5 + count
+    for place in zip(*orders, strict=True):
+        assert sorted(place) == sorted(roles * (len(orders) // count))
+
+
+def test_three_engines_are_opened_in_all_their_orders():
+    assert len({tuple(order) for order in latency.orders_of_opening("abc")}) == 6
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class Machine:
         self.now += self.loads
         return MODEL
 
-    def interleave(self, opened, *rest):
+    def interleave(self, opened, *rest, settling):
         self.now += 20.0
         return {label: [0.008 if label == "dense" else 0.004] * 30 for label in opened}
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-_FARTHEST = 64.0
-"""Logits farther from their row's mean saturate; bf16 knows such logits to a quarter at best."""
+_SHIFT = 64.0
+"""Far on its left side a sigmoid is the exponential: sigmoid(x - 64) is e^(x - 64) to bf16's last digit up to x = 57."""
+_EXPONENTIALS = "_exponentials"
 _TOKENS, _LAST = 2, 3
 """Axes of [B, H, N, d]."""
 
@@ -20,9 +21,11 @@ _TOKENS, _LAST = 2, 3
 def divide_late(model: Any) -> None:
     """Attention A that a stage reads becomes E / z, in place: exponentials, and row sums that divide what comes of them.
 
-    (E V) / z, (s / z) E for a vote s: what softmax does to [B, H, N, N] in three passes takes one. A row's largest
-    logit, one of the passes, need not be known: the mean of the keys is taken off instead, which shifts a row as a whole
-    too, so that no z is below 1 and nothing overflows. Attention that is computed or read in other ways stays as it is.
+    (E V) / z, (s / z) E for a vote s: softmax's three passes over [B, H, N, N] become one, which OpenVINO fuses with
+    the product before it, since it is a sigmoid there. A row's largest logit need not be known: the mean of the keys is
+    taken off instead, which shifts a row as a whole too, so that z is never 0; nothing can overflow, and a logit more
+    than 57 above its row's mean, which bf16 knows to a quarter, saturates. Attention that is computed or read in other
+    ways stays as it is.
     """
     for softmax in model.get_ordered_ops():
         if softmax.get_type_name() != "Softmax" or not _is_read(softmax.output(0)) or not _is_of_keys(softmax):
@@ -49,11 +52,11 @@ def even_sums(model: Any, scores: set[str]) -> None:
 
 
 def is_attention(value: Any) -> bool:
-    """Whether a value is the result of a softmax, or exponentials in its place, turned or not."""
+    """Whether a value is the result of a softmax, or the exponentials in its place, turned or not."""
     operation = value.get_node()
     if operation.get_type_name() == "Transpose":
         operation = operation.input_value(0).get_node()
-    return operation.get_type_name() in ("Softmax", "Exp")
+    return operation.get_type_name() == "Softmax" or operation.get_friendly_name().endswith(_EXPONENTIALS)
 
 
 def _is_read(attention: Any) -> bool:
@@ -100,9 +103,10 @@ def _exponentials(logits: Any) -> tuple[Any, Any]:
         return _even(opset.subtract(value, opset.reduce_mean(value, np.array([axis]), True)).output(0), axis)
 
     products = opset.matmul(queries, _by_tokens(keys, centred), False, True)
-    exponentials = opset.exp(opset.clamp(products, -_FARTHEST, _FARTHEST)).output(0)
+    exponentials = opset.sigmoid(opset.subtract(products, opset.constant(np.float32(_SHIFT))))
+    exponentials.set_friendly_name(f"{logits.get_friendly_name()}{_EXPONENTIALS}")
     ones = (np.arange(count + count % 2) < count).astype(np.float32).reshape(1, 1, -1, 1)
-    return exponentials, opset.matmul(exponentials, opset.constant(ones), False, False).output(0)
+    return exponentials.output(0), opset.matmul(exponentials, opset.constant(ones), False, False).output(0)
 
 
 def _values(product: Any, exponentials: Any, sums: Any) -> Any:

@@ -1,7 +1,8 @@
 """Latency: engines interleaved in one process, raw samples kept, paired ratios with bootstrap intervals.
 
-An engine's speed depends by a percent or so on where its memory came to lie when it was opened. So engines
-are opened anew in several sittings, and intervals resample sittings first, rounds within them second.
+An engine's speed depends on where its memory came to lie when it was opened, and of equal engines the one opened first
+was found up to a tenth slower than the one opened last. So engines are opened anew in several sittings, each of
+them as often first as last, and intervals resample sittings first, rounds within them second.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 from ztp_deploy.manifest import BatchRange, manifest_sha256
 
 LATENCY_FILE = "latency.json"
-SITTINGS = 5
+LEAST_SITTINGS = 5
 WARM_UP_SECONDS = 0.4
+SETTLING_SECONDS = 0.05
+"""Of untimed runs before each timed one: a processor's caches take several."""
 MIN_ROUNDS, MAX_ROUNDS = 4, 1000
 """Rounds of one sitting. The most there can be keeps reports of very fast engines small."""
 DEFAULT_SECONDS = 20.0
@@ -140,10 +143,11 @@ def measure_latency(
 
     `engines` by role (`{"dense": …, "pruned": …, "slice": …}`) or a sequence, which takes as roles the ends of the
     paths, as long as tells them apart; the first is the reference of all ratios, and every later pair is compared too. Engines are opened
-    anew in each of several sittings. In each round of a sitting every engine has one turn, in a random order,
-    so that a drifting machine hits all alike; a turn is one untimed run, so that caches are the engine's own,
-    and one timed. `seconds` is the time spent a batch, warm-up aside, less where 5 × 1000 rounds take less; `batches`
-    are by default `usual_batches`. Raises BadRequest for batches outside an engine's range, and for one engine twice.
+    anew in each of several sittings (`orders_of_opening`). In each round of a sitting every engine has one turn, in a
+    random order, so that a drifting machine hits all alike; a turn is 0.05 s of untimed runs, so that caches are the
+    engine's own, and a timed one. `seconds` is the time spent a batch, warm-up aside, less where 1000 rounds a sitting
+    take less; `batches` are by default `usual_batches`. Raises BadRequest for batches outside an engine's range, and for
+    one engine twice.
     """
     named = _named(engines)
     if batches is None:
@@ -161,14 +165,13 @@ def measure_latency(
     order = np.random.default_rng(0)
     for batch in batches:
         times: dict[str, list[list[float]]] = {role: [] for role in roles}
-        for _ in range(SITTINGS):
+        openings = orders_of_opening(roles)
+        for opening in openings:
             with ExitStack() as stack:
-                sessions = {
-                    role: stack.enter_context(load_engine(named[role].directory))
-                    for role in order.permutation(roles).tolist()
-                }
+                sessions = {role: stack.enter_context(load_engine(named[role].directory)) for role in opening}
                 images = {role: _images(session, batch) for role, session in sessions.items()}
-                sitting = interleave(sessions, images, seconds / SITTINGS, order, lambda s: advance(s / SITTINGS))
+                one = 1 / len(openings)
+                sitting = interleave(sessions, images, seconds * one, order, lambda s, one=one: advance(s * one))
             for role in roles:
                 times[role].append(sitting[role])
         samples += [_summary(role, named[role], batch, times[role]) for role in roles]
@@ -189,6 +192,15 @@ def measure_latency(
         gpu=environment.gpu_line(),
         notes=notes,
     )
+
+
+def orders_of_opening(roles: Sequence[str]) -> list[list[str]]:
+    """One order a sitting, at least 5, in which every role has every place equally often."""
+    orders: list[list[str]] = []
+    while len(orders) < LEAST_SITTINGS:
+        line = list(roles)[:: -1 if len(orders) // len(roles) % 2 else 1]
+        orders += [line[start:] + line[:start] for start in range(len(line))]
+    return orders
 
 
 def check_seconds(seconds: float) -> None:
@@ -246,8 +258,12 @@ def interleave(
     order: np.random.Generator,
     advance: Progress,
     clock: Clock = wall_clock,
+    settling: float = SETTLING_SECONDS,
 ) -> dict[str, list[float]]:
-    """Seconds a run by `clock`, by role; the i-th samples of all roles belong to one round."""
+    """Seconds a run by `clock`, by role; the i-th samples of all roles belong to one round.
+
+    Before each timed run come untimed ones, at least one and for at least `settling` seconds.
+    """
     roles = list(sessions)
 
     def turn(role: str) -> float:
@@ -262,11 +278,14 @@ def interleave(
     times: dict[str, list[float]] = {role: [] for role in roles}
     begin = time.perf_counter()
     done = 0.0
-    # A random order each round, and one untimed run a turn: whoever ran before leaves its mark on caches and
+    # A random order each round, and untimed runs first in a turn: whoever ran before leaves its mark on caches and
     # clocks, which in service, where one engine runs again and again, is the engine's own.
     for number in range(1, MAX_ROUNDS + 1):
         for role in order.permutation(roles).tolist():
+            settled = time.perf_counter() + settling
             turn(role)
+            while time.perf_counter() < settled:
+                turn(role)
             times[role].append(turn(role))
         share = max((time.perf_counter() - begin) / seconds, number / MAX_ROUNDS)
         share = min(1.0, share, number / MIN_ROUNDS)

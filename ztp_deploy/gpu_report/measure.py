@@ -517,6 +517,7 @@ class _AtWork:
                     np.random.default_rng(0),
                     lambda share: None,
                     runtimes.clock_for(device),
+                    settling=0.0,
                 )
         except Exception as error:  # out of memory, a kernel that is not there: the cell says so, the next goes on
             return [_failed(row, error) if label in opened else row for (label, _), row in rows.items()]
