@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import openvino
 import pytest
+from openvino import opset13 as opset
 from PIL import Image
 
 import ztp_deploy as ztp
@@ -17,6 +18,7 @@ from tests.runs import Silent
 from ztp_deploy import environment, workflow
 from ztp_deploy.backends import find_engine, particulars
 from ztp_deploy.backends import openvino as backend
+from ztp_deploy.backends import openvino_attention as attention
 from ztp_deploy.backends import openvino_ir as ir
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import load_images
@@ -285,7 +287,7 @@ def test_scores_read_bf16_where_it_holds_what_they_read(method, options, product
     kinds = {op.get_friendly_name(): op.get_type_name() for op in graph.get_ops()}
     freed = ir.read_bf16(graph, marked)
     assert sum(kinds[name] == "MatMul" for name in freed) == products
-    assert {kinds[name] for name in freed} <= {"MatMul", *ir._MOVES}
+    assert {kinds[name] for name in freed} <= {"MatMul", *ir._MOVES, *ir._WEIGHING}
     # What it puts in has names that the rule finds again, and the float32 sums are marked.
     added = {name for name in ir.outside_the_tokens_way(graph) - marked if name.endswith("_in_float32")}
     assert len(added) == products
@@ -296,13 +298,76 @@ def test_scores_read_bf16_where_it_holds_what_they_read(method, options, product
 def test_attention_that_a_stage_reads_is_summed_in_pairs(artifact):
     """37 tokens enter the first stage, 26 and 18 the others."""
     graph = ir_model(artifact)
-    ir.even_sums(graph, ir.outside_the_tokens_way(graph))
+    attention.even_sums(graph, ir.outside_the_tokens_way(graph))
     padded = [op for op in graph.get_ops() if op.get_type_name() == "Pad"]
     assert sorted([d.get_length() for d in list(op.get_output_partial_shape(0))[1:]] for op in padded) == [
         [3, 37, 38],
         [3, 38, 16],
     ]
     assert_same_results(graph, artifact.directory)
+
+
+DIVIDED_LATE = {
+    "a vote and a vote of survivors": ("zero_tprune", {}, 3),
+    "more rounds": ("zero_tprune", {"rounds": 3}, 3),
+    "what survivors attend to": ("zero_tprune", {"renormalise": True}, 3),
+    "no likeness": ("zero_tprune", {"similar": 0.0}, 3),
+    "a class token's row": ("evit", {}, 3),
+    "logits that are read too": ("zero_tprune", {"temperature": 2.0}, 0),
+    "rows that are gathered": ("ats", {}, 0),
+    "nothing": ("tome", {}, 0),
+}
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("method, options, stages", DIVIDED_LATE.values(), ids=DIVIDED_LATE)
+def test_attention_is_divided_late_where_it_is_read_row_by_row(method, options, stages, fixed, model, tmp_path):
+    plan = ztp.make_plan(model, method=method, ratio=0.7, options=options)
+    graph = ir_model(ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a"))
+    softmaxes = sum(op.get_type_name() == "Softmax" for op in graph.get_ops())
+    attention.divide_late(graph, fixed)
+    kinds = [op.get_type_name() for op in graph.get_ops()]
+    assert kinds.count("Softmax") == softmaxes - stages
+    assert kinds.count("Exp" if fixed else "Sigmoid") == stages
+    assert_same_results(graph, tmp_path / "a")
+
+
+def softmax_of(queries, keys, fixed, late=True):
+    """(A V, s A) with values and votes of 1 to N, computed in float32 by OpenVINO."""
+    queries, keys = (np.asarray(values, np.float32)[None, None] for values in (queries, keys))
+    count = keys.shape[2]
+    shape = openvino.PartialShape([-1, 1, count, keys.shape[3]])
+    inputs = [opset.parameter(shape, np.float32) for _ in range(2)]
+    softmax = opset.softmax(opset.matmul(inputs[0], inputs[1], False, True), -1)
+    numbers = np.arange(1, count + 1, dtype=np.float32)
+    results = [
+        opset.matmul(softmax, numbers.reshape(1, 1, -1, 1), False, False),
+        opset.matmul(numbers.reshape(1, 1, 1, -1), softmax, False, False),
+    ]
+    graph = openvino.Model(results, inputs)
+    if late:
+        attention.divide_late(graph, fixed)
+        assert not any(op.get_type_name() == "Softmax" for op in graph.get_ops())
+    found = openvino.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([queries, keys])
+    return [found[index].ravel() for index in range(2)]
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+@pytest.mark.parametrize("count", [5, 6])
+def test_no_row_of_logits_overflows_when_divided_late(count, fixed):
+    """Rows far from zero as a whole, either way, and one that attends to one token alone."""
+    generator = np.random.default_rng(0)
+    keys, queries = generator.standard_normal((2, count, 4))
+    for shift in (0.0, 300.0, -300.0):
+        found = softmax_of(np.c_[queries, np.ones(count)], np.c_[keys, np.full(count, shift)], fixed)
+        expected = softmax_of(queries, keys, fixed, late=False)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3)
+    # The last token's logit is 1000 above the others: it gets all, though its exponential has saturated.
+    sink = np.zeros((count, 1))
+    sink[-1] = 1000.0
+    received, _ = softmax_of(np.ones((count, 1)), sink, fixed)
+    np.testing.assert_allclose(received, count, rtol=1e-3)
 
 
 @pytest.mark.parametrize("batch", [(1, 8, 64), (4, 4, 4)], ids=["dynamic", "fixed"])

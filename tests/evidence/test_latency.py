@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,23 +134,30 @@ def test_the_order_of_a_round_is_random(shared_engine):
 
 
 def test_caches_settle_before_a_run_is_timed():
-    now = iter(range(10**6))
-
-    class Recorder:
-        runs = 0
-
-        def run(self, images):
-            self.runs += 1
-
-    one = Recorder()
+    """An engine that takes no time is run again and again for 0.05 s, then timed once."""
+    runs = []
+    latency.interleave(
+        {"a": SimpleNamespace(run=runs.append)},
+        {"a": "image"},
+        0.01,
+        np.random.default_rng(0),
+        lambda share: None,
+        clock=lambda run: runs.append("turn") or run() or 0.001,
+    )
+    assert runs.count("turn") == runs.count("image")
+    assert len(runs) > 2 * 100 * latency.MIN_ROUNDS
+    slow = []
     times = latency.interleave(
-        {"a": one}, {"a": None}, 0.01, np.random.default_rng(0), lambda share: None, lambda run: (run(), next(now))[1]
+        {"a": SimpleNamespace(run=slow.append)},
+        {"a": "image"},
+        0.01,
+        np.random.default_rng(0),
+        lambda share: None,
+        clock=lambda run: run() or time.sleep(0.06) or 0.06,
     )["a"]
-    warm_up = times[0]
+    warm_up = -(-latency.WARM_UP_SECONDS // 0.06)
     assert len(times) == latency.MIN_ROUNDS
-    untimed = np.diff(times) - 1
-    assert warm_up > 100
-    assert untimed.min() > 100  # a run that takes no time is run again for 0.05 s
+    assert len(slow) <= warm_up + 2 + 2 * latency.MIN_ROUNDS  # an untimed run and a timed one
 
 
 @pytest.mark.parametrize("count", range(1, 13))

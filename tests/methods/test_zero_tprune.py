@@ -49,6 +49,11 @@ def oracle_stage(name):
     return to_tensor(attention), to_tensor(keys), stage, options
 
 
+def mean_over_heads(score, spread, participants, options):
+    """Root-mean-square scores from those of a stage, which leave out the number of heads that count."""
+    return score / zt.head_weights(spread, options.variance_bounds, participants).square().sum(1).sqrt()
+
+
 def select(attention, keys, stage, options):
     """One stage of a model with a class token."""
     starts = zt.Starts.of(stage, 1, 0, options)
@@ -61,13 +66,15 @@ def test_oracle(name, dtype):
     attention, keys, stage, options = oracle_stage(name)
     truth = golden.arrays(name)
     chosen = select(attention.to(dtype), keys.to(dtype), stage, options)
+    everyone = attention.shape[-1]
+    taking_part = everyone - stage.static["similar"]
+    for name, spread, count in (("pre_score", "pre_spread", everyone), ("score", "spread", taking_part)):
+        chosen.scores[name] = mean_over_heads(chosen.scores[name], chosen.scores[spread], count, options)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     scores = {key: value[0].double().numpy() for key, value in chosen.scores.items()}
     np.testing.assert_allclose(scores["pre_score"], truth["pre_score"][1:], **tolerance)
-    everyone = attention.shape[-1]
     np.testing.assert_allclose(scores["pre_spread"][:, 0] ** 2 / everyone, truth["pre_var"], **tolerance)
     np.testing.assert_allclose(scores["similarity"], truth["a_best_sim"], **tolerance)
-    taking_part = everyone - stage.static["similar"]
     np.testing.assert_allclose(scores["spread"][:, 0] ** 2 / taking_part, truth["final_var"], **tolerance)
     np.testing.assert_allclose(scores["score"][truth["s_kept"]], truth["final_score"][1:], **tolerance)
     order = top_k(chosen.scores["pre_score"], stage.tokens_in)[0].tolist()
@@ -92,7 +99,8 @@ def test_oracle_notices_mistakes(name, mistake):
     else:
         options = options.model_copy(update={"variance_bounds": None, "heads": "mean"})
     chosen = select(attention, keys, stage, options)
-    gap = np.abs(chosen.scores["pre_score"][0].numpy() - golden.arrays(name)["pre_score"][1:]).max()
+    found = mean_over_heads(chosen.scores["pre_score"], chosen.scores["pre_spread"], attention.shape[-1], options)
+    gap = np.abs(found[0].numpy() - golden.arrays(name)["pre_score"][1:]).max()
     assert gap > 1e-3
 
 
@@ -128,7 +136,8 @@ def test_authors_prototype(name):
     for index, trace in enumerate(trace_tokens(pruned, images)):
         assert trace.kept.tolist() == truth[f"keep_patch_{index}"].tolist()
         # The official importance sums to 1 over all tokens, ours averages 1; theirs is in raster order.
-        ours = outputs.scores[index]["score"].gather(1, entering.argsort(1)).numpy()
+        heads = outputs.scores[index]["spread"].shape[1]
+        ours = outputs.scores[index]["score"].gather(1, entering.argsort(1)).numpy() / heads**0.5
         bound = case["tolerance"][f"importance_{index}"]
         np.testing.assert_allclose(ours / (entering.shape[1] + 1), truth[f"importance_{index}"], **bound)
         entering = outputs.kept[index].long()
@@ -215,16 +224,33 @@ def test_heads_out_of_bounds_are_left_out_and_all_count_when_none_qualifies():
     weights = zt.head_weights(spread, (0.01, 0.7), 197)
     # Each head tells in a digit of its own who was counted.
     scores = torch.tensor([1.0, 10.0, 100.0, 1000.0]).reshape(1, 4, 1).expand(2, 4, 1)
-    assert zt.combine_heads(scores, weights, "mean").flatten().tolist() == pytest.approx([55, 277.75], rel=1e-6)
-    assert zt.combine_heads(scores, weights).square().flatten().tolist() == pytest.approx([5050, 252525.25], rel=1e-6)
+    assert weights[0].flatten().tolist() == pytest.approx([1e-12, 1, 1, 1e-12])
+    assert weights[1].unique().numel() == 1
+    assert zt.combine_heads(scores, weights, "mean").flatten().tolist() == pytest.approx([110, 1111e-12], rel=1e-6)
+    squares = zt.combine_heads(scores, weights).square().flatten().tolist()
+    assert squares == pytest.approx([10100, 1010101e-24], rel=1e-6)
     assert zt.head_weights(spread, None, 197).flatten(1).tolist() == [[1] * 4] * 2
 
 
-def test_root_mean_square_over_counted_heads():
+def test_heads_that_count_are_combined_by_their_squares():
+    """To the same factor for all tokens: the root of 2 over the root mean square, and 2 over the mean."""
     scores = torch.tensor([[[3.0, 1.0], [4.0, 1.0], [100.0, 1.0]]])
     weights = torch.tensor([[[1.0], [1.0], [0.0]]])
-    assert zt.combine_heads(scores, weights)[0, 0].item() == pytest.approx(math.sqrt(12.5))
-    assert zt.combine_heads(scores, weights, "mean")[0, 0].item() == pytest.approx(3.5)
+    assert zt.combine_heads(scores, weights).flatten().tolist() == pytest.approx([5, math.sqrt(2)])
+    assert zt.combine_heads(scores, weights, "mean").flatten().tolist() == pytest.approx([7, 2])
+
+
+@pytest.mark.parametrize("how", ["rms", "mean"])
+def test_an_image_none_of_whose_heads_counts_is_ranked_by_all_of_them(how):
+    """Weights of 1e-12 leave float32 digits enough, and a dropped token stays behind."""
+    attention, keys, stage, _ = oracle_stage("zt_n17")
+    stage = stage.model_copy(update={"static": {**stage.static, "rounds": 1}})
+    chosen, expected = (
+        select(attention.float(), keys.float(), stage, zt.Options(heads=how, variance_bounds=bounds))
+        for bounds in ((50.0, 60.0), None)
+    )
+    assert chosen.kept.tolist() == expected.kept.tolist()
+    assert chosen.scores["score"].max() < 1e-10
 
 
 def test_ties_go_to_the_lower_index():

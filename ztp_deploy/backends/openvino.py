@@ -113,10 +113,11 @@ def build(job: BuildJob) -> dict[str, Any]:
         ) from error
     job.advance(0.1)
     ir.fuse(model)
+    fixed = job.batch.min == job.batch.max
     on_amx = _float_precision(job.precision, settings) == "bf16" and bool(instructions())
     if on_amx and job.precision == "bf16":
         # Not in int8, which knows 256 steps: exponentials need more.
-        attention.divide_late(model)
+        attention.divide_late(model, fixed)
     scores = ir.outside_the_tokens_way(model)
     as_they_are: set[str] = set()
     if job.precision != "fp32":
@@ -127,7 +128,7 @@ def build(job: BuildJob) -> dict[str, Any]:
         model = ir.quantised(model, job.calibration, scores, job.advance)
     if on_amx:
         attention.even_sums(model, scores)
-    if job.batch.min == job.batch.max:
+    if fixed:
         # Shapes that are known spare OpenVINO working them out in every run.
         [images] = model.inputs
         model.reshape({images: [job.batch.max, *images.get_partial_shape()[1:]]})

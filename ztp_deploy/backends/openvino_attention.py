@@ -11,21 +11,20 @@ from typing import Any
 
 import numpy as np
 
-_SHIFT = 64.0
-"""Far on its left side a sigmoid is the exponential: sigmoid(x - 64) is e^(x - 64) to bf16's last digit up to x = 57."""
+_FARTHEST = 64.0
+"""Logits farther than this from the first key's saturate; bf16 knows such differences to a quarter at best."""
 _EXPONENTIALS = "_exponentials"
 _TOKENS, _LAST = 2, 3
 """Axes of [B, H, N, d]."""
 
 
-def divide_late(model: Any) -> None:
+def divide_late(model: Any, fixed: bool) -> None:
     """Attention A that a stage reads becomes E / z, in place: exponentials, and row sums that divide what comes of them.
 
-    (E V) / z, (s / z) E for a vote s: softmax's three passes over [B, H, N, N] become one, which OpenVINO fuses with
-    the product before it, since it is a sigmoid there. A row's largest logit need not be known: the mean of the keys is
-    taken off instead, which shifts a row as a whole too, so that z is never 0; nothing can overflow, and a logit more
-    than 57 above its row's mean, which bf16 knows to a quarter, saturates. Attention that is computed or read in other
-    ways stays as it is.
+    (E V) / z, (s / z) E for a vote s: softmax's three passes over [B, H, N, N] become one. A row's largest logit need not
+    be known: the first key is taken off all keys instead, which shifts a row as a whole too, so that its own logit
+    is 0 and z never; nothing overflows. Attention that is computed or read in other ways stays as it is. `fixed`: whether
+    all shapes are known, where OpenVINO compiles an exponential of its own; else it is one that it fuses with the product.
     """
     for softmax in model.get_ordered_ops():
         if softmax.get_type_name() != "Softmax" or not _is_read(softmax.output(0)) or not _is_of_keys(softmax):
@@ -34,7 +33,7 @@ def divide_late(model: Any) -> None:
         forms = [_form(reader, softmax.output(0)) for reader in readers]
         if None in forms:
             continue
-        exponentials, sums = _exponentials(softmax.input_value(0).get_node())
+        exponentials, sums = _exponentials(softmax.input_value(0).get_node(), fixed)
         for reader, form in zip(readers, forms, strict=True):
             assert form is not None
             _replace(reader.output(0), form(reader, exponentials, sums))
@@ -56,7 +55,8 @@ def is_attention(value: Any) -> bool:
     operation = value.get_node()
     if operation.get_type_name() == "Transpose":
         operation = operation.input_value(0).get_node()
-    return operation.get_type_name() == "Softmax" or operation.get_friendly_name().endswith(_EXPONENTIALS)
+    name: str = operation.get_friendly_name()
+    return operation.get_type_name() == "Softmax" or name.endswith(_EXPONENTIALS)
 
 
 def _is_read(attention: Any) -> bool:
@@ -92,18 +92,23 @@ def _form(reader: Any, attention: Any) -> _Form | None:
     return _given if turned else _votes
 
 
-def _exponentials(logits: Any) -> tuple[Any, Any]:
+def _exponentials(logits: Any, fixed: bool) -> tuple[Any, Any]:
     """E [B, H, N, N′] and z [B, H, N, 1] of a product Q Kᵀ; N′ is N or one more, which z leaves out."""
     from openvino import opset13 as opset
 
     queries, keys = logits.input_values()
     count = keys.get_partial_shape()[_TOKENS].get_length()
 
-    def centred(value: Any, axis: int) -> Any:
-        return _even(opset.subtract(value, opset.reduce_mean(value, np.array([axis]), True)).output(0), axis)
+    def apart(value: Any, axis: int) -> Any:
+        first = opset.slice(value, *(np.array([number]) for number in (0, 1, 1, axis)))
+        return _even(opset.subtract(value, first).output(0), axis)
 
-    products = opset.matmul(queries, _by_tokens(keys, centred), False, True)
-    exponentials = opset.sigmoid(opset.subtract(products, opset.constant(np.float32(_SHIFT))))
+    products = opset.matmul(queries, _by_tokens(keys, apart), False, True)
+    if fixed:
+        exponentials = opset.exp(opset.clamp(products, -_FARTHEST, _FARTHEST))
+    else:
+        # Far on its left side a sigmoid is the exponential: to bf16's last digit up to 57 in place of 64.
+        exponentials = opset.sigmoid(opset.subtract(products, opset.constant(np.float32(_FARTHEST))))
     exponentials.set_friendly_name(f"{logits.get_friendly_name()}{_EXPONENTIALS}")
     ones = (np.arange(count + count % 2) < count).astype(np.float32).reshape(1, 1, -1, 1)
     return exponentials.output(0), opset.matmul(exponentials, opset.constant(ones), False, False).output(0)

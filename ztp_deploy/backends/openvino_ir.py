@@ -19,6 +19,7 @@ _MATRIX_LAYERS = frozenset({"MatMul", "FullyConnected", "Convolution"})
 _NOTES = ("layerType", "runtimePrecision", "outputPrecisions", "originalLayersNames")
 _MATRIX_OPERATIONS = frozenset({"MatMul", "Convolution"})
 _MOVES = frozenset({"Gather", "Reshape", "Slice", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit"})
+_WEIGHING = frozenset({"Divide", "Multiply", "Reshape", "Unsqueeze"})
 _TOO_SMALL = 1e-30
 """Added to a score, it changes no digit of it."""
 
@@ -73,12 +74,20 @@ def read_bf16(model: Any, scores: set[str]) -> set[str]:
             first, second = operation.input_values()
             if held(second) and (held(first) or (is_attention(second) and _from_constants(_undivided(first)))):
                 products.add(name)
-                if _undivided(first) is not first:
-                    products.add(first.get_node().get_friendly_name())
-                    products.add(_undivided(first).get_node().get_friendly_name())
+                if not held(first):
+                    products |= _made_for_it(first) & scores
                 zero = zero if zero is not None else _zero(model)
                 _give_out_float32(operation, zero)
     return moved | products
+
+
+def _made_for_it(weights: Any) -> set[str]:
+    """Names of the operations that make a vote's weights and are read by nothing else: bf16 rounds what they give."""
+    found: set[str] = set()
+    while len(weights.get_target_inputs()) == 1 and weights.get_node().get_type_name() in _WEIGHING:
+        found.add(weights.get_node().get_friendly_name())
+        weights = weights.get_node().input_value(0)
+    return found
 
 
 def keep_float32(path: Path, names: set[str]) -> None:

@@ -163,15 +163,15 @@ def measure_latency(
     advance = progress or (lambda share: None)
     roles = list(named)
     order = np.random.default_rng(0)
+    openings = orders_of_opening(roles)
+    part = 1 / len(openings)
     for batch in batches:
         times: dict[str, list[list[float]]] = {role: [] for role in roles}
-        openings = orders_of_opening(roles)
         for opening in openings:
             with ExitStack() as stack:
                 sessions = {role: stack.enter_context(load_engine(named[role].directory)) for role in opening}
                 images = {role: _images(session, batch) for role, session in sessions.items()}
-                one = 1 / len(openings)
-                sitting = interleave(sessions, images, seconds * one, order, lambda s, one=one: advance(s * one))
+                sitting = interleave(sessions, images, seconds * part, order, lambda share: advance(share * part))
             for role in roles:
                 times[role].append(sitting[role])
         samples += [_summary(role, named[role], batch, times[role]) for role in roles]

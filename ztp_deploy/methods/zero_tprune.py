@@ -219,25 +219,26 @@ def vote(
     score = start.to(attention).reshape(1, 1, -1)
     if survivors is None:
         for _ in range(rounds):
-            score = _along(attention, score)
+            score = _received(attention, score.unsqueeze(2))
         return score
     mask = survivors.to(attention).unsqueeze(1)
+    voting = mask.unsqueeze(2)
     if participants is not None:
         for _ in range(rounds):
-            score = _along(attention, score * mask) * mask
+            score = _received(attention, score.unsqueeze(2) * voting) * mask
             score = score / (score.sum(-1, keepdim=True) / participants).clamp_min(1e-30)
         return score
-    row_sums = _along(attention.transpose(-1, -2), mask)
+    row_sums = voting @ attention.transpose(-1, -2)  # [B, H, 1, N]
     # A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
-    weight = mask / row_sums.clamp_min(1e-30)
+    voting = voting / row_sums.clamp_min(1e-30)
     for _ in range(rounds):
-        score = _along(attention, score * weight)
+        score = _received(attention, score.unsqueeze(2) * voting)
     return score * mask
 
 
-def _along(attention: Tensor, score: Tensor) -> Tensor:
-    """Aᵀs: scores [1 or B, 1 or H, N] → [B, H, N]."""
-    return (score.unsqueeze(2) @ attention).squeeze(2)
+def _received(attention: Tensor, votes: Tensor) -> Tensor:
+    """What each token receives of votes [1 or B, 1 or H, 1, N] that go along attention [B, H, N, N] → [B, H, N]."""
+    return (votes @ attention).squeeze(2)
 
 
 def score_spread(scores: Tensor, survivors: Tensor | None = None) -> Tensor:
