@@ -65,7 +65,7 @@ def version() -> str:
 
 
 def instructions() -> list[str]:
-    """AMX, for which sums get an even number of terms."""
+    """AMX, for which attention that a stage reads takes another form (`openvino_attention`)."""
     return [name for name in environment.cpu_features() if name == _AMX]
 
 

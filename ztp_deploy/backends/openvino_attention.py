@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 _FARTHEST = 64.0
-"""Logits farther than this from the first key's saturate; bf16 knows such differences to a quarter at best."""
+"""Logits farther than this from their row's mean saturate; bf16 knows such differences to a quarter at best."""
 _EXPONENTIALS = "_exponentials"
 _TOKENS, _LAST = 2, 3
 """Axes of [B, H, N, d]."""
@@ -22,9 +22,10 @@ def divide_late(model: Any, fixed: bool) -> None:
     """Attention A that a stage reads becomes E / z, in place: exponentials, and row sums that divide what comes of them.
 
     (E V) / z, (s / z) E for a vote s: softmax's three passes over [B, H, N, N] become one. A row's largest logit need not
-    be known: the first key is taken off all keys instead, which shifts a row as a whole too, so that its own logit
-    is 0 and z never; nothing overflows. Attention that is computed or read in other ways stays as it is. `fixed`: whether
-    all shapes are known, where OpenVINO compiles an exponential of its own; else it is one that it fuses with the product.
+    be known: the mean key is taken off all keys instead, which shifts a row as a whole too, so that its logits are
+    around 0, where bf16 has most digits, and z is never 0; nothing overflows. Attention that is computed or read in other
+    ways stays as it is. `fixed`: whether all shapes are known, where OpenVINO compiles an exponential of its own; else it
+    is one that it fuses with the product.
     """
     for softmax in model.get_ordered_ops():
         if softmax.get_type_name() != "Softmax" or not _is_read(softmax.output(0)) or not _is_of_keys(softmax):
@@ -99,11 +100,10 @@ def _exponentials(logits: Any, fixed: bool) -> tuple[Any, Any]:
     queries, keys = logits.input_values()
     count = keys.get_partial_shape()[_TOKENS].get_length()
 
-    def apart(value: Any, axis: int) -> Any:
-        first = opset.slice(value, *(np.array([number]) for number in (0, 1, 1, axis)))
-        return _even(opset.subtract(value, first).output(0), axis)
+    def centred(value: Any, axis: int) -> Any:
+        return _even(opset.subtract(value, opset.reduce_mean(value, np.array([axis]), True)).output(0), axis)
 
-    products = opset.matmul(queries, _by_tokens(keys, apart), False, True)
+    products = opset.matmul(queries, _by_tokens(keys, centred), False, True)
     if fixed:
         exponentials = opset.exp(opset.clamp(products, -_FARTHEST, _FARTHEST))
     else:
