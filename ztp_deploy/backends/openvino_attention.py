@@ -177,18 +177,18 @@ def _by_tokens(value: Any, change: Callable[[Any, int], Any]) -> Any:
     """Changes [B, H, N, d] along its tokens: before it was split into heads where it was, which spares a copy."""
     from openvino import opset13 as opset
 
+    heads, count, width = (value.get_partial_shape()[axis].get_length() for axis in (1, _TOKENS, _LAST))
     turn = value.get_node()
-    split = turn.input_value(0).get_node() if turn.get_type_name() == "Transpose" else turn
-    joint = split.input_value(0) if split.get_type_name() == "Reshape" else value
-    order = turn.input_value(1).get_node() if split is not turn else None
-    if order is None or order.get_type_name() != "Constant" or list(order.get_data()) != [0, 2, 1, 3]:
+    if turn.get_type_name() != "Transpose" or list(turn.input_value(1).get_node().get_data()) != [0, 2, 1, 3]:
         return change(value, _TOKENS)
-    if joint.get_partial_shape().rank.get_length() != 3:
+    split = turn.input_value(0).get_node()
+    joint = split.input_value(0) if split.get_type_name() == "Reshape" else value
+    sizes = joint.get_partial_shape()
+    if sizes.rank.get_length() != 3 or sizes[1] != count or sizes[2] != heads * width:
         return change(value, _TOKENS)
     changed = change(joint, 1)
-    heads, width = (value.get_partial_shape()[axis].get_length() for axis in (1, _LAST))
     shape = np.array([0, changed.get_partial_shape()[1].get_length(), heads, width])
-    return opset.transpose(opset.reshape(changed, shape, True), order).output(0)
+    return opset.transpose(opset.reshape(changed, shape, True), turn.input_value(1)).output(0)
 
 
 def _replace(output: Any, by: Any) -> None:

@@ -1,8 +1,8 @@
 """Latency: engines interleaved in one process, raw samples kept, paired ratios with bootstrap intervals.
 
-An engine's speed depends on where its memory came to lie when it was opened, and of equal engines the one opened first
-was found up to a tenth slower than the one opened last. So engines are opened anew in several sittings, each of
-them as often first as last, and intervals resample sittings first, rounds within them second.
+An engine is not equally fast each time it is opened, and of equal engines the one opened first was found up to a tenth
+slower than the one opened last. So engines are opened anew in several sittings, each of them as often first as last, and
+intervals resample sittings first, rounds within them second.
 """
 
 from __future__ import annotations
