@@ -98,6 +98,7 @@ class TorchScriptRunner:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch announces TorchScript's retirement
                 self._module: Any = torch.jit.load(str(graph), map_location=manifest.provider)
+                point_at_device(self._module, manifest.provider)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise DamagedFiles(f"torch cannot open {graph}: {reason}.", "Build the engine again.") from error
@@ -129,3 +130,13 @@ class TorchScriptRunner:
             raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         with torch.inference_mode():
             return dict(zip(names, getattr(self._module, method)(images), strict=True))
+
+
+def point_at_device(module: Any, provider: str) -> None:
+    """Makes what a trace creates, positions for example, on `provider`: it names the device it was traced on."""
+    from ztp_deploy.exporters.torchscript import nodes_of
+
+    for method in ("forward", "audited"):
+        for node in nodes_of(module._c._get_method(method).graph):
+            if node.kind() == "prim::Constant" and node.output().type().kind() == "DeviceObjType":
+                node.s_("value", provider)

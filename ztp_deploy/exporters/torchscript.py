@@ -40,7 +40,8 @@ def write(graph: InferenceGraph, directory: Path, image_batch: int, precision: s
         warnings.simplefilter("ignore")  # torch announces TorchScript's retirement and comments on constant shapes
         traced = torch.jit.trace_module(graph, {"forward": example, "audited": example}, check_trace=False)
         frozen = torch.jit.freeze(traced.eval(), preserved_attrs=["audited"])
-        faults = sorted({f"{kind}: {FORBIDDEN[kind]}" for kind in _kinds(frozen.graph) if kind in FORBIDDEN})
+        kinds = {node.kind() for node in nodes_of(frozen.graph)}
+        faults = sorted(f"{kind}: {FORBIDDEN[kind]}" for kind in kinds & FORBIDDEN.keys())
         if faults:
             raise GateFailed(
                 f"The trace breaks the op vocabulary: {'; '.join(faults)}.",
@@ -52,8 +53,9 @@ def write(graph: InferenceGraph, directory: Path, image_batch: int, precision: s
     (directory / GRAPH_FILE).write_bytes(buffer.getbuffer())
 
 
-def _kinds(graph: Any) -> Iterator[str]:
+def nodes_of(graph: Any) -> Iterator[Any]:
+    """The nodes of a TorchScript graph and of the blocks in it."""
     for node in graph.nodes():
-        yield node.kind()
+        yield node
         for block in node.blocks():
-            yield from _kinds(block)
+            yield from nodes_of(block)

@@ -324,7 +324,7 @@ def select(
     needed by partitions that go by them.
     """
     similar, rounds = stage.static["similar"], stage.static["rounds"]
-    everyone = attention.shape[-1]
+    everyone = stage.tokens_in + special_tokens  # a trace would take a shape for a tensor on the host
     scores: dict[str, Tensor] = {}
     dropped = None
     if similar:
