@@ -30,9 +30,7 @@ def test_every_device_that_a_trace_names_becomes_the_engines(torchscript_artifac
     assert all(before.values())
     assert {device for named in before.values() for device in named} == {torch.device("cpu")}
     point_at_device(module, "cuda:1")
-    assert devices(module) == {
-        method: [torch.device("cuda:1")] * len(named) for method, named in before.items()
-    }
+    assert devices(module) == {method: [torch.device("cuda:1")] * len(named) for method, named in before.items()}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)

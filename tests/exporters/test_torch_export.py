@@ -12,7 +12,7 @@ from tests import tiny
 from ztp_deploy.errors import DamagedFiles, GateFailed
 from ztp_deploy.exporters import torch_export
 from ztp_deploy.exporters.graph import InferenceGraph
-from ztp_deploy.exporters.lower import lower
+from ztp_deploy.exporters.lower import PatchProduct, cuts_patches, lower
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_tokens_are_low_and_scores_and_logits_are_float32(small, tmp_path, preci
     program = torch_export.read(artifact.directory / "model.pt2")
     linear = types_of(program, "aten.linear.default")
     assert linear == [low] * (len(linear) - 1) + [torch.float32]  # the classifier comes last
-    assert types_of(program, "aten.conv2d.default") == [low]
+    assert types_of(program, "aten.conv2d.default") == []  # patches are multiplied
     assert types_of(program, "aten.sort.stable") == [torch.float32] * 3
     assert types_of(program, "aten.div.Tensor")[0] == torch.float32  # pixels / 255
     assert types_of(program, "aten.softmax.int") == [low]
@@ -79,6 +79,27 @@ def test_lowering_leaves_the_callers_model_alone(small):
         assert small(images).dtype == lowered(images)[0].dtype == torch.float32
         assert not torch.equal(small(images), lowered(images)[0])
     assert lower(graph, "fp32") is graph
+
+
+@pytest.mark.parametrize("size", [(32, 48), (37, 50)])
+def test_a_product_of_patches_is_the_convolution(size):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(3, 5, (8, 16), (8, 16))
+    assert cuts_patches(convolution)
+    images = torch.randn(2, 3, *size)
+    with torch.inference_mode():
+        expected = convolution(images)
+        torch.testing.assert_close(PatchProduct(convolution)(images), expected, rtol=1e-5, atol=1e-5)
+    assert expected.shape == (2, 5, size[0] // 8, size[1] // 16)
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": 4}, {"padding": 1}, {"dilation": 2}, {"groups": 3}, {"kernel_size": 1, "stride": 1}]
+)
+def test_other_convolutions_stay(change):
+    assert not cuts_patches(
+        torch.nn.Conv2d(**{"in_channels": 3, "out_channels": 6, "kernel_size": 8, "stride": 8} | change)
+    )
 
 
 def test_both_heads_of_a_distilled_model_stay_float32():

@@ -102,13 +102,15 @@ def build(job: BuildJob) -> dict[str, Any]:
 
     from ztp_deploy.exporters.torch_export import GRAPH_FILE, read
 
+    on_cpu = job.device.name == "cpu"
+
     torch_device.prepare(job.device.provider)
     with quiet("torch", errors=True), _scratch(job.directory):
         compiler = _compiler()
         program = _placed(read(job.artifact.directory / GRAPH_FILE), job)
         job.advance(0.1)
         package = _compile(program, job, Settings(**job.settings))
-        isa = str(pick_vec_isa())
+        isa = str(pick_vec_isa()) if on_cpu else "none"
     # Through memory: torch's own file writer aborts the process on a full disk.
     (job.directory / PACKAGE_FILE).write_bytes(package)
     job.advance(0.9)
@@ -210,6 +212,8 @@ def _compile(program: Any, job: BuildJob, settings: Settings) -> bytes:
     options: dict[str, Any] = {"max_autotune": settings.max_autotune}
     if job.device.name == "cpu":
         options |= {"cpp.threads": settings.threads} if settings.threads else {"cpp.dynamic_threads": True}
+    else:  # the host's part computes nothing, and to try out what its vector units can takes most of a minute
+        options["cpp.vec_isa_ok"] = False
     buffer = io.BytesIO()
     try:
         aoti_compile_and_package(program, package_path=buffer, inductor_configs=options)

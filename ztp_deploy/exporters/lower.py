@@ -10,6 +10,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ztp_deploy.exporters.graph import InferenceGraph
 
@@ -19,13 +20,17 @@ TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def lower(graph: InferenceGraph, precision: str) -> InferenceGraph:
     """A copy of the graph whose backbone computes in fp16 or bf16; the graph itself for fp32.
 
-    Same input, outputs and names; the caller's module stays as it is.
+    Same input, outputs and names; the caller's module stays as it is. Patches are cut out and multiplied: for three
+    channels in half precision cuDNN has no convolution on tensor cores.
     """
     if precision == "fp32":
         return graph
     lowered = copy.deepcopy(graph)
     lowered.low = TYPES[precision]
     lowered.pruned.model.to(lowered.low)
+    for name, module in list(lowered.pruned.model.named_modules()):
+        if isinstance(module, nn.Conv2d) and cuts_patches(module):
+            lowered.pruned.model.set_submodule(name, PatchProduct(module))
     for classifier in lowered.pruned.host.classifiers:
         classifier.float().register_forward_pre_hook(_in_float32)
     return lowered
@@ -33,3 +38,33 @@ def lower(graph: InferenceGraph, precision: str) -> InferenceGraph:
 
 def _in_float32(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
     return (arguments[0].float(),)
+
+
+def cuts_patches(convolution: nn.Conv2d) -> bool:
+    """Whether the convolution reads every pixel once: a product of patches that lie side by side."""
+    return (
+        convolution.stride == convolution.kernel_size
+        and convolution.padding in ((0, 0), 0)
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+        and convolution.kernel_size != (1, 1)
+    )
+
+
+class PatchProduct(nn.Module):
+    """A convolution that cuts patches, as one matrix product."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.patch = convolution.kernel_size
+        self.weight = nn.Parameter(convolution.weight.flatten(1), requires_grad=False)
+        self.bias = convolution.bias
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] → [B, D, H // patch, W // patch]; pixels beyond the last whole patch are not read."""
+        (height, width), (h, w) = self.patch, images.shape[2:]
+        if h % height or w % width:
+            images = images[:, :, : h - h % height, : w - w % width]
+        cut = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))
+        rows = cut.permute(0, 2, 4, 1, 3, 5)
+        return functional.linear(rows.flatten(3), self.weight, self.bias).permute(0, 3, 1, 2)
