@@ -136,9 +136,13 @@ def test_models_with_other_heads_pass_the_gate(name, tmp_path):
     assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
 
 
+ON_GPU = [(name, "fp32", {}) for name in backends.BACKENDS if "cuda" in backends.get(name).DEVICES]
+ON_GPU += [(name, "fp16", {"cuda_graph": True}) for name in ("onnxruntime", "aotinductor", "tensorrt")]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", [name for name in backends.BACKENDS if "cuda" in backends.get(name).DEVICES])
-def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
+@pytest.mark.parametrize("backend, precision, settings", ON_GPU, ids=[f"{name}-{low}" for name, low, _ in ON_GPU])
+def test_every_back_end_passes_the_gate_on_a_gpu(backend, precision, settings, model, tmp_path):
     from ztp_deploy import environment
 
     if not environment.gpus():
@@ -151,8 +155,10 @@ def test_every_back_end_passes_the_gate_on_a_gpu(backend, model, tmp_path):
             f"TensorRT-RTX needs a GPU of compute capability 7.5, 8.6, 8.9 or 12; {gpu.name} has {gpu.compute_capability}"
         )
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.6))
-    artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact")
-    engine = ztp.build(artifact, backend, device="cuda", directory=tmp_path / "engine")
+    artifact = ztp.export(pruned, backends.get(backend).FORMAT, tmp_path / "artifact", precision=precision)
+    engine = ztp.build(
+        artifact, backend, device="cuda", precision=precision, settings=settings, directory=tmp_path / "engine"
+    )
     assert engine.manifest.device == "cuda"
     assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
     with ztp.load_engine(engine.directory) as session:

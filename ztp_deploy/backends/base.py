@@ -83,12 +83,13 @@ class EngineRunner(Runner, Protocol):
 class OnGpu:
     """How the GPU report takes a back end.
 
-    `built_alone`: its builds time kernels on the GPU, which other work there would falsify. `recorded`: its runs can be
-    recorded as a CUDA graph from outside; one that waits for the device in every run cannot.
+    `built_alone`: its builds time kernels on the GPU, which other work there would falsify. `records`: its library has
+    CUDA graphs of its own (setting `cuda_graph`); one that waits for the device in every run cannot be recorded from
+    outside.
     """
 
     built_alone: bool = False
-    recorded: bool = True
+    records: bool = False
 
 
 class Backend(Protocol):

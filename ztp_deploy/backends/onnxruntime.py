@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
+from ztp_deploy.backends import onnxruntime_cuda, torch_device
 from ztp_deploy.backends import onnxruntime_rtx as rtx
-from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.onnxruntime_graph import fuse_attention
 from ztp_deploy.backends.settings import parse
@@ -27,7 +29,7 @@ FORMAT = "onnx"
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
-GPU_REPORT: OnGpu | None = OnGpu(recorded=False)
+GPU_REPORT: OnGpu | None = OnGpu(records=True)
 GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -41,7 +43,9 @@ class Settings(BaseModel):
     """`threads` 0: one per core. `spin_between_runs`: idle threads keep a core busy for a faster wake-up.
 
     `provider`: the device's own (CPU or CUDA), or on RTX GPUs NVIDIA's plugin for TensorRT-RTX. `attention`: fused into
-    the library's own operator where no stage reads it (fp32 on the CPU, fp16 on CUDA), or left as it was exported.
+    the library's own operator where no stage reads it (fp32 on the CPU, fp16 on CUDA), or left as it was exported; in
+    fp16 on CUDA "fused" stands for more, see `onnxruntime_cuda`. `cuda_graph`: on a GPU, record one CUDA graph per batch
+    size when it first comes and replay it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,6 +54,7 @@ class Settings(BaseModel):
     spin_between_runs: bool = False
     provider: Literal["auto", "tensorrt_rtx"] = "auto"
     attention: Literal["fused", "open"] = "fused"
+    cuda_graph: bool = False
 
 
 def missing() -> str | None:
@@ -101,8 +106,11 @@ def graph_precision(precision: str) -> str:
 
 
 def build(job: BuildJob) -> dict[str, Any]:
-    """The engine is a graph. Raises BadRequest for precisions the device does not compute in."""
+    """The engine is a graph. Raises BadRequest for precisions and settings that the device does not have."""
     settings = Settings(**job.settings)
+    if settings.cuda_graph and (job.device.name != "cuda" or settings.provider != "auto"):
+        where = "the CPU" if job.device.name != "cuda" else f"provider={settings.provider}"
+        raise BadRequest(f"cuda_graph=true was asked for on {where}.", "Leave it out, or build with device=cuda.")
     if settings.provider == "tensorrt_rtx":
         return _build_for_rtx(job)
     known = _PRECISIONS_OF[job.device.name]
@@ -115,6 +123,8 @@ def build(job: BuildJob) -> dict[str, Any]:
     # On CUDA its float32 may be TF32 whatever is asked, and its bf16 is younger than the releases that are supported.
     if settings.attention == "open" or job.precision != {"cpu": "fp32", "cuda": "fp16"}[job.device.name]:
         return {}
+    if job.device.name == "cuda":
+        return onnxruntime_cuda.fit(job.directory / GRAPH_FILE)
     fused, unread = fuse_attention(job.directory / GRAPH_FILE)
     return {"attention_fused": fused, "attention_expected": unread}
 
@@ -156,8 +166,33 @@ def open_unoptimised(directory: Path, manifest: ArtifactManifest) -> OnnxRuntime
     return OnnxRuntimeRunner(directory / GRAPH_FILE, manifest, provider=CPU, settings=Settings(), optimise=False)
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A run that can be repeated: what it reads and what it writes stay where they are."""
+
+    session: Any
+    binding: Any
+    options: Any
+    images: Tensor
+    outputs: dict[str, Tensor]
+
+    def go(self) -> dict[str, Tensor]:
+        """Runs, and returns the outputs, which are written to again by the next run."""
+        import torch
+
+        if self.images.is_cuda:
+            # The library works on a stream of its own, and is done with it when it returns.
+            torch.cuda.current_stream(self.images.device).synchronize()
+        self.session.run_with_iobinding(self.binding, self.options)
+        return self.outputs
+
+
 class OnnxRuntimeRunner:
-    """One InferenceSession, and a second one with the audit scores on first use."""
+    """One InferenceSession, and a second one with the audit scores on first use.
+
+    With `cuda_graph` the library records a run per batch size. Replays are of the addresses that were recorded, so
+    every batch size has buffers of its own, and calls come one at a time.
+    """
 
     def __init__(
         self,
@@ -173,19 +208,42 @@ class OnnxRuntimeRunner:
         self._provider = provider
         self._settings = settings
         self._optimise = optimise
-        self._session = self._open(str(graph))
+        self._session = self._open(str(graph), recording=settings.cuda_graph)
         self._audit_session: Any = None
+        self._recordings: dict[int, _Bound] = {}
+        self._one_at_a_time = threading.Lock()
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        return self._run(self._session, images, self._manifest.outputs)
+        if not self._settings.cuda_graph:
+            return self._run(self._session, images, self._manifest.outputs)
+        import torch
+
+        outputs = self.run_tensors(torch.from_numpy(np.ascontiguousarray(images)).to(self._torch_device))
+        return {name: value.cpu().numpy() for name, value in outputs.items()}
 
     def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
         """See `EngineRunner`."""
+        self._require_open()
+        torch_device.require(images, self._torch_device)
+        if self._settings.cuda_graph:
+            with self._one_at_a_time:
+                return self._replayed(images)
+        return self._bound(images.contiguous()).go()
+
+    def _replayed(self, images: Tensor) -> dict[str, Tensor]:
+        recording = self._recordings.get(len(images))
+        if recording is None:
+            recording = self._bound(images.contiguous().clone(), graph=str(len(images)))
+            self._recordings[len(images)] = recording
+        else:
+            recording.images.copy_(images)
+        return {name: value.clone() for name, value in recording.go().items()}
+
+    def _bound(self, images: Tensor, graph: str | None = None) -> _Bound:
+        """Contiguous images and new outputs, bound for a run; `graph` names the CUDA graph that is to be recorded."""
+        import onnxruntime as ort
         import torch
 
-        self._require_open()
-        torch_device.require(images, "cpu" if self._provider == CPU else "cuda:0")
-        images = images.contiguous()
         binding = self._session.io_binding()
         place = (images.device.type, images.device.index or 0)
 
@@ -198,19 +256,23 @@ class OnnxRuntimeRunner:
         for name, (dtype, shape) in self._shapes.items():
             outputs[name] = torch.empty((len(images), *shape), dtype=dtype, device=images.device)
             binding.bind_output(name, *memory(outputs[name]))
-        if images.is_cuda:
-            # The library works on a stream of its own, and is done with it when it returns.
-            torch.cuda.current_stream(images.device).synchronize()
-        self._session.run_with_iobinding(binding)
-        return outputs
+        options = ort.RunOptions()
+        if graph is not None:
+            options.add_run_config_entry("gpu_graph_id", graph)
+        return _Bound(self._session, binding, options, images, outputs)
+
+    @property
+    def _torch_device(self) -> str:
+        return "cpu" if self._provider == CPU else "cuda:0"
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         if self._session is not None and self._audit_session is None:
-            self._audit_session = self._open(self._audited())
+            self._audit_session = self._open(self._audited(), recording=False)
         return self._run(self._audit_session, images, (*self._manifest.outputs, *self._manifest.audit))
 
     def close(self) -> None:
         self._session = self._audit_session = None
+        self._recordings.clear()
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[Any, list[int]]]:
@@ -239,7 +301,7 @@ class OnnxRuntimeRunner:
         model = with_audit(onnx.load(str(self._graph), load_external_data=False), self._manifest.audit)
         return bytes(model.SerializeToString())
 
-    def _open(self, graph: str | bytes) -> Any:
+    def _open(self, graph: str | bytes, *, recording: bool) -> Any:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -257,7 +319,10 @@ class OnnxRuntimeRunner:
                     "This engine was built for a GPU and none was found.", "Build it again with device=cpu."
                 )
             ort.preload_dlls()
-        providers: Any = [(self._provider, _PROVIDER_OPTIONS.get(self._provider, {}))]
+        provider_options = dict(_PROVIDER_OPTIONS.get(self._provider, {}))
+        if recording and self._provider == CUDA:
+            provider_options["enable_cuda_graph"] = "1"
+        providers: Any = [(self._provider, provider_options)]
         if self._provider == rtx.PROVIDER:
             rtx.use(options, self._manifest)
             providers = None  # named here, they would take the place of those in the options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,25 +27,37 @@ def fuse_attention(path: Path) -> tuple[int, int]:
     import onnx_ir
 
     model = onnx_ir.load(path)
-    softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
-    unread = [node for node in softmaxes if only_reader(node.outputs[0], "MatMul") is not None]
-    fused = sum([_fuse(node) for node in unread])
+    found = unread(model.graph)
+    fused = sum([_fuse(node) for node in found])
     if fused:
         model.opset_imports[DOMAIN] = 1
-        _drop_unread(model.graph)
+        drop_unread(model.graph)
     onnx_ir.save(model, path)
-    return fused, len(unread)
+    return fused, len(found)
 
 
-def _drop_unread(graph: onnx_ir.Graph) -> None:
+def unread(graph: onnx_ir.Graph) -> list[onnx_ir.Node]:
+    """The softmaxes whose attention nothing but the values reads."""
+    softmaxes = [node for node in graph if node.op_type == "Softmax"]
+    return [node for node in softmaxes if only_reader(node.outputs[0], "MatMul") is not None]
+
+
+def drop_unread(graph: onnx_ir.Graph) -> None:
     """Takes out weights that nothing reads any more; nodes that nothing reads may compute scores to audit."""
     for name, weight in list(graph.initializers.items()):
         if not weight.uses() and not weight.is_graph_output():
             del graph.initializers[name]
 
 
+def drop(graph: onnx_ir.Graph, nodes: Iterable[onnx_ir.Node]) -> None:
+    """Takes out those nodes, listed from the last to the first, that nothing reads any more."""
+    for node in nodes:
+        if not any(value.consumers() or value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+
+
 @dataclass(frozen=True)
-class _Heads:
+class Heads:
     """Tokens [B, N, H·d] that became heads [B, H, N, d].
 
     `product` and `bias`: what they are the sum of, where that is a product and a constant. `made`: the
@@ -58,7 +71,7 @@ class _Heads:
     made: tuple[onnx_ir.Node, ...]
 
     @classmethod
-    def of(cls, value: onnx_ir.Value | None) -> _Heads | None:
+    def of(cls, value: onnx_ir.Value | None) -> Heads | None:
         """How a value was made, where it was made so."""
         turned = maker(value, "Transpose")
         shaped = maker(turned.inputs[0], "Reshape") if turned is not None else None
@@ -77,46 +90,76 @@ class _Heads:
         return cls(tokens, None, None, int(shape[2]), (turned, shaped))
 
 
+@dataclass(frozen=True)
+class OpenAttention:
+    """Heads → queries · scale @ keysᵀ → softmax → @ values → heads joined, node by node."""
+
+    softmax: onnx_ir.Node
+    scaled: onnx_ir.Node
+    keys: onnx_ir.Node
+    product: onnx_ir.Node
+    values: onnx_ir.Node
+    turned: onnx_ir.Node
+    joined: onnx_ir.Node
+    parts: tuple[Heads, Heads, Heads]
+    scale: float
+
+    @classmethod
+    def of(cls, softmax: onnx_ir.Node) -> OpenAttention | None:
+        """The attention of a softmax, whoever else reads that; None where it has another form."""
+        probabilities = softmax.outputs[0]
+        readers = [node for node in probabilities.consumers() if node.op_type == "MatMul"]
+        values = next((node for node in readers if node.inputs[0] is probabilities), None)
+        turned = only_reader(values.outputs[0], "Transpose") if values is not None else None
+        joined = only_reader(turned.outputs[0], "Reshape") if turned is not None else None
+        product = maker(softmax.inputs[0], "MatMul")
+        scaled = maker(product.inputs[0], "Mul") if product is not None else None
+        keys = maker(product.inputs[1], "Transpose") if product is not None else None
+        if values is None or turned is None or joined is None or product is None or scaled is None or keys is None:
+            return None
+        scale = constant(scaled.inputs[1])
+        formed = (
+            softmax.attributes.get_int("axis", -1) in (-1, 3)
+            and permutation(turned) == HEADS_FIRST
+            and permutation(keys) == KEYS_TURNED
+            and not joined.outputs[0].is_graph_output()
+        )
+        first, second, third = (Heads.of(value) for value in (scaled.inputs[0], keys.inputs[0], values.inputs[1]))
+        if not formed or scale is None or scale.size != 1 or first is None or second is None or third is None:
+            return None
+        if not first.heads == second.heads == third.heads:
+            return None
+        parts = (first, second, third)
+        return cls(softmax, scaled, keys, product, values, turned, joined, parts, float(scale.reshape(())))
+
+    def mix(self, inputs: list[onnx_ir.Value], tape: onnx_ir.tape.Tape) -> None:
+        """Puts the library's operator on these inputs in the place of all that nothing else reads."""
+        graph = self.softmax.graph
+        assert graph is not None
+        attributes = {"num_heads": self.parts[0].heads, "scale": self.scale}
+        mixed = tape.op(FUSED, inputs, attributes, domain=DOMAIN)
+        graph.insert_after(self.joined, tape.nodes)
+        self.joined.outputs[0].replace_all_uses_with(mixed)
+        drop(graph, (self.joined, self.turned, self.values, self.softmax, self.product, self.scaled, self.keys))
+        drop(graph, [node for part in self.parts for node in part.made])
+
+
 def _fuse(softmax: onnx_ir.Node) -> bool:
-    """Heads → queries · scale @ keysᵀ → softmax → @ values → heads joined, as one node; False where it is not that."""
+    """Attention as one node, projections' biases with it; False where it has another form."""
     import onnx_ir
 
-    values = only_reader(softmax.outputs[0], "MatMul")
-    turned = only_reader(values.outputs[0], "Transpose") if values is not None else None
-    joined = only_reader(turned.outputs[0], "Reshape") if turned is not None else None
-    product = maker(softmax.inputs[0], "MatMul")
-    scaled = maker(product.inputs[0], "Mul") if product is not None else None
-    keys = maker(product.inputs[1], "Transpose") if product is not None else None
-    if values is None or turned is None or joined is None or product is None or scaled is None or keys is None:
-        return False
-    scale = constant(scaled.inputs[1])
-    parts = [_Heads.of(value) for value in (scaled.inputs[0], keys.inputs[0], values.inputs[1])]
-    three = [part for part in parts if part is not None]
-    formed = (
-        softmax.attributes.get_int("axis", -1) in (-1, 3)
-        and values.inputs[0] is softmax.outputs[0]
-        and permutation(turned) == HEADS_FIRST
-        and permutation(keys) == KEYS_TURNED
-        and not joined.outputs[0].is_graph_output()
-    )
-    if not formed or scale is None or scale.size != 1 or len(three) < 3 or len({part.heads for part in three}) > 1:
-        return False
+    attention = OpenAttention.of(softmax)
     graph = softmax.graph
-    assert graph is not None
+    if attention is None or graph is None:
+        return False
     tape = onnx_ir.tape.Tape()
-    inputs = [part.tokens for part in three]
-    biases = [part.bias for part in three if part.bias is not None]
+    inputs = [part.tokens for part in attention.parts]
+    biases = [part.bias for part in attention.parts if part.bias is not None]
     if len(biases) == 3:
-        inputs = [part.product for part in three if part.product is not None]
+        inputs = [part.product for part in attention.parts if part.product is not None]
         joint = np.concatenate(biases)
         bias = tape.initializer(onnx_ir.tensor(joint, name=f"{softmax.outputs[0].name}_biases"))
         graph.register_initializer(bias)
         inputs.append(bias)
-    attributes = {"num_heads": three[0].heads, "scale": float(scale.reshape(()))}
-    mixed = tape.op(FUSED, inputs, attributes, domain=DOMAIN)
-    graph.insert_after(joined, tape.nodes)
-    joined.outputs[0].replace_all_uses_with(mixed)
-    for node in (joined, turned, values, softmax, product, scaled, keys, *(n for part in three for n in part.made)):
-        if not any(value.consumers() for value in node.outputs):
-            graph.remove(node, safe=True)
+    attention.mix(inputs, tape)
     return True

@@ -65,6 +65,7 @@ class PatchProduct(nn.Module):
         (height, width), (h, w) = self.patch, images.shape[2:]
         if h % height or w % width:
             images = images[:, :, : h - h % height, : w - w % width]
-        cut = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))
-        rows = cut.permute(0, 2, 4, 1, 3, 5)
-        return functional.linear(rows.flatten(3), self.weight, self.bias).permute(0, 3, 1, 2)
+        rows, columns = h // height, w // width
+        cut = images.reshape(-1, images.shape[1], rows, height, columns, width)
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return functional.linear(patches, self.weight, self.bias).permute(0, 3, 1, 2)

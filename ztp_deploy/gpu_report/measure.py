@@ -502,7 +502,7 @@ class _AtWork:
             for label, one in opened.items():
                 way, base = (label, True), bases[label].model_copy(update={"cuda_graph": True})
                 try:
-                    replayed = runtimes.recorded(one, base.runtime, images)
+                    replayed = runtimes.recorded(one, images)
                 except Exception as error:  # what cannot be recorded can still be run
                     rows[way] = _failed(base, error)
                     continue

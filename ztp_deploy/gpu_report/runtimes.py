@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ztp_deploy import backends, environment
-from ztp_deploy.backends.base import OnGpu
+from ztp_deploy.backends.base import OnGpu, Session
 from ztp_deploy.backends.cuda_graph import Replay
 from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
@@ -47,16 +47,23 @@ class Job:
     engines_root: Path
 
 
-class Opened(Protocol):
-    """A plan at work on the device; `calibration` is what its numbers were fitted to, None where they were not."""
-
-    calibration: str | None
+class Runs(Protocol):
+    """What can be timed."""
 
     def run(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] on the device → float32 logits [B, classes]; all outputs stay there."""
 
+
+class Opened(Runs, Protocol):
+    """A plan at work on the device; `calibration` is what its numbers were fitted to, None where they were not."""
+
+    calibration: str | None
+
     def edges(self, images: ImageSet) -> list[Edge]:
         """Parity with eager PyTorch in float32 on the CPU."""
+
+    def recording(self) -> Runs:
+        """The same, replayed from CUDA graphs; closed together with this."""
 
     def close(self) -> None:
         """Frees it."""
@@ -68,7 +75,7 @@ def precisions_of(runtime: str) -> tuple[str, ...]:
 
 
 def treatment_of(runtime: str) -> OnGpu:
-    """Whether its builds must have the GPU to themselves, and whether its runs can be recorded.
+    """Whether its builds must have the GPU to themselves, and what records its runs as CUDA graphs.
 
     Eager PyTorch counts as built alone: there is nothing to build.
     """
@@ -105,14 +112,14 @@ def open_job(job: Job) -> Opened:
     return _Module(job) if job.runtime in IN_PROCESS else _Engine(job)
 
 
-def recorded(opened: Opened, runtime: str, images: Tensor) -> Recorded | None:
-    """The plan replayed from a CUDA graph, None where the runtime or the device has none.
+def recorded(opened: Opened, images: Tensor) -> Runs | None:
+    """The plan replayed from a CUDA graph, None where the device has none.
 
     Raises GateFailed where a replay does not repeat what a plain run says of other images.
     """
-    if images.device.type != "cuda" or not treatment_of(runtime).recorded:
+    if images.device.type != "cuda":
         return None
-    one = Recorded(opened)
+    one = opened.recording()
     with torch.inference_mode():
         one.run(images)
         other = images.flip(0).flip(-1)
@@ -123,8 +130,8 @@ def recorded(opened: Opened, runtime: str, images: Tensor) -> Recorded | None:
     return one
 
 
-class Recorded:
-    """A plan whose runs are replayed from a CUDA graph a shape."""
+class _Recorded:
+    """A plan whose runs are replayed from a CUDA graph a shape, recorded from outside."""
 
     def __init__(self, opened: Opened) -> None:
         self._replay = Replay(opened.run)
@@ -170,6 +177,9 @@ class _Module:
     def edges(self, images: ImageSet) -> list[Edge]:
         pruned = prune(self._job.model, self._job.plan)
         return [compare_with_eager(pruned, _Runner(self), images, self._job.precision)]
+
+    def recording(self) -> Runs:
+        return _Recorded(self)
 
     def close(self) -> None:
         del self._graph, self._forward
@@ -218,6 +228,7 @@ class _Engine:
         self._engine = build_engine(artifact, request, clock)
         self.calibration = calibrated_on(self._engine.manifest.built)
         self._session = backends.load_engine(self._engine.directory)
+        self._recording: Session | None = None
 
     def run(self, images: Tensor) -> Tensor:
         return self._session.run(images)
@@ -231,8 +242,21 @@ class _Engine:
                 return report.edges
         return check_parity(self._engine, self._job.model, images).edges
 
+    def recording(self) -> Runs:
+        if not treatment_of(self._job.runtime).records:
+            return _Recorded(self)
+        if self._recording is None:
+            directory, manifest = self._engine.directory, self._engine.manifest
+            settings = {**manifest.settings, "cuda_graph": True}
+            manifest = manifest.model_copy(update={"settings": settings})
+            runner = backends.get(self._job.runtime).open_runner(directory, manifest)
+            self._recording = Session(directory, manifest, runner)
+        return self._recording
+
     def close(self) -> None:
         self._session.close()
+        if self._recording is not None:
+            self._recording.close()
 
 
 def calibrated_on(built: dict[str, Any]) -> str | None:

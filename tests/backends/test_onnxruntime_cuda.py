@@ -1,0 +1,183 @@
+"""What is rewritten for the CUDA provider: the same function, in the operators that it should become.
+
+The processor runs them in float32; that they are fast, only a GPU can say.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+
+import ztp_deploy as ztp
+from tests import tiny
+from tests.backends.test_onnxruntime_graph import assert_same, kinds, unused
+from ztp_deploy.backends import onnxruntime as backend
+from ztp_deploy.backends.onnxruntime_cuda import fit
+from ztp_deploy.errors import BadRequest
+from ztp_deploy.exporters.onnx import convert, with_audit
+
+# Fused attention, of how many; attention beside scores; patches; norms; lengths. Four blocks, two norms each.
+CASES = {
+    "a stage reads three of four": ("deit_t", "zero_tprune", (1, 1, 3, 1, 5, 9)),
+    "nothing is read": ("deit_t", "dense", (4, 4, 0, 1, 8, 0)),
+    "projections without a bias": ("lvvit_t", "dense", (4, 4, 0, 1, 8, 0)),
+    "sizes weigh the attention": ("deit_t", "tome", (1, 4, 0, 1, 4, 0)),
+    "rotated queries and keys": ("eva02_t_336", "dense", (0, 4, 0, 0, 7, 0)),
+}
+
+
+def exported(tmp_path, name="deit_t", method="zero_tprune"):
+    model = tiny.model(name)
+    plan = ztp.make_plan(model, method=method, **({} if method == "dense" else {"ratio": 0.7}))
+    artifact = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a")
+    return artifact, shutil.copyfile(artifact.directory / "model.onnx", tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("name, method, done", CASES.values(), ids=CASES)
+def test_the_function_stays_and_the_operators_change(name, method, done, tmp_path):
+    artifact, path = exported(tmp_path, name, method)
+    before = kinds(path)
+    assert tuple(fit(path).values()) == done
+    after = kinds(path)
+    fused, _, beside, patches, norms, lengths = done
+    assert after.count("MultiHeadAttention") == fused + beside
+    assert after.count("FusedMatMul") == beside
+    assert after.count("Conv") == before.count("Conv") - patches
+    assert after.count("SkipLayerNormalization") == norms
+    assert after.count("LayerNormalization") == before.count("LayerNormalization") - norms
+    assert after.count("ReduceL2") == before.count("ReduceL2") - lengths
+    assert_same(artifact.directory / "model.onnx", path)
+    assert not unused(path, artifact.manifest.audit)
+
+
+def test_biases_go_where_they_cost_nothing(tmp_path):
+    _, path = exported(tmp_path, method="dense")
+    before = kinds(path)
+    fit(path)
+    # Of a block: three projections, the one behind them and its residual, two in the MLP, its residual, a sum in GELU.
+    assert before.count("Add") == 4 * 9 + 1
+    # What is left: the queries', the MLP's first and the sum in GELU; the patches' bias and the table of positions.
+    assert kinds(path).count("Add") == 4 * 3 + 2
+    nodes = [node for node in onnx.load(str(path)).graph.node if node.op_type == "MultiHeadAttention"]
+    assert [len(node.input) for node in nodes] == [3] * 4
+
+
+def test_audited_scores_keep_their_names_and_values(tmp_path):
+    artifact, path = exported(tmp_path)
+    names = artifact.manifest.audit
+    found = {}
+    for key, source in (("before", artifact.directory / "model.onnx"), ("after", path)):
+        if key == "after":
+            fit(path)
+        model = with_audit(onnx.load(str(source)), names)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        found[key] = dict(zip(names, session.run(list(names), {"images": tiny.images(3)}), strict=True))
+    for name in names:
+        np.testing.assert_allclose(found["after"][name], found["before"][name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_half_precision_stays_half_precision(artifact, tmp_path):
+    (tmp_path / "h").mkdir()
+    convert(artifact.directory, artifact.manifest.plan, tmp_path / "h", "fp16")
+    path = tmp_path / "h" / "model.onnx"
+    done = fit(path)
+    assert (done["attention_fused"], done["attention_beside_scores"], done["patches_multiplied"]) == (1, 3, 1)
+    model = onnx.load(str(path))
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "SkipLayerNormalization":
+            assert {types[name] for name in node.input[2:]} == {onnx.TensorProto.FLOAT16}
+    assert len({n for node in model.graph.node for n in node.output if n}) == sum(
+        bool(name) for node in model.graph.node for name in node.output
+    )
+
+
+def changed(path, kind, change):
+    """The graph with its first node of a kind changed."""
+    model = onnx.load(str(path))
+    change(model, next(node for node in model.graph.node if node.op_type == kind))
+    onnx.save_model(model, str(path))
+
+
+def test_a_convolution_that_pads_stays(tmp_path):
+    _, path = exported(tmp_path, method="dense")
+
+    def pad(model, node):
+        [weight] = [tensor for tensor in model.graph.initializer if tensor.name == node.input[1]]
+        values = onnx.numpy_helper.to_array(weight)[:, :, :14, :14]
+        weight.CopyFrom(onnx.numpy_helper.from_array(values.copy(), weight.name))
+        for attribute in node.attribute:
+            if attribute.name == "pads":
+                attribute.ints[:] = [0, 0, 0, 0]
+
+    changed(path, "Conv", pad)  # the step is 16 still: pixels between the patches are not read
+    assert fit(path)["patches_multiplied"] == 0
+    assert "Conv" in kinds(path)
+
+
+def test_a_residual_that_every_image_shares_is_added_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"img_size": 96, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+    model = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", **sizes).eval()
+    artifact = ztp.export(ztp.prune(model, ztp.make_plan(model, "dense")), "onnx", tmp_path / "a")
+    path = shutil.copyfile(artifact.directory / "model.onnx", tmp_path / "model.onnx")
+    assert (
+        fit(path)["norms_joined"] == 2 * 2 - 1
+    )  # the first norm's sum is of patches and of places, one for all images
+    assert_same(artifact.directory / "model.onnx", path)
+
+
+@pytest.fixture
+def recording(artifact, tmp_path):
+    """An engine's runner as with CUDA graphs; the processor's provider runs anew what a GPU would replay."""
+    engine = ztp.build(artifact, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=tmp_path / "e")
+    settings = backend.Settings(cuda_graph=True)
+    runner = backend.OnnxRuntimeRunner(
+        engine.directory / backend.GRAPH_FILE, engine.manifest, provider=backend.CPU, settings=settings
+    )
+    yield engine, runner
+    runner.close()
+
+
+def test_every_batch_size_has_buffers_of_its_own_and_answers_are_the_callers(recording):
+    engine, runner = recording
+    images = {seed: torch.from_numpy(tiny.images(3, seed=seed)) for seed in (1, 2)}
+    first = runner.run_tensors(images[1])
+    kept = {name: value.clone() for name, value in first.items()}
+    other = runner.run_tensors(images[2][:2])
+    again = runner.run_tensors(images[2])
+    assert sorted(runner._recordings) == [2, 3]
+    assert runner._recordings[3].images.data_ptr() != images[1].data_ptr()
+    with ztp.load_engine(engine.directory) as session:
+        for found, asked in ((first, images[1]), (other, images[2][:2]), (again, images[2])):
+            torch.testing.assert_close(found["logits"], session.run(asked))
+    for name, value in first.items():
+        assert torch.equal(value, kept[name])
+        assert value.data_ptr() != again[name].data_ptr()
+    np.testing.assert_array_equal(runner.run(images[2].numpy())["logits"], again["logits"].numpy())
+    assert set(engine.manifest.audit) <= set(runner.audit(images[1].numpy()))
+
+
+def test_a_closed_recording_is_refused(recording):
+    _, runner = recording
+    images = tiny.images(2)
+    runner.run(images)
+    runner.close()
+    assert runner._recordings == {}
+    with pytest.raises(BadRequest, match="closed"):
+        runner.run(images)
+
+
+@pytest.mark.parametrize("settings, where", [({}, "the CPU"), ({"provider": "tensorrt_rtx"}, "the CPU")])
+def test_a_cuda_graph_needs_a_gpu(settings, where, artifact, tmp_path):
+    with pytest.raises(BadRequest, match=f"cuda_graph=true was asked for on {where}"):
+        ztp.build(
+            artifact, "onnxruntime", device="cpu", settings={"cuda_graph": True, **settings}, directory=tmp_path / "e"
+        )
+    assert list(tmp_path.iterdir()) == []
