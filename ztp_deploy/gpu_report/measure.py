@@ -48,13 +48,21 @@ Way = tuple[str, bool]
 Result = TypeVar("Result")
 
 
+ONE_STAGE = ", one stage"
+
+
 def plans_of(model: nn.Module) -> dict[str, Plan]:
-    """The plans that are compared, dense first: ratio 0.7 and the paper's FLOP share, their slice twins, ToMe."""
+    """The plans that are compared, dense first: ratio 0.7 and the paper's FLOP share, their slice twins, ToMe.
+
+    The paper's share also in one stage, where the others have their first: on a GPU every stage costs its launches.
+    """
     pruned = [make_plan(model, ratio=0.7), make_plan(model, flops=0.653)]
+    one = make_plan(model, flops=0.653, sites=[pruned[1].stages[0].block])
     plans = [make_plan(model, "dense"), *pruned, *map(twin_of, pruned)]
     if "tome" in methods.METHODS:
         plans.append(make_plan(model, "tome", ratio=0.7))
-    return {plan.label: plan for plan in plans}
+    named = {plan.label: plan for plan in plans}
+    return named | {pruned[1].label + ONE_STAGE: one, twin_of(pruned[1]).label + ONE_STAGE: twin_of(one)}
 
 
 @dataclass(frozen=True)
