@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -109,6 +110,26 @@ def test_a_cuda_graph_needs_a_gpu(half, tmp_path):
             directory=tmp_path / "e",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "needs, does, refused",
+    [(b"libstdc++.so.6", "kill -SEGV $$", False), (b"", "kill -SEGV $$", True), (b"", "exit 1", False)],
+    ids=["the library is shared", "opening it crashes", "opening it fails, which is told later"],
+)
+def test_code_that_crashes_with_a_library_of_its_own_is_refused(needs, does, refused, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
+        archive.writestr("model/data/weights", b"")
+        archive.writestr("model/data/wrapper.so", b"\x7fELF" + needs + b"libtorch.so")
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(aotinductor.sys, "executable", str(python))
+    if refused:
+        with pytest.raises(MissingSoftware, match=r"crashes when it opens what g\+\+ 1 compiled"):
+            aotinductor._check_opens(tmp_path / "model.pt2", "g++ 1")
+    else:
+        aotinductor._check_opens(tmp_path / "model.pt2", "g++ 1")
 
 
 def test_replayed_outputs_are_the_callers(aotinductor_engine, monkeypatch):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import subprocess
+import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +40,7 @@ PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
 GPU_REPORT: OnGpu | None = OnGpu()
 PACKAGE_FILE = "model.pt2"
+_CXX_LIBRARY = b"libstdc++.so"
 
 
 class Settings(BaseModel):
@@ -94,7 +97,8 @@ def build(job: BuildJob) -> dict[str, Any]:
     """Compiles `model.pt2` and reports the instruction set it was compiled for.
 
     The compiler works in a scratch folder of its own, which goes whatever happens.
-    Raises BadRequest (a CUDA graph on a CPU), MissingSoftware (no C++ compiler) and GateFailed (the compiler gave up).
+    Raises BadRequest (a CUDA graph on a CPU), MissingSoftware (no C++ compiler, or one that links what would crash) and
+    GateFailed (the compiler gave up).
     """
     if job.settings["cuda_graph"] and job.device.name != "cuda":
         raise BadRequest("cuda_graph=true was asked for on the CPU.", "Leave it out, or build with device=cuda.")
@@ -113,6 +117,7 @@ def build(job: BuildJob) -> dict[str, Any]:
         isa = str(pick_vec_isa()) if on_cpu else "none"
     # Through memory: torch's own file writer aborts the process on a full disk.
     (job.directory / PACKAGE_FILE).write_bytes(package)
+    _check_opens(job.directory / PACKAGE_FILE, compiler)
     job.advance(0.9)
     return {"compiler": compiler, "isa": isa, "cpu_flags": instructions()}
 
@@ -240,6 +245,24 @@ def _compiler() -> str:
             "Install one (apt-get install g++), or name it in the variable CXX.",
         ) from error
     return done.stdout.splitlines()[0]
+
+
+def _check_opens(package: Path, compiler: str) -> None:
+    """Raises MissingSoftware where opening the package ends the process: it is tried in another one first.
+
+    Only where the compiler linked the C++ library into the code instead of asking for it. Two copies in one process
+    may disagree about locales, and the loader of torch 2.11 then crashes at its first regular expression.
+    """
+    with zipfile.ZipFile(package) as archive:
+        if all(_CXX_LIBRARY in archive.read(name) for name in archive.namelist() if name.endswith(".so")):
+            return
+    opening = "import sys; from torch._inductor import aoti_load_package; aoti_load_package(sys.argv[1])"
+    ended = subprocess.run([sys.executable, "-c", opening, str(package)], capture_output=True, check=False)
+    if ended.returncode < 0:
+        raise MissingSoftware(
+            f"torch crashes when it opens what {compiler} compiled: it holds a copy of the C++ library.",
+            "Install the shared library for this compiler (libstdc++.so), or name another compiler in the variable CXX.",
+        )
 
 
 @contextlib.contextmanager

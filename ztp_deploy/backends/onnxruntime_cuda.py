@@ -1,8 +1,8 @@
 """What ONNX Runtime's CUDA kernels are slow at, in operators that they are fast at; the function stays the same.
 
-Measured on an H200 (docs/gpu.md): three channels in half precision are convolved without tensor cores; biases, sums and
-norms are a kernel each, all bound by memory; a product with turned keys, or with an odd number of tokens on its left
-operand, misses the fast kernels; a length along the last axis takes cuDNN four times as long as a sum.
+As a profile on an H200 showed (docs/gpu.md has the times): three channels in half precision are convolved without tensor
+cores; biases, sums and norms are a kernel each, all bound by memory; attention with an odd number of tokens misses the
+fast products; a length along the last axis takes cuDNN a multiple of a sum's time.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def quantised(model: Any, images: NDArray[Any] | None, untouched: set[str], adva
         return image[None]
 
     present = {operation.get_friendly_name() for operation in model.get_ops()}
-    with quiet("nncf"):
+    with quiet("nncf", "torch.utils.cpp_extension"):  # the latter looks for CUDA when NNCF imports it
         return nncf.quantize(
             model,
             nncf.Dataset(list(images), told),
