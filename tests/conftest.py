@@ -13,6 +13,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from tests.contracts import matrix
 from ztp_deploy.backends import Engine
+from ztp_deploy.evidence import latency
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.pruning.prune import PrunedModel
 
@@ -54,6 +55,13 @@ def pytest_report_header() -> str:
     """Says which part of the matrix this run takes, so that it can be repeated."""
     due = matrix.part()
     return "matrix: all pairs" if due is None else f"matrix: part {due} of {matrix.PARTS} (ZTP_MATRIX={due} repeats it)"
+
+
+@pytest.fixture(autouse=True)
+def brief_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures that no test looks at are measured without the seconds that make them steady."""
+    monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr(latency, "SETTLING_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="session")

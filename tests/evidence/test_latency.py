@@ -133,6 +133,11 @@ def test_the_order_of_a_round_is_random(shared_engine):
     assert len(set(rounds)) == 6
 
 
+@pytest.fixture
+def brief_latency():
+    """Here the seconds are what is tested."""
+
+
 def test_caches_settle_before_a_run_is_timed():
     """An engine that takes no time is run again and again for 0.05 s, then timed once."""
     runs = []

@@ -40,7 +40,6 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def grid(built, monkeypatch):
-    monkeypatch.setattr(latency, "WARM_UP_SECONDS", 0.0)
     monkeypatch.setattr(latency, "MAX_ROUNDS", latency.MIN_ROUNDS)
     return Grid(
         models=("deit_t",),

@@ -258,12 +258,13 @@ def interleave(
     order: np.random.Generator,
     advance: Progress,
     clock: Clock = wall_clock,
-    settling: float = SETTLING_SECONDS,
+    settling: float | None = None,
 ) -> dict[str, list[float]]:
     """Seconds a run by `clock`, by role; the i-th samples of all roles belong to one round.
 
-    Before each timed run come untimed ones, at least one and for at least `settling` seconds.
+    Before each timed run come untimed ones, at least one and for at least `settling` seconds (SETTLING_SECONDS).
     """
+    settling = SETTLING_SECONDS if settling is None else settling
     roles = list(sessions)
 
     def turn(role: str) -> float:
