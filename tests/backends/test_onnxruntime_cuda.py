@@ -16,26 +16,27 @@ import torch
 
 import ztp_deploy as ztp
 from tests import tiny
-from tests.backends.test_onnxruntime_graph import assert_same, kinds, unused
+from tests.backends.test_onnxruntime_graph import assert_same, kinds, run, unused
+from ztp_deploy import environment
 from ztp_deploy.backends import onnxruntime as backend
 from ztp_deploy.backends.onnxruntime_cuda import fit
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.exporters.onnx import convert, with_audit
+from ztp_deploy.exporters.onnx import with_audit
 
-# Fused attention, of how many; attention beside scores; patches; norms; lengths. Four blocks, two norms each.
+# Fused attention, of how many; attention beside scores, of how many; patches; norms; lengths. Four blocks, two norms each.
 CASES = {
-    "a stage reads three of four": ("deit_t", "zero_tprune", (1, 1, 3, 1, 5, 9)),
-    "nothing is read": ("deit_t", "dense", (4, 4, 0, 1, 8, 0)),
-    "projections without a bias": ("lvvit_t", "dense", (4, 4, 0, 1, 8, 0)),
-    "sizes weigh the attention": ("deit_t", "tome", (1, 4, 0, 1, 4, 0)),
-    "rotated queries and keys": ("eva02_t_336", "dense", (0, 4, 0, 0, 7, 0)),
+    "a stage reads three of four": ("deit_t", "zero_tprune", (1, 1, 3, 3, 1, 5, 9)),
+    "nothing is read": ("deit_t", "dense", (4, 4, 0, 0, 1, 8, 0)),
+    "projections without a bias": ("lvvit_t", "dense", (4, 4, 0, 0, 1, 8, 0)),
+    "sizes weigh the attention": ("deit_t", "tome", (1, 4, 0, 0, 1, 4, 0)),
+    "rotated queries and keys": ("eva02_t_336", "dense", (0, 4, 0, 0, 0, 7, 0)),
 }
 
 
-def exported(tmp_path, name="deit_t", method="zero_tprune"):
+def exported(tmp_path, name="deit_t", method="zero_tprune", **options):
     model = tiny.model(name)
     plan = ztp.make_plan(model, method=method, **({} if method == "dense" else {"ratio": 0.7}))
-    artifact = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a")
+    artifact = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a", **options)
     return artifact, shutil.copyfile(artifact.directory / "model.onnx", tmp_path / "model.onnx")
 
 
@@ -45,7 +46,7 @@ def test_the_function_stays_and_the_operators_change(name, method, done, tmp_pat
     before = kinds(path)
     assert tuple(fit(path).values()) == done
     after = kinds(path)
-    fused, _, beside, patches, norms, lengths = done
+    fused, _, beside, _, patches, norms, lengths = done
     assert after.count("MultiHeadAttention") == fused + beside
     assert after.count("FusedMatMul") == beside
     assert after.count("Conv") == before.count("Conv") - patches
@@ -82,43 +83,82 @@ def test_audited_scores_keep_their_names_and_values(tmp_path):
         np.testing.assert_allclose(found["after"][name], found["before"][name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_half_precision_stays_half_precision(artifact, tmp_path):
-    (tmp_path / "h").mkdir()
-    convert(artifact.directory, artifact.manifest.plan, tmp_path / "h", "fp16")
-    path = tmp_path / "h" / "model.onnx"
-    done = fit(path)
-    assert (done["attention_fused"], done["attention_beside_scores"], done["patches_multiplied"]) == (1, 3, 1)
+@pytest.mark.parametrize("pixels", ["float32", "uint8"])
+def test_half_precision_stays_half_precision(pixels, tmp_path):
+    artifact, _ = exported(tmp_path, precision="fp16", input=pixels)
+    path = shutil.copyfile(artifact.directory / "model.onnx", tmp_path / "half.onnx")
+    assert tuple(fit(path).values()) == CASES["a stage reads three of four"][2]
     model = onnx.load(str(path))
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "SkipLayerNormalization":
             assert {types[name] for name in node.input[2:]} == {onnx.TensorProto.FLOAT16}
-    assert len({n for node in model.graph.node for n in node.output if n}) == sum(
-        bool(name) for node in model.graph.node for name in node.output
-    )
+    outputs = [name for node in model.graph.node for name in node.output if name]
+    assert len(outputs) == len(set(outputs))
+    images = tiny.images(3)
+    if pixels == "uint8":
+        images = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    before, after = run(artifact.directory / "model.onnx", images), run(path, images)
+    assert np.abs(after["logits"] - before["logits"]).max() < 0.02 * before["logits"].std()
+    for name in before.keys() - {"logits"}:
+        np.testing.assert_array_equal(np.sort(after[name]), np.sort(before[name]))
 
 
-def changed(path, kind, change):
-    """The graph with its first node of a kind changed."""
-    model = onnx.load(str(path))
-    change(model, next(node for node in model.graph.node if node.op_type == kind))
-    onnx.save_model(model, str(path))
+def attribute(model, node, name, value):
+    """Gives a node an attribute, in the place of its own."""
+    for found in [found for found in node.attribute if found.name == name]:
+        node.attribute.remove(found)
+    node.attribute.append(onnx.helper.make_attribute(name, value))
 
 
-def test_a_convolution_that_pads_stays(tmp_path):
+def smaller_kernels(model, node, name, value):
+    """Kernels that leave out pixels between the patches."""
+    [weight] = [tensor for tensor in model.graph.initializer if tensor.name == node.input[1]]
+    values = onnx.numpy_helper.to_array(weight)[:, :, :value, :value]
+    weight.CopyFrom(onnx.numpy_helper.from_array(values.copy(), weight.name))
+
+
+@pytest.mark.parametrize(
+    "change, name, value",
+    [
+        (attribute, "pads", [2, 2, 2, 2]),
+        (attribute, "strides", [15, 15]),
+        (attribute, "auto_pad", "SAME_UPPER"),
+        (smaller_kernels, "", 14),
+    ],
+)
+def test_a_convolution_that_does_not_read_every_pixel_once_stays(change, name, value, tmp_path):
     _, path = exported(tmp_path, method="dense")
-
-    def pad(model, node):
-        [weight] = [tensor for tensor in model.graph.initializer if tensor.name == node.input[1]]
-        values = onnx.numpy_helper.to_array(weight)[:, :, :14, :14]
-        weight.CopyFrom(onnx.numpy_helper.from_array(values.copy(), weight.name))
-        for attribute in node.attribute:
-            if attribute.name == "pads":
-                attribute.ints[:] = [0, 0, 0, 0]
-
-    changed(path, "Conv", pad)  # the step is 16 still: pixels between the patches are not read
+    model = onnx.load(str(path))
+    change(model, next(node for node in model.graph.node if node.op_type == "Conv"), name, value)
+    del model.graph.value_info[:]
+    onnx.save_model(model, str(path))
     assert fit(path)["patches_multiplied"] == 0
     assert "Conv" in kinds(path)
+
+
+@pytest.mark.parametrize("axis, kind, summed", [(-1, "FLOAT", 1), (2, "FLOAT", 1), (1, "FLOAT", 0), (-1, "FLOAT16", 0)])
+def test_only_lengths_whose_squares_fit_are_summed(axis, kind, summed, tmp_path):
+    element = getattr(onnx.TensorProto, kind)
+    axes = onnx.numpy_helper.from_array(np.array([axis]), "axes")
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("ReduceL2", ["x", "axes"], ["y"], keepdims=0)],
+        "lengths",
+        [onnx.helper.make_tensor_value_info("x", element, [2, 3, 4])],
+        [onnx.helper.make_tensor_value_info("y", element, None)],
+        [axes],
+    )
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save_model(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), str(tmp_path / "model.onnx"))
+    assert fit(tmp_path / "model.onnx")["lengths_summed"] == summed
+    assert kinds(tmp_path / "model.onnx") == (["Mul", "ReduceSum", "Sqrt"] if summed else ["ReduceL2"])
+
+
+def test_norms_are_left_alone_where_the_library_sums_in_half_precision(tmp_path, monkeypatch):
+    _, path = exported(tmp_path, method="dense")
+    monkeypatch.setattr(environment, "installed", lambda package: "1.30.2")
+    assert fit(path)["norms_joined"] == 0
+    assert kinds(path).count("LayerNormalization") == 9
 
 
 def test_a_residual_that_every_image_shares_is_added_as_it_is(tmp_path):
@@ -153,7 +193,11 @@ def test_every_batch_size_has_buffers_of_its_own_and_answers_are_the_callers(rec
     other = runner.run_tensors(images[2][:2])
     again = runner.run_tensors(images[2])
     assert sorted(runner._recordings) == [2, 3]
-    assert runner._recordings[3].images.data_ptr() != images[1].data_ptr()
+    # One buffer, of the largest batch, holds the images of all; the callers' are not written to.
+    held = {recording.images.data_ptr() for recording in runner._recordings.values()}
+    assert held == {runner._buffers[0].data_ptr()}
+    assert len(runner._buffers[0]) == 8
+    assert not held & {value.data_ptr() for value in images.values()}
     with ztp.load_engine(engine.directory) as session:
         for found, asked in ((first, images[1]), (other, images[2][:2]), (again, images[2])):
             torch.testing.assert_close(found["logits"], session.run(asked))

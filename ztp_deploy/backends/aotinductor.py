@@ -106,15 +106,13 @@ def build(job: BuildJob) -> dict[str, Any]:
 
     from ztp_deploy.exporters.torch_export import GRAPH_FILE, read
 
-    on_cpu = job.device.name == "cpu"
-
     torch_device.prepare(job.device.provider)
     with quiet("torch", errors=True), _scratch(job.directory):
         compiler = _compiler()
         program = _placed(read(job.artifact.directory / GRAPH_FILE), job)
         job.advance(0.1)
         package = _compile(program, job, Settings(**job.settings))
-        isa = str(pick_vec_isa()) if on_cpu else "none"
+        isa = str(pick_vec_isa()) if job.device.name == "cpu" else "none"
     # Through memory: torch's own file writer aborts the process on a full disk.
     (job.directory / PACKAGE_FILE).write_bytes(package)
     _check_opens(job.directory / PACKAGE_FILE, compiler)

@@ -45,7 +45,7 @@ class Settings(BaseModel):
     `provider`: the device's own (CPU or CUDA), or on RTX GPUs NVIDIA's plugin for TensorRT-RTX. `attention`: fused into
     the library's own operator where no stage reads it (fp32 on the CPU, fp16 on CUDA), or left as it was exported; in
     fp16 on CUDA "fused" stands for more, see `onnxruntime_cuda`. `cuda_graph`: on a GPU, record one CUDA graph per batch
-    size when it first comes and replay it.
+    size when it first comes and replay it; the library keeps them by thread, so serve from one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -110,7 +110,9 @@ def build(job: BuildJob) -> dict[str, Any]:
     settings = Settings(**job.settings)
     if settings.cuda_graph and (job.device.name != "cuda" or settings.provider != "auto"):
         where = "the CPU" if job.device.name != "cuda" else f"provider={settings.provider}"
-        raise BadRequest(f"cuda_graph=true was asked for on {where}.", "Leave it out, or build with device=cuda.")
+        raise BadRequest(
+            f"cuda_graph=true was asked for on {where}.", "Leave it out, or build with device=cuda and provider=auto."
+        )
     if settings.provider == "tensorrt_rtx":
         return _build_for_rtx(job)
     known = _PRECISIONS_OF[job.device.name]
@@ -190,8 +192,8 @@ class _Bound:
 class OnnxRuntimeRunner:
     """One InferenceSession, and a second one with the audit scores on first use.
 
-    With `cuda_graph` the library records a run per batch size. Replays are of the addresses that were recorded, so
-    every batch size has buffers of its own, and calls come one at a time.
+    With `cuda_graph` the library records a run per batch size and calling thread. Replays are of the addresses that
+    were recorded: all lie in one set of buffers, and calls come one at a time.
     """
 
     def __init__(
@@ -211,6 +213,7 @@ class OnnxRuntimeRunner:
         self._session = self._open(str(graph), recording=settings.cuda_graph)
         self._audit_session: Any = None
         self._recordings: dict[int, _Bound] = {}
+        self._buffers: tuple[Tensor, dict[str, Tensor]] | None = None
         self._one_at_a_time = threading.Lock()
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -228,21 +231,33 @@ class OnnxRuntimeRunner:
         if self._settings.cuda_graph:
             with self._one_at_a_time:
                 return self._replayed(images)
-        return self._bound(images.contiguous()).go()
+        return self._bound(images.contiguous(), self._outputs(len(images), images.device)).go()
 
     def _replayed(self, images: Tensor) -> dict[str, Tensor]:
-        recording = self._recordings.get(len(images))
+        count = len(images)
+        if self._buffers is None:
+            assert isinstance(self._manifest, EngineManifest)
+            largest = self._manifest.batch.max
+            self._buffers = images.new_empty((largest, *images.shape[1:])), self._outputs(largest, images.device)
+        recording = self._recordings.get(count)
         if recording is None:
-            recording = self._bound(images.contiguous().clone(), graph=str(len(images)))
-            self._recordings[len(images)] = recording
-        else:
-            recording.images.copy_(images)
+            held, outputs = self._buffers
+            first = {name: value[:count] for name, value in outputs.items()}
+            recording = self._recordings[count] = self._bound(held[:count], first, graph=str(count))
+        recording.images.copy_(images)
         return {name: value.clone() for name, value in recording.go().items()}
 
-    def _bound(self, images: Tensor, graph: str | None = None) -> _Bound:
-        """Contiguous images and new outputs, bound for a run; `graph` names the CUDA graph that is to be recorded."""
-        import onnxruntime as ort
+    def _outputs(self, batch: int, device: Any) -> dict[str, Tensor]:
         import torch
+
+        return {
+            name: torch.empty((batch, *shape), dtype=dtype, device=device)
+            for name, (dtype, shape) in self._shapes.items()
+        }
+
+    def _bound(self, images: Tensor, outputs: dict[str, Tensor], graph: str | None = None) -> _Bound:
+        """Contiguous images and outputs, bound for a run; `graph` names the CUDA graph that is to be recorded."""
+        import onnxruntime as ort
 
         binding = self._session.io_binding()
         place = (images.device.type, images.device.index or 0)
@@ -252,10 +267,8 @@ class OnnxRuntimeRunner:
             return *place, element, tuple(value.shape), value.data_ptr()
 
         binding.bind_input(self._manifest.input.name, *memory(images))
-        outputs = {}
-        for name, (dtype, shape) in self._shapes.items():
-            outputs[name] = torch.empty((len(images), *shape), dtype=dtype, device=images.device)
-            binding.bind_output(name, *memory(outputs[name]))
+        for name, value in outputs.items():
+            binding.bind_output(name, *memory(value))
         options = ort.RunOptions()
         if graph is not None:
             options.add_run_config_entry("gpu_graph_id", graph)
@@ -273,6 +286,7 @@ class OnnxRuntimeRunner:
     def close(self) -> None:
         self._session = self._audit_session = None
         self._recordings.clear()
+        self._buffers = None
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[Any, list[int]]]:
@@ -330,6 +344,11 @@ class OnnxRuntimeRunner:
             session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
             reason = str(error).splitlines()[0]
+            if recording and self._provider == CUDA:
+                raise BadRequest(
+                    f"ONNX Runtime cannot open {self._graph} with CUDA graphs: {reason}.",
+                    "Build it without cuda_graph.",
+                ) from error
             raise DamagedFiles(f"ONNX Runtime cannot open {self._graph}: {reason}.", "Build it again.") from error
         running = session.get_providers()[0]
         if running != self._provider:

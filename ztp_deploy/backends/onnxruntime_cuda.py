@@ -1,8 +1,8 @@
 """What ONNX Runtime's CUDA kernels are slow at, in operators that they are fast at; the function stays the same.
 
-As a profile on an H200 showed (docs/gpu.md has the times): three channels in half precision are convolved without tensor
-cores; biases, sums and norms are a kernel each, all bound by memory; attention with an odd number of tokens misses the
-fast products; a length along the last axis takes cuDNN a multiple of a sum's time.
+As a profile on an H200 showed, three channels in half precision are convolved without tensor cores; biases, sums and
+norms are a kernel each, all bound by memory; attention with an odd number of tokens misses the fast products; a length
+along the last axis takes cuDNN a multiple of a sum's time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ztp_deploy import environment
 from ztp_deploy.backends.onnxruntime_graph import DOMAIN, OpenAttention, drop, drop_unread, unread
 from ztp_deploy.exporters.nodes import bias_of, constant, maker, only_reader, permutation
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 SKIP_NORM = "SkipLayerNormalization"
 PRODUCT = "FusedMatMul"
 _KINDS = ("Conv", "Softmax", "LayerNormalization", "ReduceL2")
+_JOINS_SINCE = (1, 31)
+"""The release whose joint norms were measured; earlier ones add their squares up in half precision."""
 _PATCHES_LAST = (0, 2, 1)
 """Turns what a convolution gives, [B, C, n], into tokens [B, n, C]."""
 _CUT = (0, 2, 4, 1, 3, 5)
@@ -32,16 +35,19 @@ def fit(path: Path) -> dict[str, int]:
     import onnx_ir
 
     model = onnx_ir.load(path)
+    onnx_ir.passes.common.ShapeInferencePass()(model)  # graphs in half precision lie without shapes and types
     graph = model.graph
     expected = len(unread(graph))
     by_kind = {kind: [node for node in graph if node.op_type == kind] for kind in _KINDS}
     attended = [_attend(node) for node in by_kind["Softmax"]]
+    joins = _joins_norms()
     done = {
         "attention_fused": attended.count("fused"),
         "attention_expected": expected,
         "attention_beside_scores": attended.count("beside scores"),
+        "attention_read": len(attended) - expected,
         "patches_multiplied": sum([_multiply_patches(node) for node in by_kind["Conv"]]),
-        "norms_joined": sum([_join_norm(node) for node in by_kind["LayerNormalization"]]),
+        "norms_joined": sum([joins and _join_norm(node) for node in by_kind["LayerNormalization"]]),
         "lengths_summed": sum([_sum_squares(node) for node in by_kind["ReduceL2"]]),
     }
     model.opset_imports[DOMAIN] = 1
@@ -66,11 +72,9 @@ def _attend(softmax: onnx_ir.Node) -> str | None:
     queries, keys, values = attention.parts
     read = len(softmax.outputs[0].consumers()) > 1
     if read:
-        tape = onnx_ir.tape.Tape()
         heads = [attention.scaled.inputs[0], attention.keys.inputs[0]]
-        logits = tape.op(PRODUCT, heads, {"transB": 1, "alpha": attention.scale}, domain=DOMAIN)
-        graph.insert_after(attention.product, tape.nodes)
-        attention.product.outputs[0].replace_all_uses_with(logits)
+        turned = [onnx_ir.AttrInt64("transB", 1), onnx_ir.AttrFloat32("alpha", attention.scale)]
+        _replace(attention.product, onnx_ir.Node(DOMAIN, PRODUCT, heads, turned))
     inputs = [
         queries.tokens,
         keys.tokens if keys.product is None or read else keys.product,
@@ -118,31 +122,40 @@ def _join_norm(norm: onnx_ir.Node) -> bool:
         return False
     for residual, added in (total.inputs, total.inputs[::-1]):
         addition = maker(added, "Add")
-        # A residual that nothing computes is added to every image alike, and the operator takes none of that shape.
-        if addition is None or added is None or only_reader(added, "Add") is None or maker_of(residual) is None:
+        # The operator takes two sums of one shape: no residual that is added to every image alike.
+        if addition is None or added is None or residual is None or only_reader(added, "Add") is None:
+            continue
+        if not _alike(residual, added):
             continue
         for product, bias in (addition.inputs, addition.inputs[::-1]):
             if product is None or not maker(product, "MatMul") or bias_of(addition, product, gamma.size) is None:
                 continue
-            names = (norm.outputs[0].name, "", "", total.outputs[0].name)
+            normed, summed = norm.outputs[0], total.outputs[0]
             joint = onnx_ir.Node(
                 DOMAIN,
                 SKIP_NORM,
                 [residual, product, norm.inputs[1], norm.inputs[2], bias],
                 [onnx_ir.AttrFloat32("epsilon", norm.attributes.get_float("epsilon", 1e-5))],
-                outputs=[onnx_ir.Value(name=name) for name in names],
+                outputs=[
+                    onnx_ir.Value(name=normed.name, shape=normed.shape, type=normed.type),
+                    *(onnx_ir.Value(name="") for _ in range(2)),
+                    onnx_ir.Value(name=summed.name, shape=summed.shape, type=summed.type),
+                ],
             )
             graph.insert_after(total, joint)
-            norm.outputs[0].replace_all_uses_with(joint.outputs[0])
-            total.outputs[0].replace_all_uses_with(joint.outputs[3])
+            normed.replace_all_uses_with(joint.outputs[0])
+            summed.replace_all_uses_with(joint.outputs[3])
             drop(graph, (norm, total, addition))
             return True
     return False
 
 
-def maker_of(value: onnx_ir.Value | None) -> onnx_ir.Node | None:
-    """The node that a value comes from, of whatever kind."""
-    return None if value is None else value.producer()
+def _alike(one: onnx_ir.Value, other: onnx_ir.Value) -> bool:
+    """Whether both are of one shape [B, N, C]; a batch that is not known goes by any name."""
+    if one.shape is None or other.shape is None or not len(one.shape) == len(other.shape) == 3:
+        return False
+    sides = zip(one.shape, other.shape, strict=True)
+    return all(a == b or not (isinstance(a, int) or isinstance(b, int)) for a, b in sides)
 
 
 def _multiply_patches(convolution: onnx_ir.Node) -> bool:
@@ -164,10 +177,7 @@ def _multiply_patches(convolution: onnx_ir.Node) -> bool:
     ):
         return False
     width, channels, *patch = kernels.shape
-    source = pixels
-    while source is not None and (cast := maker(source, "Cast")) is not None:
-        source = cast.inputs[0]
-    shape = None if source is None or source.shape is None else list(source.shape.dims[1:])
+    shape = None if pixels is None or pixels.shape is None else list(pixels.shape.dims[1:])
     attributes = convolution.attributes
     if (
         shape is None
@@ -203,20 +213,35 @@ def _multiply_patches(convolution: onnx_ir.Node) -> bool:
 
 
 def _sum_squares(length: onnx_ir.Node) -> bool:
-    """A length along the last axis as the root of a sum; False where it goes along another."""
+    """A float32 length along the last axis as the root of a sum; False for others: squares would leave half precision."""
     import onnx_ir
 
     values, along = length.inputs[0], constant(length.inputs[1]) if len(length.inputs) > 1 else None
     graph = length.graph
-    rank = None if values is None or values.shape is None else len(values.shape)
-    if along is None or graph is None or np.ravel(along).tolist() not in ([-1], [rank and rank - 1]):
+    if along is None or graph is None or values is None or values.shape is None:
+        return False
+    last = np.ravel(along).tolist() in ([-1], [len(values.shape) - 1])
+    if not last or values.dtype != onnx_ir.DataType.FLOAT:
         return False
     tape = onnx_ir.tape.Tape()
     keep = {"keepdims": length.attributes.get_int("keepdims", 1)}
     total = tape.op("ReduceSum", [tape.op("Mul", [values, values]), length.inputs[1]], keep)
-    # It may be a score that an audit asks for by its name.
-    root = onnx_ir.Node("", "Sqrt", [total], outputs=[onnx_ir.Value(name=length.outputs[0].name)])
-    graph.insert_after(length, [*tape.nodes, root])
-    length.outputs[0].replace_all_uses_with(root.outputs[0])
-    graph.remove(length, safe=True)
+    graph.insert_before(length, tape.nodes)
+    _replace(length, onnx_ir.Node("", "Sqrt", [total]))
     return True
+
+
+def _replace(node: onnx_ir.Node, by: onnx_ir.Node) -> None:
+    """Puts a node of one output in another's place, under its name: it may be what an audit asks for."""
+    graph = node.graph
+    assert graph is not None
+    by.outputs[0].name = node.outputs[0].name
+    by.outputs[0].shape, by.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+    graph.insert_after(node, by)
+    node.outputs[0].replace_all_uses_with(by.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _joins_norms() -> bool:
+    version = environment.installed("onnxruntime-gpu") or environment.installed("onnxruntime") or "0"
+    return tuple(int(part) for part in version.split(".")[:2]) >= _JOINS_SINCE

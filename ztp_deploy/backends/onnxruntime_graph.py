@@ -140,7 +140,8 @@ class OpenAttention:
         mixed = tape.op(FUSED, inputs, attributes, domain=DOMAIN)
         graph.insert_after(self.joined, tape.nodes)
         self.joined.outputs[0].replace_all_uses_with(mixed)
-        drop(graph, (self.joined, self.turned, self.values, self.softmax, self.product, self.scaled, self.keys))
+        nodes = (self.joined, self.turned, self.values, self.softmax, self.product, self.scaled, self.keys)
+        drop(graph, [node for node in nodes if node.graph is graph])
         drop(graph, [node for part in self.parts for node in part.made])
 
 
