@@ -57,8 +57,9 @@ def test_the_ladder_adds_one_part_of_the_method_at_a_time():
 def test_every_entry_has_a_plan_at_every_share(classifier, share):
     for entries in study.STUDIES.values():
         for entry in entries:
-            plan = make_plan(classifier, entry.method, flops=share, options=entry.options)
+            plan = entry.plan_at(classifier, share)
             assert plan.flops.share == pytest.approx(share, abs=0.005)
+            assert entry.stages in (None, len(plan.stages))
 
 
 def test_rows_are_what_the_models_say(classifier, made):

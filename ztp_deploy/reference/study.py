@@ -47,16 +47,26 @@ BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row of a study: a method with options under a name of its own, or a plan that is there already."""
+    """One row of a study: a method with options under a name of its own, or a plan that is there already.
+
+    `stages`: in the first so many of the places where the method has stages, all of them if None.
+    """
 
     name: str
     method: str
     options: dict[str, Any]
     plan: Plan | None = None
+    stages: int | None = None
 
     def plan_at(self, model: nn.Module, share: float) -> Plan:
         """The plan of this row at a FLOP share."""
-        return self.plan or make_plan(model, self.method, flops=share, options=self.options)
+        if self.plan:
+            return self.plan
+        plan = make_plan(model, self.method, flops=share, options=self.options)
+        if self.stages is None:
+            return plan
+        sites = [stage.block for stage in plan.stages[: self.stages]]
+        return make_plan(model, self.method, flops=share, options=self.options, sites=sites)
 
 
 def _zero_tprune(name: str, **options: Any) -> Entry:
@@ -118,7 +128,20 @@ CHOICES = (
 Bounds "on deviations" are the paper's 0.01 and 0.7 read as bounds of the standard deviation.
 """
 
-STUDIES: dict[str, tuple[Entry, ...]] = {"dense": (), "ladder": LADDER, "curves": CURVES, "choices": CHOICES}
+STAGES = (
+    _zero_tprune("in three stages"),
+    Entry("in two stages", "zero_tprune", {}, stages=2),
+    Entry("in one stage", "zero_tprune", {}, stages=1),
+)
+"""Fewer stages, which each drop more: what a GPU runs fastest (docs/gpu.md)."""
+
+STUDIES: dict[str, tuple[Entry, ...]] = {
+    "dense": (),
+    "ladder": LADDER,
+    "curves": CURVES,
+    "choices": CHOICES,
+    "stages": STAGES,
+}
 TUNED = "tuned"
 DRAWN = "curves"
 """The study of which a picture is drawn."""
