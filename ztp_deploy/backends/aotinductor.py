@@ -256,7 +256,7 @@ def _check_opens(package: Path, compiler: str) -> None:
             return
     opening = "import sys; from torch._inductor import aoti_load_package; aoti_load_package(sys.argv[1])"
     ended = subprocess.run([sys.executable, "-c", opening, str(package)], capture_output=True, check=False)
-    if ended.returncode < 0:
+    if ended.returncode < 0:  # by a signal
         raise MissingSoftware(
             f"torch crashes when it opens what {compiler} compiled: it holds a copy of the C++ library.",
             "Install the shared library for this compiler (libstdc++.so), or name another compiler in the variable CXX.",

@@ -118,7 +118,8 @@ def _join_norm(norm: onnx_ir.Node) -> bool:
     gamma = constant(norm.inputs[1])
     if total is None or graph is None or gamma is None or gamma.ndim != 1 or len(norm.inputs) < 3:
         return False
-    if norm.attributes.get_int("axis", -1) not in (-1, 2) or total.outputs[0].is_graph_output():
+    given_out = norm.outputs[0].is_graph_output() or total.outputs[0].is_graph_output()
+    if norm.attributes.get_int("axis", -1) not in (-1, 2) or given_out:
         return False
     for residual, added in (total.inputs, total.inputs[::-1]):
         addition = maker(added, "Add")
@@ -243,5 +244,6 @@ def _replace(node: onnx_ir.Node, by: onnx_ir.Node) -> None:
 
 
 def _joins_norms() -> bool:
+    """Whether this release adds the squares of a joint norm up in float32."""
     version = environment.installed("onnxruntime-gpu") or environment.installed("onnxruntime") or "0"
     return tuple(int(part) for part in version.split(".")[:2]) >= _JOINS_SINCE

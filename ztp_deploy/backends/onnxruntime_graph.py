@@ -50,9 +50,9 @@ def drop_unread(graph: onnx_ir.Graph) -> None:
 
 
 def drop(graph: onnx_ir.Graph, nodes: Iterable[onnx_ir.Node]) -> None:
-    """Takes out those nodes, listed from the last to the first, that nothing reads any more."""
+    """Takes out those of its nodes, listed from the last to the first, that nothing reads any more."""
     for node in nodes:
-        if not any(value.consumers() or value.is_graph_output() for value in node.outputs):
+        if node.graph is graph and not any(value.consumers() or value.is_graph_output() for value in node.outputs):
             graph.remove(node, safe=True)
 
 
@@ -140,8 +140,7 @@ class OpenAttention:
         mixed = tape.op(FUSED, inputs, attributes, domain=DOMAIN)
         graph.insert_after(self.joined, tape.nodes)
         self.joined.outputs[0].replace_all_uses_with(mixed)
-        nodes = (self.joined, self.turned, self.values, self.softmax, self.product, self.scaled, self.keys)
-        drop(graph, [node for node in nodes if node.graph is graph])
+        drop(graph, (self.joined, self.turned, self.values, self.softmax, self.product, self.scaled, self.keys))
         drop(graph, [node for part in self.parts for node in part.made])
 
 

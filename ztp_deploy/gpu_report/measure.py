@@ -48,7 +48,7 @@ Way = tuple[str, bool]
 Result = TypeVar("Result")
 
 
-ONE_STAGE = ", one stage"
+_ONE_STAGE = ", one stage"
 
 
 def plans_of(model: nn.Module) -> dict[str, Plan]:
@@ -62,7 +62,7 @@ def plans_of(model: nn.Module) -> dict[str, Plan]:
     if "tome" in methods.METHODS:
         plans.append(make_plan(model, "tome", ratio=0.7))
     named = {plan.label: plan for plan in plans}
-    return named | {pruned[1].label + ONE_STAGE: one, twin_of(pruned[1]).label + ONE_STAGE: twin_of(one)}
+    return named | {pruned[1].label + _ONE_STAGE: one, twin_of(pruned[1]).label + _ONE_STAGE: twin_of(one)}
 
 
 @dataclass(frozen=True)
