@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -107,11 +108,11 @@ def build(job: BuildJob) -> dict[str, Any]:
     from ztp_deploy.exporters.torch_export import GRAPH_FILE, read
 
     torch_device.prepare(job.device.provider)
-    with quiet("torch", errors=True), _scratch(job.directory):
+    with quiet("torch", errors=True), _scratch(job.directory) as scratch:
         compiler = _compiler()
         program = _placed(read(job.artifact.directory / GRAPH_FILE), job)
         job.advance(0.1)
-        package = _compile(program, job, Settings(**job.settings))
+        package = _compile(program, job, Settings(**job.settings), _sharing(scratch))
         isa = str(pick_vec_isa()) if job.device.name == "cpu" else "none"
     # Through memory: torch's own file writer aborts the process on a full disk.
     (job.directory / PACKAGE_FILE).write_bytes(package)
@@ -191,28 +192,33 @@ class AotInductorRunner:
 
 
 def _placed(program: Any, job: BuildJob) -> Any:
-    """The program on the job's device; traced anew where the batch is fixed or kernels are tried out at it."""
+    """The program on the job's device, with stages written out for it.
+
+    Traced anew where stages were, where the batch is fixed, or where kernels are tried out at the optimal one.
+    """
     from torch.export import Dim
     from torch.export.passes import move_to_device_pass
 
     from ztp_deploy.exporters.torch_export import export_module
+    from ztp_deploy.methods.zero_tprune_op import write_out
 
     span = job.batch
-    if span.min == span.max or job.settings["max_autotune"]:
+    fixed = span.min == span.max
+    module = program.module()
+    if write_out(module, job.device.name) or fixed or job.settings["max_autotune"]:
         [example] = program.example_inputs[0]
-        fixed = span.min == span.max
         # A batch of 1 is a special case to the tracer and would be the only one.
         wanted = span.opt if fixed else max(2, span.opt)
         example = example[:1].expand(wanted, *example.shape[1:]).contiguous()
         batch = None if fixed else Dim("batch", min=span.min, max=max(2, span.max))
-        program = export_module(program.module(), example, batch)
+        program = export_module(module, example, batch)
     return move_to_device_pass(program, job.device.provider) if job.device.name == "cuda" else program
 
 
-def _compile(program: Any, job: BuildJob, settings: Settings) -> bytes:
+def _compile(program: Any, job: BuildJob, settings: Settings, sharing: dict[str, Any]) -> bytes:
     from torch._inductor import aoti_compile_and_package
 
-    options: dict[str, Any] = {"max_autotune": settings.max_autotune}
+    options: dict[str, Any] = {"max_autotune": settings.max_autotune, **sharing}
     if job.device.name == "cpu":
         options |= {"cpp.threads": settings.threads} if settings.threads else {"cpp.dynamic_threads": True}
     else:  # the host's part computes nothing, and to try out what its vector units can takes most of a minute
@@ -245,11 +251,39 @@ def _compiler() -> str:
     return done.stdout.splitlines()[0]
 
 
+def _sharing(scratch: Path) -> dict[str, Any]:
+    """Options that make the compiler ask for the C++ library in this process, where it would link a copy instead.
+
+    Two copies in one process may disagree about locales, and the loader of torch 2.11 then crashes at its first
+    regular expression.
+    """
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    own = get_cpp_compiler()
+    probe = scratch / "probe.so"
+    source = "#include <iostream>\nvoid say() { std::cout << 1; }\n"
+    command = [own, "-shared", "-fPIC", "-x", "c++", "-", "-o", str(probe)]
+    done = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+    if done.returncode or _CXX_LIBRARY in probe.read_bytes():
+        return {}
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    loaded = next((line.split(maxsplit=5)[5] for line in maps if _CXX_LIBRARY.decode() in line), None)
+    if loaded is None:
+        return {}
+    wrapper = scratch / "c++"
+    # Behind the code and before what the compiler adds by itself: no symbol is left for the copy.
+    wrapper.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -x none {shlex.quote(loaded)};; esac\n'
+        f'exec {shlex.quote(own)} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    return {"cpp.cxx": (None, str(wrapper))}
+
+
 def _check_opens(package: Path, compiler: str) -> None:
     """Raises MissingSoftware where opening the package ends the process: it is tried in another one first.
 
-    Only where the compiler linked the C++ library into the code instead of asking for it. Two copies in one process
-    may disagree about locales, and the loader of torch 2.11 then crashes at its first regular expression.
+    Only where the compiler linked the C++ library into the code all the same (`_sharing`).
     """
     with zipfile.ZipFile(package) as archive:
         if all(_CXX_LIBRARY in archive.read(name) for name in archive.namelist() if name.endswith(".so")):
@@ -264,9 +298,9 @@ def _check_opens(package: Path, compiler: str) -> None:
 
 
 @contextlib.contextmanager
-def _scratch(directory: Path) -> Iterator[None]:
+def _scratch(directory: Path) -> Iterator[Path]:
     """A cache for the compiler beside the engine being made, gone at the end."""
     from torch._inductor.utils import fresh_cache
 
     with tempfile.TemporaryDirectory(dir=directory, prefix="compile-") as folder, fresh_cache(dir=folder):
-        yield
+        yield Path(folder)

@@ -7,12 +7,14 @@ is given as float32; so do the image until it enters the backbone, and the class
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ztp_deploy.exporters.graph import InferenceGraph
+from ztp_deploy.methods.base import StageModule
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -34,6 +36,14 @@ def lower(graph: InferenceGraph, precision: str) -> InferenceGraph:
     for classifier in lowered.pruned.host.classifiers:
         classifier.float().register_forward_pre_hook(_in_float32)
     return lowered
+
+
+def join_stages(graph: InferenceGraph) -> InferenceGraph:
+    """A copy of the graph whose stages may be operators of their own, for programs that know them by name."""
+    joined = copy.deepcopy(graph)
+    for stage in joined.pruned.stages.values():
+        cast(StageModule, stage).joined = True
+    return joined
 
 
 def _in_float32(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:

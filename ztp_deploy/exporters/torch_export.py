@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed
 from ztp_deploy.exporters.graph import AuditedGraph, InferenceGraph
-from ztp_deploy.exporters.lower import lower
+from ztp_deploy.exporters.lower import join_stages, lower
 from ztp_deploy.manifest import ArtifactManifest
 
 SUMMARY = "torch.export's program, dynamic batch; what AOTInductor engines are built from"
@@ -49,7 +50,7 @@ def write(graph: InferenceGraph, directory: Path, image_batch: int, precision: s
 
     Raises GateFailed where the program holds a forbidden operator.
     """
-    program = _traced(lower(graph, precision), image_batch)
+    program = _traced(join_stages(lower(graph, precision)), image_batch)
     faults = sorted({f"{kind}: {FORBIDDEN[kind]}" for kind in map(_kind, _calls(program)) if kind in FORBIDDEN})
     if faults:
         raise GateFailed(
@@ -66,6 +67,7 @@ def write(graph: InferenceGraph, directory: Path, image_batch: int, precision: s
 
 def read(path: Path) -> ExportedProgram:
     """The program in a file, which is code: load only what you exported. Raises DamagedFiles."""
+    import_module("ztp_deploy.methods.zero_tprune_op")  # programs hold its operator by name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

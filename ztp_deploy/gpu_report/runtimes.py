@@ -21,7 +21,7 @@ from ztp_deploy.evidence.latency import wall_clock
 from ztp_deploy.evidence.parity import PARITY_FILE, Edge, ParityReport, check_parity, compare_with_eager
 from ztp_deploy.exporters import check_precision
 from ztp_deploy.exporters.graph import InferenceGraph
-from ztp_deploy.exporters.lower import lower
+from ztp_deploy.exporters.lower import join_stages, lower
 from ztp_deploy.exporters.precision import PRECISIONS as FLOATING
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
@@ -162,7 +162,8 @@ class _Module:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        graph = lower(InferenceGraph(prune(job.model, job.plan), "float32"), job.precision).to(job.device)
+        graph = lower(InferenceGraph(prune(job.model, job.plan), "float32"), job.precision)
+        graph = join_stages(graph).to(job.device)
         self._graph = graph
         self._forward: Callable[[Tensor], tuple[Tensor, ...]] = graph
         if job.runtime == "torch_compile":

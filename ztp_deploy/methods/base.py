@@ -45,6 +45,12 @@ class StageModule(nn.Module):
     needs_attention: bool = False
     batch_dependent: bool = False
     """Whether what an image keeps depends on the others in its batch; such a stage is not exported."""
+    joined: bool = False
+    """Whether the stage may be one operator together with its block's attention, where the method has one."""
+
+    def attend(self, attention: Attention) -> Attention:
+        """The block's attention as the stage is going to read it, of stages after the block that ask for attention."""
+        return attention
 
     def forward(
         self, tokens: Tensor, state: TokenState, attention: Attention | None, forced: Tensor | None = None

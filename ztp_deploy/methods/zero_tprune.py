@@ -11,7 +11,7 @@ Scores are float32, and scaled to mean 1 over the tokens that take part until th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -396,22 +396,43 @@ class ZeroTPruneStage(StageModule):
         self, tokens: Tensor, state: TokenState, attention: Attention | None, forced: Tensor | None = None
     ) -> StageOutput:
         assert attention is not None
-        probabilities = attention.probabilities.float()
-        if self.options.temperature != 1:
-            probabilities = (attention.logits.float() / self.options.temperature).softmax(-1)
-        chosen = select(
-            probabilities,
-            _features(attention, self.options),
-            self.stage,
-            Starts(self.start, self.start_of_survivors),
-            special_tokens=self.special_tokens,
-            options=self.options,
-            positions=state.positions,
-        )
+        chosen = self._choose(attention, state)
         tokens, state = keep_tokens(
             tokens, state, chosen.kept if forced is None else slots_of(forced, state), self.special_tokens
         )
         return StageOutput(tokens, state, chosen.scores)
+
+    def attend(self, attention: Attention) -> Attention:
+        if not self.joined:
+            return attention
+        from ztp_deploy.methods import zero_tprune_op
+
+        if zero_tprune_op.misfit(attention, self.options):
+            return attention
+        outcome = zero_tprune_op.decide(attention, self.stage, self._starts, self.special_tokens, self.options)
+        return replace(attention, decided=outcome)
+
+    def _choose(self, attention: Attention, state: TokenState) -> Selection:
+        if attention.decided:
+            from ztp_deploy.methods import zero_tprune_op
+
+            return zero_tprune_op.Outcome(*attention.decided).selection(self.stage)
+        probabilities = attention.probabilities.float()
+        if self.options.temperature != 1:
+            probabilities = (attention.logits.float() / self.options.temperature).softmax(-1)
+        return select(
+            probabilities,
+            _features(attention, self.options),
+            self.stage,
+            self._starts,
+            special_tokens=self.special_tokens,
+            options=self.options,
+            positions=state.positions,
+        )
+
+    @property
+    def _starts(self) -> Starts:
+        return Starts(self.start, self.start_of_survivors)
 
 
 def _features(attention: Attention, options: Options) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,18 +72,36 @@ class Source(BaseModel):
 
 @dataclass(frozen=True)
 class Attention:
-    """One block's self-attention, heads first after the batch.
+    """One block's self-attention, heads first after the batch; what is not asked for is not computed.
 
-    `inputs` [B, N, C] are the tokens that enter the block; logits and probabilities [B, H, N, N] (rows sum to 1),
-    queries, keys and values [B, H, N, d].
+    `inputs` [B, N, C] are the tokens that enter the block; queries, keys and values [B, H, N, d]; `bias` [B or 1, 1 or H,
+    1 or N, N] is added to the logits. `decided`: what a stage's own operator computed in attention's place, the mixed
+    values first.
     """
 
     inputs: Tensor
-    logits: Tensor
-    probabilities: Tensor
     queries: Tensor
     keys: Tensor
     values: Tensor
+    scale: float
+    bias: Tensor | None = None
+    decided: Sequence[Tensor] = ()
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[B, H, N, N], bias included."""
+        logits = (self.queries * self.scale) @ self.keys.transpose(-2, -1)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """[B, H, N, N], rows sum to 1."""
+        return self.logits.softmax(dim=-1)
+
+    @cached_property
+    def mixed(self) -> Tensor:
+        """The heads' results [B, H, N, d]."""
+        return self.decided[0] if self.decided else self.probabilities @ self.values
 
 
 class Host(Protocol):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ztp_deploy.models.base import Attention
-from ztp_deploy.models.parts import fused_attention, open_attention, project
+from ztp_deploy.models.parts import fused_attention, project
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState, initial_state
 
@@ -96,7 +96,7 @@ class BlocksHost:
 
     def attention(self, block: Any, tokens: Tensor, state: TokenState) -> Attention:
         queries, keys, values = block.project(tokens)
-        return open_attention(tokens, queries, keys, values, block.attn.scale, state)
+        return Attention(tokens, queries, keys, values, block.attn.scale, state.bias)
 
     def finish(self, block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
         finished: Tensor = block.finish(tokens, mixed)

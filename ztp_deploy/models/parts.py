@@ -1,4 +1,4 @@
-"""What hosts share: attention computed openly, reading out what tokens survive, and what no host can carry."""
+"""What hosts share: projections, fused attention, reading out what tokens survive, and what no host can carry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ztp_deploy.models.base import Attention
 from ztp_deploy.pruning.tokens import TokenState
 
 
@@ -27,16 +26,6 @@ def split_heads(values: Tensor, heads: int) -> Tensor:
     """Values [B, N, H·d] of all heads → [B, H, N, d]."""
     split: Tensor = values.unflatten(2, (heads, -1)).transpose(1, 2)
     return split
-
-
-def open_attention(
-    inputs: Tensor, queries: Tensor, keys: Tensor, values: Tensor, scale: float, state: TokenState
-) -> Attention:
-    """Attention of queries on keys, all [B, H, N, d], with the state's bias."""
-    logits = (queries * scale) @ keys.transpose(-2, -1)
-    if state.bias is not None:
-        logits = logits + state.bias.to(logits.dtype)
-    return Attention(inputs, logits, logits.softmax(dim=-1), queries, keys, values)
 
 
 def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float, state: TokenState) -> Tensor:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import timm_head, timm_vit
 from ztp_deploy.models.base import Attention, ModelSize
-from ztp_deploy.models.parts import fused_attention, open_attention, split_heads
+from ztp_deploy.models.parts import fused_attention, split_heads
 from ztp_deploy.pruning.tokens import TokenState, look_up
 
 SUMMARY = "EVA-02, DINOv3, EVA, Perception Encoder, RoPE-ViT: timm's Eva, tokens keep their rotary positions"
@@ -105,7 +105,7 @@ class TimmEvaHost:
     def attention(self, block: Any, tokens: Tensor, state: TokenState) -> Attention:
         """The block's attention computed openly; queries and keys are turned, as attention multiplies them."""
         queries, keys, values = self._project(block, tokens, state)
-        return open_attention(tokens, queries, keys, values, block.attn.scale, state)
+        return Attention(tokens, queries, keys, values, block.attn.scale, state.bias)
 
     def finish(self, block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
         attn = block.attn

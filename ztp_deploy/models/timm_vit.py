@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import layouts, timm_head
 from ztp_deploy.models.base import Attention, ModelSize
-from ztp_deploy.models.parts import open_attention, project, typed
+from ztp_deploy.models.parts import project, typed
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
 from ztp_deploy.reference import model as reference
@@ -145,7 +145,7 @@ class TimmVitHost:
         attn = block.attn
         queries, keys, values = project(block.norm1(tokens), attn.qkv, attn.num_heads)
         queries, keys = attn.q_norm(queries), attn.k_norm(keys)
-        return open_attention(tokens, queries, keys, values, attn.scale, state)
+        return Attention(tokens, queries, keys, values, attn.scale, state.bias)
 
     def finish(self, block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
         attn = block.attn

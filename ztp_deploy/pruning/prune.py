@@ -110,8 +110,8 @@ class PrunedModel(nn.Module):
             mixed = host.finish(block, out.tokens, rows @ attention.values)
             return replace(out, tokens=host.transform(block, mixed))
         if module.needs_attention:
-            attention = host.attention(block, tokens, state)
-            tokens = host.finish(block, tokens, attention.probabilities @ attention.values)
+            attention = module.attend(host.attention(block, tokens, state))
+            tokens = host.finish(block, tokens, attention.mixed)
             out = module(tokens, state, attention, forced)
         else:
             out = module(host.mix(block, tokens, state), state, None, forced)

@@ -82,7 +82,7 @@ def by_block(model: nn.Module, images: Tensor) -> dict[int, int]:
                 ).score[:, geometry.special_tokens :]
                 kept[rounds] = top_k(score, max(1, geometry.patch_tokens // 2)).cpu().numpy()
             found[number] = rounds_needed(kept)
-            tokens = host.transform(block, host.finish(block, tokens, attention.probabilities @ attention.values))
+            tokens = host.transform(block, host.finish(block, tokens, attention.mixed))
     return found
 
 
