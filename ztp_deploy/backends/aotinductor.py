@@ -196,6 +196,7 @@ def _placed(program: Any, job: BuildJob) -> Any:
 
     Traced anew where stages were, where the batch is fixed, or where kernels are tried out at the optimal one.
     """
+    import torch
     from torch.export import Dim
     from torch.export.passes import move_to_device_pass
 
@@ -205,7 +206,7 @@ def _placed(program: Any, job: BuildJob) -> Any:
     span = job.batch
     fixed = span.min == span.max
     module = program.module()
-    if write_out(module, job.device.name) or fixed or job.settings["max_autotune"]:
+    if write_out(module, torch.device(job.device.provider)) or fixed or job.settings["max_autotune"]:
         [example] = program.example_inputs[0]
         # A batch of 1 is a special case to the tracer and would be the only one.
         wanted = span.opt if fixed else max(2, span.opt)

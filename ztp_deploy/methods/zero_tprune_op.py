@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 256
 """So many columns of attention, for a few rows, fit the registers of a GPU's processor."""
-MAX_WIDTH = 128
-"""So wide may a head be for its keys and values to fit the shared memory beside them."""
+MAX_WIDTH = 64
+"""So wide may a head be for the keys and values of so many tokens to fit its shared memory."""
+CAPABILITY = (8, 0)
+"""The first GPUs whose processors have that much."""
 _ALL = torch.finfo(torch.float32).max
 """The upper bound of a variance where every head counts."""
 
@@ -89,16 +91,21 @@ def decide(attention: Attention, stage: Stage, starts: Starts, special_tokens: i
     )
 
 
-def write_out(module: fx.GraphModule, device: str) -> bool:
-    """Replaces every such operator by what it does on `cuda` or `cpu`, for a compiler; False where there is none.
+def write_out(module: fx.GraphModule, device: torch.device) -> bool:
+    """Replaces every such operator by what it does on a device, for a compiler; False where there is none.
 
     What is traced of the module then holds kernels by their numbers in this process: it cannot be saved.
     """
     found = [node for node in module.graph.nodes if node.target is torch.ops.ztp.zero_tprune.default]
     for node in found:
-        node.target = _kernels if device == "cuda" else _plain
+        node.target = _kernels if has_kernels(device) else _plain
     module.recompile()
     return bool(found)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels run on a device: NVIDIA GPUs of compute capability 8.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 @torch.library.custom_op("ztp::zero_tprune", mutates_args=())
@@ -151,9 +158,10 @@ def _plain(
         special_tokens=special_tokens,
         options=options,
     )
-    outcome = _empty(queries, special_tokens, kept)._replace(kept=chosen.kept, **chosen.scores)
     # Tokens lie before heads, as the kernels write them and the projection behind reads them.
-    return outcome._replace(mixed=mixed.transpose(1, 2).contiguous().transpose(1, 2))
+    found = {"mixed": mixed.transpose(1, 2).contiguous().transpose(1, 2), "kept": chosen.kept.contiguous()}
+    scores = {name: value.contiguous() for name, value in chosen.scores.items()}
+    return _empty(queries, special_tokens, kept)._replace(**found, **scores)
 
 
 @zero_tprune.register_fake
@@ -165,6 +173,10 @@ def _fake(
 
 
 @zero_tprune.register_kernel("cuda")
+def _on_cuda(queries: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return (_kernels if has_kernels(queries.device) else _plain)(queries, *arguments)
+
+
 def _kernels(*arguments: Any) -> tuple[Tensor, ...]:
     from ztp_deploy.methods import zero_tprune_triton
 

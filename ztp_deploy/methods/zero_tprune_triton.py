@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 _LOG2_E = 1.4426950408889634
-_ROWS = 64
+_LAUNCH = {"num_warps": 8, "num_stages": 1}
+"""So 256 columns of 32 rows fit registers, and keys and values the shared memory of every GPU since compute capability 8.0."""
+_ROWS = 32
 _OUT_OF_BOUNDS = tl.constexpr(1e-12)
 """As in `zero_tprune`: what a head counts that VHF leaves out."""
 
@@ -251,7 +253,7 @@ def run(
     votes, normalisers = empty(batch, heads, tokens), empty(batch, heads, tokens)
     first = start if similar else start_of_survivors
     wrap_triton(_attend)[per_head](
-        queries, keys, values, first, mixed, votes, normalisers, scale, *q, *k, *v, **sizes, **lanes, num_warps=8
+        queries, keys, values, first, mixed, votes, normalisers, scale, *q, *k, *v, **sizes, **lanes, **_LAUNCH
     )
     pre_score, pre_spread = empty(batch, patches), empty(batch, heads, 1)
     similarity = empty(batch, patches // 2)
@@ -259,19 +261,19 @@ def run(
         dropped, order = empty(batch, tokens), empty(batch, patches, dtype=torch.int32)
         wrap_triton(_compare)[per_image](
             votes, keys, pre_score, pre_spread, order, similarity, dropped, *within_all, *k, **sizes, **lanes, **joined,
-            SIMILAR=similar, HALF_UP=_power_of_two(patches - patches // 2), COSINE=cosine, num_warps=8,
+            SIMILAR=similar, HALF_UP=_power_of_two(patches - patches // 2), COSINE=cosine, **_LAUNCH,
         )  # fmt: skip
     else:
         dropped = torch.zeros(batch, tokens, device=queries.device)
     if similar or rounds > 1:
         wrap_triton(_revote)[per_head](
             queries, keys, start_of_survivors, normalisers, dropped, votes, scale, *q, *k, **sizes, **lanes,
-            LEFT=tokens - similar, ROUNDS=rounds, RENORMALISE=renormalise, num_warps=8,
+            LEFT=tokens - similar, ROUNDS=rounds, RENORMALISE=renormalise, **_LAUNCH,
         )  # fmt: skip
     score, spread = empty(batch, patches), empty(batch, heads, 1)
     chosen = empty(batch, kept, dtype=torch.int64)
     wrap_triton(_choose)[per_image](
-        votes, dropped, score, spread, chosen, *within_left, **sizes, **joined, KEPT=kept, num_warps=8
+        votes, dropped, score, spread, chosen, *within_left, **sizes, **joined, KEPT=kept, **_LAUNCH
     )
     return mixed.transpose(1, 2), chosen, pre_score, pre_spread, similarity, score, spread
 
