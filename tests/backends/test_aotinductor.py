@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 import zipfile
 
@@ -110,6 +111,31 @@ def test_a_cuda_graph_needs_a_gpu(half, tmp_path):
             directory=tmp_path / "e",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_copies_its_library_is_made_to_share_this_process_one(tmp_path, monkeypatch):
+    from torch._inductor import cpp_builder
+
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ (apt-get install g++)")
+    copying = tmp_path / "copying"
+    copying.write_text('#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -static-libstdc++;; esac\nexec g++ "$@"\n')
+    copying.chmod(0o755)
+    source = tmp_path / "say.cpp"
+    source.write_text('#include <iostream>\nvoid say() { std::cout << "so"; }\n')
+
+    def compiled(compiler, *how):
+        subprocess.run([compiler, "-fPIC", *how, source, "-o", tmp_path / "say"], check=True)
+        return b"libstdc++.so" in (tmp_path / "say").read_bytes()
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+    assert aotinductor._sharing(tmp_path) == {}
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: str(copying))
+    [(name, (first, wrapper))] = aotinductor._sharing(tmp_path).items()
+    assert (name, first) == ("cpp.cxx", None)
+    assert not compiled(copying, "-shared")
+    assert compiled(wrapper, "-shared")
+    assert not compiled(wrapper, "-c")  # what is not linked needs no library, and is no error
 
 
 @pytest.mark.parametrize(
