@@ -140,8 +140,13 @@ def test_a_compiler_that_copies_its_library_is_made_to_share_this_process_one(tm
 
 @pytest.mark.parametrize(
     "needs, does, refused",
-    [(b"libstdc++.so.6", "kill -SEGV $$", False), (b"", "kill -SEGV $$", True), (b"", "exit 1", False)],
-    ids=["the library is shared", "opening it crashes", "opening it fails, which is told later"],
+    [
+        (b"libstdc++.so.6", "kill -SEGV $$", None),
+        (b"", "kill -SEGV $$", r"crashes when it opens what g\+\+ 1 compiled"),
+        (b"", "exit 1", None),
+        (b"", "exec sleep 60", r"did not open what g\+\+ 1 compiled within 1 s"),
+    ],
+    ids=["the library is shared", "opening it crashes", "opening it fails, which is told later", "opening it hangs"],
 )
 def test_code_that_crashes_with_a_library_of_its_own_is_refused(needs, does, refused, tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
@@ -151,8 +156,9 @@ def test_code_that_crashes_with_a_library_of_its_own_is_refused(needs, does, ref
     python.write_text(f"#!/bin/sh\n{does}\n")
     python.chmod(0o755)
     monkeypatch.setattr(aotinductor.sys, "executable", str(python))
+    monkeypatch.setattr(aotinductor, "_OPENING_S", 1)
     if refused:
-        with pytest.raises(MissingSoftware, match=r"crashes when it opens what g\+\+ 1 compiled"):
+        with pytest.raises(MissingSoftware, match=refused):
             aotinductor._check_opens(tmp_path / "model.pt2", "g++ 1")
     else:
         aotinductor._check_opens(tmp_path / "model.pt2", "g++ 1")

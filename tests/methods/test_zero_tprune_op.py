@@ -166,15 +166,18 @@ def test_a_stage_is_as_few_kernels_as_it_needs(launches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability, dtype", [(80, torch.bfloat16), (89, torch.float16), (90, torch.float16)])
-def test_the_kernels_compile_for_a_gpu_and_fit_it(capability, dtype, launches, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "capability, dtype, case",
+    [(80, torch.bfloat16, "deit_s"), (89, torch.float16, "published"), (90, torch.float16, "deit_s")],
+)
+def test_the_kernels_compile_for_a_gpu_and_fit_it(capability, dtype, case, launches, monkeypatch, tmp_path):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for kernel, _, given, named in launches("deit_s", dtype):
+    for kernel, _, given, named in launches(case, dtype):
         values = dict(zip(kernel.arg_names, given, strict=False)) | named
         options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
         signature, constants, aligned = {}, {}, {}

@@ -42,6 +42,7 @@ CALIBRATED: tuple[str, ...] = ()
 GPU_REPORT: OnGpu | None = OnGpu()
 PACKAGE_FILE = "model.pt2"
 _CXX_LIBRARY = b"libstdc++.so"
+_OPENING_S = 300
 
 
 class Settings(BaseModel):
@@ -289,11 +290,16 @@ def _check_opens(package: Path, compiler: str) -> None:
     with zipfile.ZipFile(package) as archive:
         if all(_CXX_LIBRARY in archive.read(name) for name in archive.namelist() if name.endswith(".so")):
             return
+    reason = f"torch crashes when it opens what {compiler} compiled: it holds a copy of the C++ library."
     opening = "import sys; from torch._inductor import aoti_load_package; aoti_load_package(sys.argv[1])"
-    ended = subprocess.run([sys.executable, "-c", opening, str(package)], capture_output=True, check=False)
-    if ended.returncode < 0:  # by a signal
+    try:
+        command = [sys.executable, "-c", opening, str(package)]
+        code = subprocess.run(command, capture_output=True, check=False, timeout=_OPENING_S).returncode
+    except subprocess.TimeoutExpired:
+        code, reason = -1, f"torch did not open what {compiler} compiled within {_OPENING_S} s."
+    if code < 0:  # by a signal
         raise MissingSoftware(
-            f"torch crashes when it opens what {compiler} compiled: it holds a copy of the C++ library.",
+            reason,
             "Install the shared library for this compiler (libstdc++.so), or name another compiler in the variable CXX.",
         )
 
