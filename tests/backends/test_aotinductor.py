@@ -95,19 +95,20 @@ def test_a_compiler_that_gives_up_is_one_sentence(half, tmp_path, capfd):
 
 
 def test_settings():
-    assert aotinductor.parse_settings({}) == {"threads": 0, "max_autotune": False, "cuda_graph": False}
+    assert aotinductor.parse_settings({}) == {"threads": 0, "max_autotune": False, "cuda_graph": False, "kernels": True}
     with pytest.raises(BadRequest, match="aotinductor does not take cache"):
         aotinductor.parse_settings({"cache": 1})
 
 
-def test_a_cuda_graph_needs_a_gpu(half, tmp_path):
-    with pytest.raises(BadRequest, match="cuda_graph=true was asked for on the CPU"):
+@pytest.mark.parametrize("setting, named", [("cuda_graph", "cuda_graph=true"), ("kernels", "kernels=false")])
+def test_settings_for_a_gpu_need_one(setting, named, half, tmp_path):
+    with pytest.raises(BadRequest, match=f"{named} was asked for on the CPU"):
         ztp.build(
             half,
             "aotinductor",
             device="cpu",
             precision="bf16",
-            settings={"cuda_graph": True},
+            settings={setting: setting == "cuda_graph"},
             directory=tmp_path / "e",
         )
     assert list(tmp_path.iterdir()) == []

@@ -288,21 +288,20 @@ def test_the_operator_keeps_its_word_to_torch():
     torch.library.opcheck(op.zero_tprune, arguments(*CASES["no S-stage"]))
 
 
-def test_a_compiler_gets_stages_written_out(small, monkeypatch):
+def test_a_compiler_gets_stages_written_out(small):
     program = exported(small, "fp16")
     module = program.module()
-    assert op.write_out(module, torch.device("cpu"))
+    assert op.write_out(module, kernels=False)
     images = torch.from_numpy(tiny.images(2))
     with torch.inference_mode():
         for one, other in zip(module(images), program.module()(images), strict=True):
             assert torch.equal(one, other)
     plain = kinds(torch_export.export_module(module, images, Dim("batch", min=1)))
     assert (plain["ztp.zero_tprune.default"], plain["aten.sort.stable"]) == (0, 6)
-    assert not op.write_out(module, torch.device("cpu"))
+    assert not op.write_out(module, kernels=False)
 
-    monkeypatch.setattr(op, "has_kernels", lambda device: True)
     module = program.module()
-    assert op.write_out(module, torch.device("cuda"))
+    assert op.write_out(module, kernels=True)
     kernels = torch_export.export_module(module, images, Dim("batch", min=1)).run_decompositions({})
     found = kinds(kernels)
     assert (found["triton_kernel_wrapper_functional"], found["aten.sort.stable"], found["aten.softmax.int"]) == (
@@ -310,6 +309,13 @@ def test_a_compiler_gets_stages_written_out(small, monkeypatch):
         0,
         0,
     )
+
+
+def test_old_gpus_and_processors_have_no_kernels(monkeypatch):
+    assert not op.has_kernels(torch.device("cpu"))
+    for capability, has in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert op.has_kernels(torch.device("cuda:0")) == has
 
 
 @pytest.mark.gpu

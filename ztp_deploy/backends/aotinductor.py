@@ -50,7 +50,8 @@ class Settings(BaseModel):
 
     `threads` 0: as many as torch uses where the engine is opened; else that many, compiled in and set for the
     whole process. `max_autotune` tries kernels at the optimal batch and keeps the fastest: a build takes minutes longer.
-    `cuda_graph`: on a GPU, record one CUDA graph per batch size when it first comes and replay it.
+    `cuda_graph`: on a GPU, record one CUDA graph per batch size when it first comes and replay it. `kernels`: on a GPU,
+    stages that have kernels of their own are made of them; false: of torch's operators, as on the CPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +59,7 @@ class Settings(BaseModel):
     threads: int = Field(default=0, ge=0, le=1024)
     max_autotune: bool = False
     cuda_graph: bool = False
+    kernels: bool = True
 
 
 def missing() -> str | None:
@@ -99,11 +101,15 @@ def build(job: BuildJob) -> dict[str, Any]:
     """Compiles `model.pt2` and reports the instruction set it was compiled for.
 
     The compiler works in a scratch folder of its own, which goes whatever happens.
-    Raises BadRequest (a CUDA graph on a CPU), MissingSoftware (no C++ compiler, or one that links what would crash) and
+    Raises BadRequest (settings for a GPU on a CPU), MissingSoftware (no C++ compiler, or one that links what would crash) and
     GateFailed (the compiler gave up).
     """
     if job.settings["cuda_graph"] and job.device.name != "cuda":
         raise BadRequest("cuda_graph=true was asked for on the CPU.", "Leave it out, or build with device=cuda.")
+    if not job.settings["kernels"] and job.device.name != "cuda":
+        raise BadRequest(
+            "kernels=false was asked for on the CPU, where there are none.", "Leave it out, or build with device=cuda."
+        )
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     from ztp_deploy.exporters.torch_export import GRAPH_FILE, read
@@ -202,12 +208,13 @@ def _placed(program: Any, job: BuildJob) -> Any:
     from torch.export.passes import move_to_device_pass
 
     from ztp_deploy.exporters.torch_export import export_module
-    from ztp_deploy.methods.zero_tprune_op import write_out
+    from ztp_deploy.methods.zero_tprune_op import has_kernels, write_out
 
     span = job.batch
     fixed = span.min == span.max
     module = program.module()
-    if write_out(module, torch.device(job.device.provider)) or fixed or job.settings["max_autotune"]:
+    kernels = job.settings["kernels"] and has_kernels(torch.device(job.device.provider))
+    if write_out(module, kernels) or fixed or job.settings["max_autotune"]:
         [example] = program.example_inputs[0]
         # A batch of 1 is a special case to the tracer and would be the only one.
         wanted = span.opt if fixed else max(2, span.opt)

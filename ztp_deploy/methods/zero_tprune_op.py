@@ -91,14 +91,14 @@ def decide(attention: Attention, stage: Stage, starts: Starts, special_tokens: i
     )
 
 
-def write_out(module: fx.GraphModule, device: torch.device) -> bool:
-    """Replaces every such operator by what it does on a device, for a compiler; False where there is none.
+def write_out(module: fx.GraphModule, kernels: bool) -> bool:
+    """Replaces every such operator by its kernels or by torch's operators, for a compiler; False where there is none.
 
-    What is traced of the module then holds kernels by their numbers in this process: it cannot be saved.
+    What is traced of a module with kernels holds them by their numbers in this process: it cannot be saved.
     """
     found = [node for node in module.graph.nodes if node.target is torch.ops.ztp.zero_tprune.default]
     for node in found:
-        node.target = _kernels if has_kernels(device) else _plain
+        node.target = _kernels if kernels else _plain
     module.recompile()
     return bool(found)
 
