@@ -107,6 +107,21 @@ def test_the_kernels_give_ties_to_the_lower_index(interpreted):
     assert found.kept[0].tolist() == [*range(98), *range(127, 166)]
 
 
+def test_what_is_no_number_stays_within_its_image(interpreted):
+    given = list(arguments(*CASES["deit_s"]))
+    given[0] = given[0].clone()
+    given[0][0, :, 100] = float("inf")
+    given[1] = given[1].clone()
+    given[1][0, 1, 150] = float("nan")
+    found, expected = interpreted(given), in_float32(given)
+    assert not expected.mixed[0].isfinite().all()
+    for kept in found.kept:
+        assert len(set(kept.tolist())) == 137
+        assert 0 <= kept.min() <= kept.max() < 196
+    assert torch.equal(found.kept[1], expected.kept[1])
+    torch.testing.assert_close(found.score[1], expected.score[1], rtol=2e-5, atol=2e-5)
+
+
 def test_the_kernels_take_any_layout(interpreted):
     given = arguments(*CASES["no S-stage"])
     turned = [part.transpose(2, 3).contiguous().transpose(2, 3) for part in given[:3]]

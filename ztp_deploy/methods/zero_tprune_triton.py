@@ -87,13 +87,23 @@ def _join_heads(
 
 
 @triton.jit
+def _ordered(score):
+    """Scores that can be ranked whatever they are: what is no number comes first, as in torch's sorting."""
+    return tl.where(score == score, score, float("inf"))
+
+
+@triton.jit
 def _ranks(
     score, scores, first, SPECIAL: tl.constexpr, PATCHES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Ranks [ROWS] of the patches from `first` on among score [COLUMNS], which also lies at `scores`."""
+    """Ranks [ROWS] of the patches from `first` on among score [COLUMNS], which also lies at `scores`.
+
+    They are a permutation whatever the scores are: what is addressed by them lies within its image.
+    """
     columns = tl.arange(0, COLUMNS) - SPECIAL
     rows = first + tl.arange(0, ROWS)
-    own = tl.load(scores + rows, mask=rows < PATCHES, other=0.0)
+    own = _ordered(tl.load(scores + rows, mask=rows < PATCHES, other=0.0))
+    score = _ordered(score)
     ahead = (score[None, :] > own[:, None]) | ((score[None, :] == own[:, None]) & (columns[None, :] < rows[:, None]))
     patch = (columns >= 0) & (columns < PATCHES)
     return tl.sum((ahead & patch[None, :]).to(tl.int32), 1)
@@ -151,6 +161,7 @@ def _compare(
     if COSINE:
         best = best / tl.maximum(tl.sqrt(less_squared), 1e-12)
     tl.store(likenesses + image * LESS + half, best, mask=half < LESS)
+    best = _ordered(best)
     ahead = (best[None, :] > best[:, None]) | ((best[None, :] == best[:, None]) & (half[None, :] < half[:, None]))
     rank = tl.sum((ahead & (half < LESS)[None, :]).to(tl.int32), 1)
     tl.store(
