@@ -1,0 +1,563 @@
+/// Zero-TPrune's stage as one operator of OpenVINO on the CPU: attention and keys in, kept slots and scores out.
+///
+/// The stage I′ → S → I of `methods/zero_tprune.py` in float32, in the names used there. Attention comes as
+/// probabilities whose rows sum to 1, or as exponentials E [B, H, N, M ≥ N] (`openvino_attention`), whose row sums z are
+/// then computed on the way and given out too. Attention and keys may be float32 or bf16.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/core/parallel.hpp>
+#include <openvino/op/op.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace {
+
+// --- vectors -----------------------------------------------------------------------------------
+
+#ifdef __AVX512F__
+constexpr std::size_t kLanes = 16;
+constexpr std::size_t kColumns = 4;
+#else
+constexpr std::size_t kLanes = 8;
+constexpr std::size_t kColumns = 2;  // with kRows as many sums as fit into 16 registers beside what they are made of
+#endif
+constexpr std::size_t kRows = 4;
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Words = std::uint32_t __attribute__((vector_size(kLanes * sizeof(float))));
+using Halves = std::uint16_t __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
+
+struct Bf16 {
+  std::uint16_t bits;
+};
+
+std::size_t padded(std::size_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+template <class To, class From>
+To same_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+Lanes load(const float* from) {
+  Lanes values;
+  std::memcpy(&values, from, sizeof values);
+  return values;
+}
+
+Lanes load(const Bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return same_bits<Lanes>(__builtin_convertvector(halves, Words) << 16);
+}
+
+void store(float* to, const Lanes& values) { std::memcpy(to, &values, sizeof values); }
+
+float sum(const Lanes& values) {
+  float total = 0;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) total += values[lane];
+  return total;
+}
+
+/// The first `count` lanes of a row's end, 0 beyond; reads no further than the memory's `end`.
+template <class T>
+Lanes load_some(const T* from, std::size_t count, const T* end) {
+  if (from + kLanes <= end) {
+    Words mask;
+    for (std::size_t lane = 0; lane < kLanes; ++lane) mask[lane] = lane < count ? ~0U : 0U;
+    return same_bits<Lanes>(same_bits<Words>(load(from)) & mask);
+  }
+  T rest[kLanes] = {};
+  for (std::size_t lane = 0; lane < count; ++lane) rest[lane] = from[lane];
+  return load(rest);
+}
+
+// --- one image ---------------------------------------------------------------------------------
+
+/// A stage's fixed numbers; `boosted` is the class token's slot, -1 where it starts as the others do.
+struct Numbers {
+  std::int64_t kept = 1, similar = 0, rounds = 1, special = 0, boosted = -1;
+  bool renormalise = false, mean = false, cosine = true, bounded = true, exponentials = false;
+  float low = 0, high = 0;
+};
+
+struct Sizes {
+  std::size_t batch, heads, tokens, row, width;
+};
+
+/// Where one image's results go.
+struct Results {
+  std::int32_t* kept;
+  float *sums, *pre_score, *pre_spread, *similarity, *score, *spread;
+};
+
+/// Memory that one image needs, used again by the next.
+struct Scratch {
+  std::vector<float> received, sums, weights, start, start_of_survivors, mask, dropped, features, inverse, best, combined;
+  std::vector<std::int32_t> order, rank, going;
+};
+
+class Pool {
+ public:
+  std::unique_ptr<Scratch> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (free_.empty()) return std::make_unique<Scratch>();
+    auto taken = std::move(free_.back());
+    free_.pop_back();
+    return taken;
+  }
+  void give(std::unique_ptr<Scratch> scratch) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(scratch));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Scratch>> free_;
+};
+
+/// Slots of the `count` largest scores, best first, ties to the lower index: a score's place is how many are ahead.
+void top_k(const float* scores, std::size_t tokens, std::size_t count, std::int32_t* slots) {
+  std::fill_n(slots, count, 0);  // NaN has no place
+  for (std::size_t token = 0; token < tokens; ++token) {
+    const float own = scores[token];
+    std::int32_t ahead = 0;
+    for (std::size_t other = 0; other < token; ++other) ahead += scores[other] >= own ? 1 : 0;
+    for (std::size_t other = token + 1; other < tokens; ++other) ahead += scores[other] > own ? 1 : 0;
+    if (static_cast<std::size_t>(ahead) < count) slots[ahead] = static_cast<std::int32_t>(token);
+  }
+}
+
+/// Start vector of a vote, mean 1 over `participants`: √participants times the others for the class token.
+void start_scores(std::vector<float>& start, std::size_t tokens, std::size_t participants, std::int64_t boosted) {
+  double total = static_cast<double>(participants);
+  const double boost = std::sqrt(total);
+  if (boosted >= 0) total += boost - 1;
+  const auto scale = static_cast<float>(static_cast<double>(participants) / total);
+  start.assign(tokens, scale);
+  if (boosted >= 0) start[static_cast<std::size_t>(boosted)] = static_cast<float>(boost) * scale;
+}
+
+template <class T>
+class Image {
+ public:
+  Image(const Numbers& numbers, const Sizes& sizes, const T* attention, const T* keys, const T* end_of_attention,
+        const T* end_of_keys, const Results& results, Scratch& scratch, bool parallel)
+      : numbers_(numbers),
+        sizes_(sizes),
+        attention_(attention),
+        keys_(keys),
+        end_of_attention_(end_of_attention),
+        end_of_keys_(end_of_keys),
+        results_(results),
+        scratch_(scratch),
+        parallel_(parallel),
+        tokens_(sizes.tokens),
+        patches_(sizes.tokens - special()),
+        padded_(padded(sizes.tokens)) {}
+
+  void select() {
+    const auto similar = static_cast<std::size_t>(numbers_.similar);
+    scratch_.received.resize(sizes_.heads * padded_);
+    scratch_.weights.resize(sizes_.heads * padded_);
+    scratch_.sums.resize(sizes_.heads * padded_);
+    scratch_.combined.resize(padded_);
+    scratch_.mask.assign(padded_, 1.0F);
+    std::fill(scratch_.mask.begin() + static_cast<std::ptrdiff_t>(tokens_), scratch_.mask.end(), 0.0F);
+    scratch_.dropped.assign(padded_, 0.0F);
+    start_scores(scratch_.start_of_survivors, tokens_, tokens_ - similar, numbers_.boosted);
+    if (similar == 0) {
+      importance(static_cast<std::size_t>(numbers_.rounds), scratch_.start_of_survivors, false, results_.spread);
+    } else {
+      start_scores(scratch_.start, tokens_, tokens_, numbers_.boosted);
+      importance(1, scratch_.start, false, results_.pre_spread);
+      const float* pre_score = scratch_.combined.data() + special();
+      std::copy_n(pre_score, patches_, results_.pre_score);
+      scratch_.order.resize(patches_);
+      top_k(pre_score, patches_, patches_, scratch_.order.data());
+      drop(similar);
+      importance(static_cast<std::size_t>(numbers_.rounds), scratch_.start_of_survivors, true, results_.spread);
+      // Dropped ones rank below a survivor's 0.
+      for (std::size_t token = 0; token < tokens_; ++token) scratch_.combined[token] -= scratch_.dropped[token];
+    }
+    std::copy_n(scratch_.combined.data() + special(), patches_, results_.score);
+    top_k(results_.score, patches_, static_cast<std::size_t>(numbers_.kept), results_.kept);
+  }
+
+ private:
+  std::size_t special() const { return static_cast<std::size_t>(numbers_.special); }
+
+  template <class Work>
+  void each(std::size_t count, const Work& work) const {
+    const int threads = parallel_ ? static_cast<int>(std::min<std::size_t>(count, parallel_get_max_threads())) : 1;
+    ov::parallel_nt_static(threads, [&](int thread, int of) {
+      const std::size_t first = count * static_cast<std::size_t>(thread) / static_cast<std::size_t>(of);
+      const std::size_t last = count * static_cast<std::size_t>(thread + 1) / static_cast<std::size_t>(of);
+      for (std::size_t number = first; number < last; ++number) work(number);
+    });
+  }
+
+  const T* row(std::size_t head, std::size_t token) const {
+    return attention_ + (head * tokens_ + token) * sizes_.row;
+  }
+
+  /// Sums of a row's elements, each times its mask.
+  float row_sum(const T* from, const float* mask) const {
+    Lanes total{};
+    std::size_t token = 0;
+    for (; token + kLanes <= tokens_; token += kLanes) {
+      total += mask ? load(from + token) * load(mask + token) : load(from + token);
+    }
+    if (token < tokens_) {
+      const Lanes rest = load_some(from + token, tokens_ - token, end_of_attention_);
+      total += mask ? rest * load(mask + token) : rest;
+    }
+    return sum(total);
+  }
+
+  /// Adds `count` rows, each times its weight, to what the tokens receive.
+  template <std::size_t count>
+  void add(const T* const* rows, const float* weights, float* received) const {
+    std::size_t token = 0;
+    for (; token + kLanes <= tokens_; token += kLanes) {
+      Lanes total = load(received + token);
+      for (std::size_t number = 0; number < count; ++number) total += weights[number] * load(rows[number] + token);
+      store(received + token, total);
+    }
+    if (token < tokens_) {
+      Lanes total = load(received + token);
+      for (std::size_t number = 0; number < count; ++number) {
+        total += weights[number] * load_some(rows[number] + token, tokens_ - token, end_of_attention_);
+      }
+      store(received + token, total);
+    }
+  }
+
+  /// One round: what each token receives of votes that go along the rows of attention.
+  void receive(std::size_t head, const float* votes, float* received) const {
+    std::fill_n(received, padded_, 0.0F);
+    const T* rows[kRows];
+    float weights[kRows];
+    std::size_t waiting = 0;
+    for (std::size_t token = 0; token < tokens_; ++token) {
+      if (votes[token] == 0) continue;
+      rows[waiting] = row(head, token);
+      weights[waiting] = votes[token];
+      if (++waiting == kRows) {
+        add<kRows>(rows, weights, received);
+        waiting = 0;
+      }
+    }
+    for (std::size_t number = 0; number < waiting; ++number) add<1>(rows + number, weights + number, received);
+  }
+
+  /// The first vote, with the row sums on the way, so that attention comes from memory once.
+  void receive_and_sum(std::size_t head, const float* start, float* sums, float* received) const {
+    std::fill_n(received, padded_, 0.0F);
+    const T* rows[kRows];
+    float weights[kRows];
+    for (std::size_t first = 0; first < tokens_; first += kRows) {
+      const std::size_t count = std::min(kRows, tokens_ - first);
+      for (std::size_t number = 0; number < count; ++number) {
+        const std::size_t token = first + number;
+        rows[number] = row(head, token);
+        sums[token] = row_sum(rows[number], nullptr);
+        weights[number] = start[token] / sums[token];
+      }
+      if (count == kRows) {
+        add<kRows>(rows, weights, received);
+      } else {
+        for (std::size_t number = 0; number < count; ++number) add<1>(rows + number, weights + number, received);
+      }
+    }
+  }
+
+  /// WPR of one head: its scores, 0 outside the survivors.
+  void vote(std::size_t head, std::size_t rounds, const std::vector<float>& start, bool survivors) {
+    float* received = scratch_.received.data() + head * padded_;
+    float* votes = scratch_.weights.data() + head * padded_;
+    float* sums = scratch_.sums.data() + head * padded_;
+    const float* mask = scratch_.mask.data();
+    std::size_t done = 0;
+    if (!survivors) {
+      if (numbers_.exponentials) {
+        receive_and_sum(head, start.data(), sums, received);
+        std::copy_n(sums, tokens_, results_.sums + head * tokens_);
+        done = 1;
+      } else {
+        std::fill_n(sums, tokens_, 1.0F);
+      }
+    }
+    for (; done < rounds; ++done) {
+      const float* score = done ? received : start.data();
+      for (std::size_t token = 0; token < tokens_; ++token) {
+        float given = score[token] / sums[token];
+        if (survivors) given *= mask[token];
+        votes[token] = given;
+      }
+      if (survivors && numbers_.renormalise) {
+        for (std::size_t token = 0; token < tokens_; ++token) {
+          if (votes[token] == 0) continue;
+          // A row whose whole attention went to dropped tokens underflows to 0 and must not turn into NaN.
+          votes[token] /= std::max(row_sum(row(head, token), mask) / sums[token], 1e-30F);
+        }
+      }
+      receive(head, votes, received);
+      if (survivors && !numbers_.renormalise) {
+        float total = 0;
+        for (std::size_t token = 0; token < tokens_; ++token) total += received[token] *= mask[token];
+        const float mean = std::max(total / static_cast<float>(tokens_ - static_cast<std::size_t>(numbers_.similar)),
+                                    1e-30F);
+        for (std::size_t token = 0; token < tokens_; ++token) received[token] /= mean;
+      }
+    }
+    if (survivors && numbers_.renormalise) {
+      for (std::size_t token = 0; token < tokens_; ++token) received[token] *= mask[token];
+    }
+  }
+
+  /// WPR, VHF and EIR in one: scores of all tokens and the heads' spreads.
+  void importance(std::size_t rounds, const std::vector<float>& start, bool survivors, float* spread) {
+    each(sizes_.heads, [&](std::size_t head) {
+      vote(head, rounds, start, survivors);
+      const float* received = scratch_.received.data() + head * padded_;
+      const float* mask = scratch_.mask.data();
+      Lanes squares{};
+      for (std::size_t token = 0; token < padded_; token += kLanes) {
+        const Lanes deviation = load(received + token) - load(mask + token);
+        squares += deviation * deviation;
+      }
+      spread[head] = std::sqrt(sum(squares));
+    });
+    float* combined = scratch_.combined.data();
+    std::fill_n(combined, padded_, 0.0F);
+    for (std::size_t head = 0; head < sizes_.heads; ++head) {
+      const float* received = scratch_.received.data() + head * padded_;
+      const float* bounds = survivors || numbers_.similar == 0 ? bounds_ + 2 : bounds_;
+      const bool within = !numbers_.bounded || (spread[head] >= bounds[0] && spread[head] <= bounds[1]);
+      const float weight = within ? 1.0F : 1e-12F;
+      for (std::size_t token = 0; token < padded_; ++token) {
+        const float weighted = received[token] * weight;
+        combined[token] += numbers_.mean ? weighted : weighted * weighted;
+      }
+    }
+    if (!numbers_.mean) {
+      for (std::size_t token = 0; token < padded_; ++token) combined[token] = std::sqrt(combined[token]);
+    }
+  }
+
+  /// S: drops the `similar` tokens of the less important half that resemble one of the more important half most.
+  void drop(std::size_t similar) {
+    const std::size_t less = patches_ / 2, more = patches_ - less, width = padded(sizes_.width);
+    const std::int32_t* order = scratch_.order.data();
+    scratch_.features.resize(patches_ * width);
+    scratch_.inverse.resize(patches_);
+    scratch_.best.resize(less);
+    scratch_.going.resize(similar);
+    each(patches_, [&](std::size_t place) {
+      const T* key = keys_ + (special() + static_cast<std::size_t>(order[place])) * sizes_.width;
+      float* feature = scratch_.features.data() + place * width;
+      Lanes squares{};
+      std::size_t at = 0;
+      for (; at + kLanes <= sizes_.width; at += kLanes) {
+        const Lanes part = load(key + at);
+        store(feature + at, part);
+        squares += part * part;
+      }
+      if (at < sizes_.width) {
+        const Lanes part = load_some(key + at, sizes_.width - at, end_of_keys_);
+        store(feature + at, part);
+        squares += part * part;
+      }
+      scratch_.inverse[place] = numbers_.cosine ? 1 / std::max(std::sqrt(sum(squares)), 1e-12F) : 1.0F;
+    });
+    each((less + kRows - 1) / kRows, [&](std::size_t block) {
+      const std::size_t first = block * kRows;
+      const float* ones[kRows];
+      float best[kRows];
+      for (std::size_t number = 0; number < kRows; ++number) {
+        // A block's last row again where there is none: only the columns' maximum counts.
+        ones[number] = scratch_.features.data() + (more + std::min(first + number, less - 1)) * width;
+        best[number] = -INFINITY;
+      }
+      for (std::size_t column = 0; column < more; column += kColumns) compare(ones, column, more, width, best);
+      for (std::size_t number = 0; number < kRows && first + number < less; ++number) {
+        scratch_.best[first + number] = best[number] * scratch_.inverse[more + first + number];
+      }
+    });
+    std::copy_n(scratch_.best.data(), less, results_.similarity);
+    top_k(scratch_.best.data(), less, similar, scratch_.going.data());
+    for (std::size_t number = 0; number < similar; ++number) {
+      const std::size_t token =
+          special() + static_cast<std::size_t>(order[more + static_cast<std::size_t>(scratch_.going[number])]);
+      scratch_.dropped[token] = 1;
+      scratch_.mask[token] = 0;
+    }
+  }
+
+  /// Likeness of a few tokens to a few of the better half, and the largest so far.
+  void compare(const float* const* ones, std::size_t column, std::size_t more, std::size_t width, float* best) const {
+    const float* others[kColumns];
+    for (std::size_t number = 0; number < kColumns; ++number) {
+      others[number] = scratch_.features.data() + std::min(column + number, more - 1) * width;
+    }
+    Lanes products[kRows][kColumns] = {};
+    for (std::size_t at = 0; at < width; at += kLanes) {
+      Lanes right[kColumns];
+      for (std::size_t number = 0; number < kColumns; ++number) right[number] = load(others[number] + at);
+      for (std::size_t one = 0; one < kRows; ++one) {
+        const Lanes left = load(ones[one] + at);
+        for (std::size_t number = 0; number < kColumns; ++number) products[one][number] += left * right[number];
+      }
+    }
+    for (std::size_t one = 0; one < kRows; ++one) {
+      for (std::size_t number = 0; number < kColumns; ++number) {
+        const float likeness = sum(products[one][number]) * scratch_.inverse[std::min(column + number, more - 1)];
+        best[one] = std::max(best[one], likeness);
+      }
+    }
+  }
+
+  static float bound(float variance, std::size_t participants) {
+    return static_cast<float>(std::sqrt(static_cast<double>(participants) * static_cast<double>(variance)));
+  }
+
+  const Numbers& numbers_;
+  const Sizes& sizes_;
+  const T* attention_;
+  const T* keys_;
+  const T* end_of_attention_;
+  const T* end_of_keys_;
+  const Results& results_;
+  Scratch& scratch_;
+  bool parallel_;
+  std::size_t tokens_, patches_, padded_;
+  /// VHF's bounds of the spread among all tokens, then among the survivors.
+  float bounds_[4] = {bound(numbers_.low, tokens_), bound(numbers_.high, tokens_),
+                      bound(numbers_.low, tokens_ - static_cast<std::size_t>(numbers_.similar)),
+                      bound(numbers_.high, tokens_ - static_cast<std::size_t>(numbers_.similar))};
+};
+
+// --- the operator ------------------------------------------------------------------------------
+
+class ZeroTPruneStage : public ov::op::Op {
+ public:
+  OPENVINO_OP("ZeroTPruneStage", "ztp_deploy");
+
+  ZeroTPruneStage() = default;
+  ZeroTPruneStage(const ov::OutputVector& arguments, const Numbers& numbers) : Op(arguments), numbers_(numbers) {
+    constructor_validate_and_infer_types();
+  }
+
+  void validate_and_infer_types() override {
+    const ov::PartialShape attention = get_input_partial_shape(0), keys = get_input_partial_shape(1);
+    const ov::element::Type type = get_input_element_type(0);
+    NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type == ov::element::bf16, "takes f32 or bf16");
+    NODE_VALIDATION_CHECK(this, type == get_input_element_type(1), "takes attention and keys of one type");
+    NODE_VALIDATION_CHECK(this, attention.rank() == 4 && keys.rank() == 3, "takes [B, H, N, M] and [B, N, D]");
+    const ov::Dimension batch = attention[0], heads = attention[1], tokens = attention[2];
+    const ov::Dimension patches = tokens.is_static() ? tokens.get_length() - numbers_.special : ov::Dimension();
+    const ov::Dimension half = patches.is_static() ? patches.get_length() / 2 : ov::Dimension();
+    set_output_type(0, ov::element::i32, {batch, numbers_.kept});
+    set_output_type(1, ov::element::f32, {batch, heads, tokens, 1});
+    set_output_type(2, ov::element::f32, {batch, patches});
+    set_output_type(3, ov::element::f32, {batch, heads, 1});
+    set_output_type(4, ov::element::f32, {batch, half});
+    set_output_type(5, ov::element::f32, {batch, patches});
+    set_output_type(6, ov::element::f32, {batch, heads, 1});
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
+    return std::make_shared<ZeroTPruneStage>(arguments, numbers_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("kept", numbers_.kept);
+    visitor.on_attribute("similar", numbers_.similar);
+    visitor.on_attribute("rounds", numbers_.rounds);
+    visitor.on_attribute("special", numbers_.special);
+    visitor.on_attribute("boosted", numbers_.boosted);
+    visitor.on_attribute("renormalise", numbers_.renormalise);
+    visitor.on_attribute("mean", numbers_.mean);
+    visitor.on_attribute("cosine", numbers_.cosine);
+    visitor.on_attribute("bounded", numbers_.bounded);
+    visitor.on_attribute("exponentials", numbers_.exponentials);
+    visitor.on_attribute("low", numbers_.low);
+    visitor.on_attribute("high", numbers_.high);
+    return true;
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const ov::Shape& attention = inputs[0].get_shape();
+    const Sizes sizes{attention[0], attention[1], attention[2], attention[3], inputs[1].get_shape()[2]};
+    if (inputs[0].get_element_type() == ov::element::bf16) {
+      run(outputs, sizes, static_cast<const Bf16*>(inputs[0].data()), static_cast<const Bf16*>(inputs[1].data()));
+    } else {
+      run(outputs, sizes, static_cast<const float*>(inputs[0].data()), static_cast<const float*>(inputs[1].data()));
+    }
+    return true;
+  }
+
+ private:
+  template <class T>
+  void run(ov::TensorVector& outputs, const Sizes& sizes, const T* attention, const T* keys) const {
+    const std::size_t patches = sizes.tokens - static_cast<std::size_t>(numbers_.special);
+    outputs[0].set_shape({sizes.batch, static_cast<std::size_t>(numbers_.kept)});
+    outputs[1].set_shape({sizes.batch, sizes.heads, sizes.tokens, 1});
+    outputs[2].set_shape({sizes.batch, patches});
+    outputs[3].set_shape({sizes.batch, sizes.heads, 1});
+    outputs[4].set_shape({sizes.batch, patches / 2});
+    outputs[5].set_shape({sizes.batch, patches});
+    outputs[6].set_shape({sizes.batch, sizes.heads, 1});
+    auto* kept = static_cast<std::int32_t*>(outputs[0].data());
+    float* of[7] = {};
+    for (std::size_t port = 1; port < 7; ++port) of[port] = static_cast<float*>(outputs[port].data());
+    const std::size_t per_attention = sizes.heads * sizes.tokens * sizes.row, per_keys = sizes.tokens * sizes.width;
+    const T* end_of_attention = attention + sizes.batch * per_attention;
+    const T* end_of_keys = keys + sizes.batch * per_keys;
+    const auto threads = static_cast<std::size_t>(parallel_get_max_threads());
+    const bool within = sizes.batch < threads;
+    const auto one = [&](std::size_t image) {
+      const Results results{kept + image * static_cast<std::size_t>(numbers_.kept),
+                            of[1] + image * sizes.heads * sizes.tokens,
+                            of[2] + image * patches,
+                            of[3] + image * sizes.heads,
+                            of[4] + image * (patches / 2),
+                            of[5] + image * patches,
+                            of[6] + image * sizes.heads};
+      auto scratch = pool().take();
+      Image<T>(numbers_, sizes, attention + image * per_attention, keys + image * per_keys, end_of_attention,
+               end_of_keys, results, *scratch, within)
+          .select();
+      pool().give(std::move(scratch));
+    };
+    const int workers = static_cast<int>(std::min(sizes.batch, threads));
+    ov::parallel_nt_static(workers, [&](int thread, int count) {
+      const std::size_t first = sizes.batch * static_cast<std::size_t>(thread) / static_cast<std::size_t>(count);
+      const std::size_t last = sizes.batch * static_cast<std::size_t>(thread + 1) / static_cast<std::size_t>(count);
+      for (std::size_t image = first; image < last; ++image) one(image);
+    });
+  }
+
+  static Pool& pool() {
+    static Pool pool;
+    return pool;
+  }
+
+  Numbers numbers_;
+};
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<ZeroTPruneStage>>()}));
