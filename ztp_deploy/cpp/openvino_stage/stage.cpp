@@ -29,6 +29,7 @@ constexpr std::size_t kLanes = 8;
 constexpr std::size_t kColumns = 2;  // with kRows as many sums as fit into 16 registers beside what they are made of
 #endif
 constexpr std::size_t kRows = 4;
+constexpr std::size_t kBlocks = 4;
 using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Words = std::uint32_t __attribute__((vector_size(kLanes * sizeof(float))));
 using Halves = std::uint16_t __attribute__((vector_size(kLanes * sizeof(std::uint16_t))));
@@ -61,10 +62,39 @@ Lanes load(const Bf16* from) {
 
 void store(float* to, const Lanes& values) { std::memcpy(to, &values, sizeof values); }
 
+/// Every lane plus the one whose number differs in one bit: `first`'s where that bit is clear, `second`'s where it is set.
+template <std::size_t bit>
+Lanes fold(const Lanes& first, const Lanes& second) {
+  Words own, other;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    const std::size_t from = lane & bit ? kLanes : 0;
+    own[lane] = static_cast<std::uint32_t>(from + lane);
+    other[lane] = static_cast<std::uint32_t>(from + (lane ^ bit));
+  }
+  return __builtin_shuffle(first, second, own) + __builtin_shuffle(first, second, other);
+}
+
+/// Sums of kLanes vectors' lanes, each in the lane of its vector's number; overwrites them.
+template <std::size_t bit = 1>
+Lanes sums(Lanes* vectors) {
+  for (std::size_t pair = 0; pair < kLanes / (2 * bit); ++pair) {
+    vectors[pair] = fold<bit>(vectors[2 * pair], vectors[2 * pair + 1]);
+  }
+  if constexpr (2 * bit < kLanes) {
+    return sums<2 * bit>(vectors);
+  } else {
+    return vectors[0];
+  }
+}
+
+template <std::size_t bit = kLanes / 2>
 float sum(const Lanes& values) {
-  float total = 0;
-  for (std::size_t lane = 0; lane < kLanes; ++lane) total += values[lane];
-  return total;
+  const Lanes folded = fold<bit>(values, values);
+  if constexpr (bit > 1) {
+    return sum<bit / 2>(folded);
+  } else {
+    return folded[0];
+  }
 }
 
 /// The first `count` lanes of a row's end, 0 beyond; reads no further than the memory's `end`.
@@ -379,18 +409,24 @@ class Image {
       }
       scratch_.inverse[place] = numbers_.cosine ? 1 / std::max(std::sqrt(sum(squares)), 1e-12F) : 1.0F;
     });
-    each((less + kRows - 1) / kRows, [&](std::size_t block) {
-      const std::size_t first = block * kRows;
-      const float* ones[kRows];
-      float best[kRows];
-      for (std::size_t number = 0; number < kRows; ++number) {
-        // A block's last row again where there is none: only the columns' maximum counts.
-        ones[number] = scratch_.features.data() + (more + std::min(first + number, less - 1)) * width;
-        best[number] = -INFINITY;
+    // A few blocks of rows at a time stay in the nearest cache while the columns pass by.
+    const std::size_t blocks = (less + kRows - 1) / kRows, groups = (blocks + kBlocks - 1) / kBlocks;
+    each(groups, [&](std::size_t group) {
+      const std::size_t begin = group * kBlocks, count = std::min(kBlocks, blocks - begin);
+      Lanes best[kBlocks];
+      for (Lanes& block : best) block = Lanes{} - INFINITY;
+      for (std::size_t column = 0; column < more; column += kColumns) {
+        for (std::size_t block = 0; block < count; ++block) {
+          const Lanes likeness = compare((begin + block) * kRows, column, width);
+          best[block] = likeness > best[block] ? likeness : best[block];
+        }
       }
-      for (std::size_t column = 0; column < more; column += kColumns) compare(ones, column, more, width, best);
-      for (std::size_t number = 0; number < kRows && first + number < less; ++number) {
-        scratch_.best[first + number] = best[number] * scratch_.inverse[more + first + number];
+      for (std::size_t row = 0; row < count * kRows && begin * kRows + row < less; ++row) {
+        const std::size_t first = row % kRows * kColumns;
+        float most = best[row / kRows][first];
+        for (std::size_t column = 1; column < kColumns; ++column) most = std::max(most, best[row / kRows][first + column]);
+        const std::size_t place = begin * kRows + row;
+        scratch_.best[place] = most * scratch_.inverse[more + place];
       }
     });
     std::copy_n(scratch_.best.data(), less, results_.similarity);
@@ -403,27 +439,34 @@ class Image {
     }
   }
 
-  /// Likeness of a few tokens to a few of the better half, and the largest so far.
-  void compare(const float* const* ones, std::size_t column, std::size_t more, std::size_t width, float* best) const {
+  /// Likeness of kRows tokens of the less important half to kColumns of the other, row by row.
+  Lanes compare(std::size_t row, std::size_t column, std::size_t width) const {
+    const std::size_t less = patches_ / 2, more = patches_ - less;
+    const float* ones[kRows];
     const float* others[kColumns];
-    for (std::size_t number = 0; number < kColumns; ++number) {
-      others[number] = scratch_.features.data() + std::min(column + number, more - 1) * width;
+    Lanes inverse;
+    // The last one again where there is none.
+    for (std::size_t number = 0; number < kRows; ++number) {
+      ones[number] = scratch_.features.data() + (more + std::min(row + number, less - 1)) * width;
     }
-    Lanes products[kRows][kColumns] = {};
+    for (std::size_t number = 0; number < kColumns; ++number) {
+      const std::size_t other = std::min(column + number, more - 1);
+      others[number] = scratch_.features.data() + other * width;
+      for (std::size_t one = 0; one < kRows; ++one) inverse[one * kColumns + number] = scratch_.inverse[other];
+    }
+    Lanes products[kRows * kColumns] = {};
     for (std::size_t at = 0; at < width; at += kLanes) {
       Lanes right[kColumns];
       for (std::size_t number = 0; number < kColumns; ++number) right[number] = load(others[number] + at);
       for (std::size_t one = 0; one < kRows; ++one) {
         const Lanes left = load(ones[one] + at);
-        for (std::size_t number = 0; number < kColumns; ++number) products[one][number] += left * right[number];
+        for (std::size_t number = 0; number < kColumns; ++number) {
+          products[one * kColumns + number] += left * right[number];
+        }
       }
     }
-    for (std::size_t one = 0; one < kRows; ++one) {
-      for (std::size_t number = 0; number < kColumns; ++number) {
-        const float likeness = sum(products[one][number]) * scratch_.inverse[std::min(column + number, more - 1)];
-        best[one] = std::max(best[one], likeness);
-      }
-    }
+    static_assert(kRows * kColumns == kLanes);
+    return sums(products) * inverse;
   }
 
   static float bound(float variance, std::size_t participants) {
@@ -458,11 +501,13 @@ class ZeroTPruneStage : public ov::op::Op {
   }
 
   void validate_and_infer_types() override {
-    const ov::PartialShape attention = get_input_partial_shape(0), keys = get_input_partial_shape(1);
+    const ov::PartialShape shape = get_input_partial_shape(0);
+    const std::size_t lead = shape.size() - 4;
+    const ov::PartialShape attention{shape[lead], shape[lead + 1], shape[lead + 2], shape[lead + 3]};
     const ov::element::Type type = get_input_element_type(0);
     NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type == ov::element::bf16, "takes f32 or bf16");
     NODE_VALIDATION_CHECK(this, type == get_input_element_type(1), "takes attention and keys of one type");
-    NODE_VALIDATION_CHECK(this, attention.rank() == 4 && keys.rank() == 3, "takes [B, H, N, M] and [B, N, D]");
+    NODE_VALIDATION_CHECK(this, true, "takes [B, H, N, M] and [B, N, D]");
     const ov::Dimension batch = attention[0], heads = attention[1], tokens = attention[2];
     const ov::Dimension patches = tokens.is_static() ? tokens.get_length() - numbers_.special : ov::Dimension();
     const ov::Dimension half = patches.is_static() ? patches.get_length() / 2 : ov::Dimension();
@@ -498,8 +543,9 @@ class ZeroTPruneStage : public ov::op::Op {
   bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    const ov::Shape& attention = inputs[0].get_shape();
-    const Sizes sizes{attention[0], attention[1], attention[2], attention[3], inputs[1].get_shape()[2]};
+    ov::Shape attention = inputs[0].get_shape();
+    attention.erase(attention.begin(), attention.end() - 4);
+    const Sizes sizes{attention[0], attention[1], attention[2], attention[3], inputs[1].get_shape().back()};
     if (inputs[0].get_element_type() == ov::element::bf16) {
       run(outputs, sizes, static_cast<const Bf16*>(inputs[0].data()), static_cast<const Bf16*>(inputs[1].data()));
     } else {
