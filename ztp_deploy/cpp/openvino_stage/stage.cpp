@@ -14,8 +14,14 @@
 #include <openvino/core/parallel.hpp>
 #include <openvino/op/op.hpp>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -97,6 +103,29 @@ float sum(const Lanes& values) {
   }
 }
 
+float largest(const Lanes& values) {
+  float most = values[0];
+  for (std::size_t lane = 1; lane < kLanes; ++lane) most = values[lane] > most ? values[lane] : most;
+  return most;
+}
+
+/// 2 kLanes elements of a row in the order in which they are cheapest to have: bf16 as its even ones, then its odd ones.
+struct Pair {
+  Lanes first, second;
+};
+
+Pair load_pair(const float* from) { return {load(from), load(from + kLanes)}; }
+
+Pair load_pair(const Bf16* from) {
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return {same_bits<Lanes>(words << 16), same_bits<Lanes>(words & 0xFFFF0000U)};
+}
+
+/// The place in a row's 2 kLanes elements of what `load_pair` has in a lane.
+constexpr std::size_t place(const float*, std::size_t half, std::size_t lane) { return half * kLanes + lane; }
+constexpr std::size_t place(const Bf16*, std::size_t half, std::size_t lane) { return 2 * lane + half; }
+
 /// The first `count` lanes of a row's end, 0 beyond; reads no further than the memory's `end`.
 template <class T>
 Lanes load_some(const T* from, std::size_t count, const T* end) {
@@ -109,6 +138,63 @@ Lanes load_some(const T* from, std::size_t count, const T* end) {
   for (std::size_t lane = 0; lane < count; ++lane) rest[lane] = from[lane];
   return load(rest);
 }
+
+// --- AMX ---------------------------------------------------------------------------------------
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define ZTP_AMX
+
+/// Whether the system lets this process use tiles.
+bool may_use_tiles() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool may = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return may;
+}
+
+/// Eight tiles of 16 rows of 64 bytes, while it lives.
+class Tiles {
+ public:
+  Tiles() {
+    Shapes shapes;
+    _tile_loadconfig(&shapes);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  struct alignas(64) Shapes {
+    std::uint8_t palette = 1, start = 0, reserved[14] = {};
+    std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+};
+
+/// One step of turning a square of words: swaps what lies across a diagonal of blocks.
+template <std::size_t size>
+void swap_blocks(Words* rows) {
+  Words low, high;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    const bool upper = (lane & size) != 0;
+    low[lane] = static_cast<std::uint32_t>(upper ? kLanes + (lane ^ size) : lane);
+    high[lane] = static_cast<std::uint32_t>(upper ? kLanes + lane : lane ^ size);
+  }
+  for (std::size_t row = 0; row < kLanes; ++row) {
+    if (row & size) continue;
+    const Words first = rows[row], second = rows[row + size];
+    rows[row] = __builtin_shuffle(first, second, low);
+    rows[row + size] = __builtin_shuffle(first, second, high);
+  }
+}
+
+/// Rows become columns.
+void turn(Words* rows) {
+  swap_blocks<1>(rows);
+  swap_blocks<2>(rows);
+  swap_blocks<4>(rows);
+  swap_blocks<8>(rows);
+}
+#endif
 
 // --- one image ---------------------------------------------------------------------------------
 
@@ -131,8 +217,10 @@ struct Results {
 
 /// Memory that one image needs, used again by the next.
 struct Scratch {
-  std::vector<float> received, sums, weights, start, start_of_survivors, mask, dropped, features, inverse, best, combined;
-  std::vector<std::int32_t> order, rank, going;
+  std::vector<float> received, sums, weights, start, start_of_survivors, mask, dropped, features, inverse, best, combined,
+      inverse_of_columns;
+  std::vector<std::int32_t> order, going;
+  std::vector<std::uint32_t> tiles;
 };
 
 class Pool {
@@ -192,7 +280,13 @@ class Image {
         parallel_(parallel),
         tokens_(sizes.tokens),
         patches_(sizes.tokens - special()),
-        padded_(padded(sizes.tokens)) {}
+        padded_((sizes.tokens + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes)) {
+    for (std::size_t half = 0; half < 2; ++half) {
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        last_[half][lane] = place(attention, half, lane) < tokens_ % (2 * kLanes) ? ~0U : 0U;
+      }
+    }
+  }
 
   void select() {
     const auto similar = static_cast<std::size_t>(numbers_.similar);
@@ -243,31 +337,68 @@ class Image {
   float row_sum(const T* from, const float* mask) const {
     Lanes total{};
     std::size_t token = 0;
-    for (; token + kLanes <= tokens_; token += kLanes) {
-      total += mask ? load(from + token) * load(mask + token) : load(from + token);
-    }
-    if (token < tokens_) {
-      const Lanes rest = load_some(from + token, tokens_ - token, end_of_attention_);
-      total += mask ? rest * load(mask + token) : rest;
-    }
+    for (; token + kLanes <= tokens_; token += kLanes) total += load(from + token) * load(mask + token);
+    if (token < tokens_) total += load_some(from + token, tokens_ - token, end_of_attention_) * load(mask + token);
     return sum(total);
   }
 
-  /// Adds `count` rows, each times its weight, to what the tokens receive.
-  template <std::size_t count>
-  void add(const T* const* rows, const float* weights, float* received) const {
+  /// A row's last elements, 0 beyond.
+  Pair last(const T* from) const {
+    const std::size_t count = tokens_ % (2 * kLanes);
+    T rest[2 * kLanes] = {};
+    if (from + 2 * kLanes > end_of_attention_) {
+      for (std::size_t number = 0; number < count; ++number) rest[number] = from[number];
+      from = rest;
+    }
+    const Pair pair = load_pair(from);
+    return {same_bits<Lanes>(same_bits<Words>(pair.first) & last_[0]),
+            same_bits<Lanes>(same_bits<Words>(pair.second) & last_[1])};
+  }
+
+  float row_sum(const T* from) const {
+    Lanes first{}, second{};
     std::size_t token = 0;
-    for (; token + kLanes <= tokens_; token += kLanes) {
-      Lanes total = load(received + token);
-      for (std::size_t number = 0; number < count; ++number) total += weights[number] * load(rows[number] + token);
-      store(received + token, total);
+    for (; token + 2 * kLanes <= tokens_; token += 2 * kLanes) {
+      const Pair pair = load_pair(from + token);
+      first += pair.first;
+      second += pair.second;
     }
     if (token < tokens_) {
-      Lanes total = load(received + token);
+      const Pair pair = last(from + token);
+      first += pair.first;
+      second += pair.second;
+    }
+    return sum(first + second);
+  }
+
+  /// Adds `count` rows, each times its weight, to what the tokens receive, in the order of pairs.
+  template <std::size_t count>
+  void add(const T* const* rows, const float* weights, float* received) const {
+    const auto one = [&](std::size_t token, const auto& element) {
+      Lanes first = load(received + token), second = load(received + token + kLanes);
       for (std::size_t number = 0; number < count; ++number) {
-        total += weights[number] * load_some(rows[number] + token, tokens_ - token, end_of_attention_);
+        const Pair pair = element(rows[number] + token);
+        first += weights[number] * pair.first;
+        second += weights[number] * pair.second;
       }
-      store(received + token, total);
+      store(received + token, first);
+      store(received + token + kLanes, second);
+    };
+    std::size_t token = 0;
+    for (; token + 2 * kLanes <= tokens_; token += 2 * kLanes) one(token, [](const T* from) { return load_pair(from); });
+    if (token < tokens_) one(token, [&](const T* from) { return last(from); });
+  }
+
+  /// From the order of pairs to that of the tokens.
+  void in_order(float* received) const {
+    for (std::size_t begin = 0; begin < padded_; begin += 2 * kLanes) {
+      float ordered[2 * kLanes];
+      for (std::size_t half = 0; half < 2; ++half) {
+        for (std::size_t lane = 0; lane < kLanes; ++lane) {
+          ordered[place(attention_, half, lane)] = received[begin + half * kLanes + lane];
+        }
+      }
+      std::copy_n(ordered, 2 * kLanes, received + begin);
     }
   }
 
@@ -287,6 +418,7 @@ class Image {
       }
     }
     for (std::size_t number = 0; number < waiting; ++number) add<1>(rows + number, weights + number, received);
+    in_order(received);
   }
 
   /// The first vote, with the row sums on the way, so that attention comes from memory once.
@@ -299,7 +431,7 @@ class Image {
       for (std::size_t number = 0; number < count; ++number) {
         const std::size_t token = first + number;
         rows[number] = row(head, token);
-        sums[token] = row_sum(rows[number], nullptr);
+        sums[token] = row_sum(rows[number]);
         weights[number] = start[token] / sums[token];
       }
       if (count == kRows) {
@@ -308,6 +440,7 @@ class Image {
         for (std::size_t number = 0; number < count; ++number) add<1>(rows + number, weights + number, received);
       }
     }
+    in_order(received);
   }
 
   /// WPR of one head: its scores, 0 outside the survivors.
@@ -386,12 +519,34 @@ class Image {
 
   /// S: drops the `similar` tokens of the less important half that resemble one of the more important half most.
   void drop(std::size_t similar) {
-    const std::size_t less = patches_ / 2, more = patches_ - less, width = padded(sizes_.width);
-    const std::int32_t* order = scratch_.order.data();
-    scratch_.features.resize(patches_ * width);
+    const std::size_t less = patches_ / 2, more = patches_ - less;
     scratch_.inverse.resize(patches_);
     scratch_.best.resize(less);
     scratch_.going.resize(similar);
+#ifdef ZTP_AMX
+    if (std::is_same_v<T, Bf16> && may_use_tiles()) {
+      match_in_tiles(less, more);
+    } else {
+      match(less, more);
+    }
+#else
+    match(less, more);
+#endif
+    std::copy_n(scratch_.best.data(), less, results_.similarity);
+    top_k(scratch_.best.data(), less, similar, scratch_.going.data());
+    for (std::size_t number = 0; number < similar; ++number) {
+      const std::size_t token =
+          special() + static_cast<std::size_t>(scratch_.order[more + static_cast<std::size_t>(scratch_.going[number])]);
+      scratch_.dropped[token] = 1;
+      scratch_.mask[token] = 0;
+    }
+  }
+
+  /// The best likeness of each token of the less important half.
+  void match(std::size_t less, std::size_t more) {
+    const std::size_t width = padded(sizes_.width);
+    const std::int32_t* order = scratch_.order.data();
+    scratch_.features.resize(patches_ * width);
     each(patches_, [&](std::size_t place) {
       const T* key = keys_ + (special() + static_cast<std::size_t>(order[place])) * sizes_.width;
       float* feature = scratch_.features.data() + place * width;
@@ -429,15 +584,94 @@ class Image {
         scratch_.best[place] = most * scratch_.inverse[more + place];
       }
     });
-    std::copy_n(scratch_.best.data(), less, results_.similarity);
-    top_k(scratch_.best.data(), less, similar, scratch_.going.data());
-    for (std::size_t number = 0; number < similar; ++number) {
-      const std::size_t token =
-          special() + static_cast<std::size_t>(order[more + static_cast<std::size_t>(scratch_.going[number])]);
-      scratch_.dropped[token] = 1;
-      scratch_.mask[token] = 0;
+  }
+
+#ifdef ZTP_AMX
+  /// The same on AMX: tiles of 16 tokens by 32 elements, two by two.
+  void match_in_tiles(std::size_t less, std::size_t more) {
+    const std::size_t steps = (sizes_.width + 31) / 32, rows = (less + 31) / 32 * 32, columns = (more + 31) / 32 * 32;
+    // Tiles one after the other, 256 words each; those of the better half turned, pairs of elements first.
+    scratch_.tiles.resize((rows + columns) * steps * 16);
+    scratch_.inverse_of_columns.resize(columns);
+    std::uint32_t* ones = scratch_.tiles.data();
+    std::uint32_t* others = ones + rows * steps * 16;
+    const auto prepare = [&](std::size_t tile, std::size_t begin, std::size_t count, std::uint32_t* to, bool turned) {
+      // The last token again where there is none.
+      const Bf16* keys[16];
+      Lanes squares[16] = {};
+      for (std::size_t row = 0; row < 16; ++row) {
+        const std::size_t place = begin + std::min(tile * 16 + row, count - 1);
+        const std::size_t token = special() + static_cast<std::size_t>(scratch_.order[place]);
+        keys[row] = reinterpret_cast<const Bf16*>(keys_) + token * sizes_.width;
+      }
+      for (std::size_t step = 0; step < steps; ++step) {
+        const std::size_t left = std::min<std::size_t>(32, sizes_.width - step * 32);
+        const __mmask32 there = left == 32 ? ~0U : (1U << left) - 1;
+        Words words[16];
+        for (std::size_t row = 0; row < 16; ++row) {
+          const __m512i part = _mm512_maskz_loadu_epi16(there, keys[row] + step * 32);
+          words[row] = same_bits<Words>(part);
+          const auto pairs = same_bits<__m512bh>(part);
+          squares[row] = same_bits<Lanes>(_mm512_dpbf16_ps(same_bits<__m512>(squares[row]), pairs, pairs));
+        }
+        if (turned) turn(words);
+        std::memcpy(to + (tile * steps + step) * 256, words, sizeof words);
+      }
+      const Lanes lengths = sums(squares);
+      float inverse[16];
+      for (std::size_t row = 0; row < 16; ++row) {
+        inverse[row] = numbers_.cosine ? 1 / std::max(std::sqrt(lengths[row]), 1e-12F) : 1.0F;
+      }
+      if (turned) {
+        std::copy_n(inverse, 16, scratch_.inverse_of_columns.data() + tile * 16);
+      } else {
+        std::copy_n(inverse, std::min<std::size_t>(16, count - std::min(count, tile * 16)),
+                    scratch_.inverse.data() + begin + tile * 16);
+      }
+    };
+    for (std::size_t tile = 0; tile < rows / 16; ++tile) prepare(tile, more, less, ones, false);
+    for (std::size_t tile = 0; tile < columns / 16; ++tile) prepare(tile, 0, more, others, true);
+    const Tiles tiles;
+    for (std::size_t row = 0; row < rows; row += 32) {
+      Lanes best[32];
+      for (Lanes& each_row : best) each_row = Lanes{} - INFINITY;
+      for (std::size_t column = 0; column < columns; column += 32) {
+        const std::uint32_t* left = ones + row * steps * 16;
+        const std::uint32_t* right = others + column * steps * 16;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (std::size_t step = 0; step < steps; ++step) {
+          _tile_loadd(4, left + step * 256, 64);
+          _tile_loadd(5, left + (steps + step) * 256, 64);
+          _tile_loadd(6, right + step * 256, 64);
+          _tile_loadd(7, right + (steps + step) * 256, 64);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        float products[4][16][16];
+        _tile_stored(0, products[0], 64);
+        _tile_stored(1, products[1], 64);
+        _tile_stored(2, products[2], 64);
+        _tile_stored(3, products[3], 64);
+        for (std::size_t tile = 0; tile < 4; ++tile) {
+          const Lanes inverse = load(scratch_.inverse_of_columns.data() + column + tile % 2 * 16);
+          for (std::size_t number = 0; number < 16; ++number) {
+            Lanes& most = best[tile / 2 * 16 + number];
+            const Lanes likeness = load(products[tile][number]) * inverse;
+            most = likeness > most ? likeness : most;
+          }
+        }
+      }
+      for (std::size_t number = 0; number < 32 && row + number < less; ++number) {
+        scratch_.best[row + number] = largest(best[number]) * scratch_.inverse[more + row + number];
+      }
     }
   }
+#endif
 
   /// Likeness of kRows tokens of the less important half to kColumns of the other, row by row.
   Lanes compare(std::size_t row, std::size_t column, std::size_t width) const {
@@ -483,6 +717,7 @@ class Image {
   Scratch& scratch_;
   bool parallel_;
   std::size_t tokens_, patches_, padded_;
+  Words last_[2];
   /// VHF's bounds of the spread among all tokens, then among the survivors.
   float bounds_[4] = {bound(numbers_.low, tokens_), bound(numbers_.high, tokens_),
                       bound(numbers_.low, tokens_ - static_cast<std::size_t>(numbers_.similar)),
