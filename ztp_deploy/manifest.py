@@ -162,7 +162,7 @@ def sources_sha256(*rooms: str) -> str:
     files = [
         path
         for room in rooms
-        for path in ([package / room] if room.endswith(".py") else (package / room).rglob("*.py"))
+        for path in ([package / room] if Path(room).suffix else (package / room).rglob("*.py"))
     ]
     sha = hashlib.sha256()
     for path in sorted(files):

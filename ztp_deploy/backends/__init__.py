@@ -44,7 +44,7 @@ BACKENDS: dict[str, str] = {
     "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",
 }
 EVIDENCE = "evidence"
-_SOURCES = ("backends",)
+_SOURCES = ("backends", "cpp/openvino_stage/stage.cpp")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ztp_deploy import environment
 from ztp_deploy.backends import openvino_attention as attention
 from ztp_deploy.backends import openvino_ir as ir
+from ztp_deploy.backends import openvino_stage as stages
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
@@ -43,6 +44,8 @@ class Settings(BaseModel):
 
     `threads` and `streams` 0: OpenVINO's choice. `float_precision`: what an int8 engine computes in where it
     does not compute in int8. `cache`: also keep the compiled model, which opens faster and doubles the folder.
+    `stage`: Zero-TPrune's stages as operations of the graph, or "compiled", one operator each, built with g++ for this
+    very processor (fp32 and bf16, without `cache`); a stage that the operator does not know stays in the graph.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +55,7 @@ class Settings(BaseModel):
     streams: int = Field(default=0, ge=0, le=1024)
     float_precision: Literal["fp32", "bf16"] = "fp32"
     cache: bool = False
+    stage: Literal["graph", "compiled"] = "graph"
 
 
 def missing() -> str | None:
@@ -103,6 +107,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     import openvino as ov
 
     settings = Settings(**job.settings)
+    _check_stage(job.precision, settings)
     _check_processor(job.precision, settings)
     core = ov.Core()
     try:
@@ -118,6 +123,9 @@ def build(job: BuildJob) -> dict[str, Any]:
     if on_amx and job.precision == "bf16":
         # Not in int8, which knows 256 steps: exponentials need more.
         attention.divide_late(model, fixed)
+    compiled_stages: dict[str, Any] = {}
+    if settings.stage == "compiled":
+        compiled_stages = _compile_stages(core, model, job)
     scores = ir.outside_the_tokens_way(model)
     as_they_are: set[str] = set()
     if job.precision != "fp32":
@@ -132,6 +140,7 @@ def build(job: BuildJob) -> dict[str, Any]:
         # Shapes that are known spare OpenVINO working them out in every run.
         [images] = model.inputs
         model.reshape({images: [job.batch.max, *images.get_partial_shape()[1:]]})
+    scores -= stages.passes_on(model)
     path = job.directory / MODEL_FILE
     ov.save_model(model, str(path), compress_to_fp16=False)
     ir.keep_float32(path, scores - as_they_are)
@@ -151,13 +160,27 @@ def build(job: BuildJob) -> dict[str, Any]:
         notes.append(
             "This processor has no int8 dot products (VNNI): int8 can be slower here than fp32. Measure before you ship."
         )
-    return {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes}
+    return {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes} | compiled_stages
+
+
+def _compile_stages(core: Any, model: Any, job: BuildJob) -> dict[str, Any]:
+    """Builds the operator and puts it in the stages' places; what the manifest says of it."""
+    compiler = stages.compile_library(job.directory)
+    core.add_extension(str(job.directory / stages.LIBRARY_FILE))
+    plan = job.artifact.manifest.plan
+    count = stages.replace(model, plan, job.directory / stages.LIBRARY_FILE, job.precision == "bf16")
+    return {
+        "compiler": compiler,
+        "cpu_flags": sorted(environment.instruction_flags()),
+        "compiled_stages": f"{count} of {len(plan.stages)}",
+    }
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> OpenVinoRunner:
     """Opens `model.xml`. Raises DamagedFiles and MissingSoftware."""
     settings = Settings(**manifest.settings)
     _check_processor(manifest.precision, settings)
+    stages.check_instructions(manifest.built.get("cpu_flags", []))
     return OpenVinoRunner(directory, manifest, _properties(manifest.precision, settings))
 
 
@@ -216,6 +239,8 @@ class OpenVinoRunner:
 
         core = ov.Core()
         try:
+            if stages.LIBRARY_FILE in self._manifest.files:
+                core.add_extension(str(self._directory / stages.LIBRARY_FILE))
             model = core.read_model(str(self._directory / MODEL_FILE))
             if further_outputs:
                 model.add_outputs(list(further_outputs))
@@ -247,6 +272,21 @@ def _properties(precision: str, settings: Settings) -> dict[str, str]:
 def _float_precision(precision: str, settings: Settings) -> str:
     """What is computed in where nothing is quantised."""
     return settings.float_precision if precision == "int8" else precision
+
+
+def _check_stage(precision: str, settings: Settings) -> None:
+    """Raises BadRequest for what a compiled stage does not go with."""
+    if settings.stage == "graph":
+        return
+    if precision == "int8":
+        raise BadRequest(
+            "stage=compiled was asked for in int8; the operator reads fp32 and bf16.",
+            "Leave it out, or use precision bf16 or fp32.",
+        )
+    if settings.cache:
+        raise BadRequest(
+            "stage=compiled and cache=true were asked for; a kept model does not hold the operator.", "Leave one out."
+        )
 
 
 def _check_processor(precision: str, settings: Settings) -> None:

@@ -61,7 +61,7 @@ def read_bf16(model: Any, scores: set[str]) -> set[str]:
 
     def held(value: Any) -> bool:
         source = value.get_node()
-        known = source.get_type_name() not in ("Constant", "Parameter")
+        known = source.get_type_name() not in ("Constant", "Parameter", "ZeroTPruneStage")
         return known and source.get_friendly_name() not in scores - moved
 
     for operation in model.get_ordered_ops():

@@ -1,8 +1,11 @@
 /// Zero-TPrune's stage as one operator of OpenVINO on the CPU: attention and keys in, kept slots and scores out.
 ///
-/// The stage I′ → S → I of `methods/zero_tprune.py` in float32, in the names used there. Attention comes as
-/// probabilities whose rows sum to 1, or as exponentials E [B, H, N, M ≥ N] (`openvino_attention`), whose row sums z are
-/// then computed on the way and given out too. Attention and keys may be float32 or bf16.
+/// The stage I′ → S → I of `methods/zero_tprune.py` in float32, in the names used there. Inputs are attention
+/// [B, H, N, M ≥ N] and keys [B, N, D], both float32 or both bf16, with axes of 1 before those where the graph has use
+/// for them. Attention comes as probabilities whose rows sum to 1, or as exponentials E (`openvino_attention`).
+/// Outputs are row sums [B, H, N, 1] and a report [B, R]: the kept slots, best first, then the audit scores pre_score,
+/// pre_spread, similarity (these three only where S drops some), score and spread. The CPU plugin calls `evaluate` from
+/// several threads at once, in the arena of the stream that it runs.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -211,8 +214,7 @@ struct Sizes {
 
 /// Where one image's results go.
 struct Results {
-  std::int32_t* kept;
-  float *sums, *pre_score, *pre_spread, *similarity, *score, *spread;
+  float *sums, *kept, *pre_score, *pre_spread, *similarity, *score, *spread;
 };
 
 /// Memory that one image needs, used again by the next.
@@ -243,14 +245,15 @@ class Pool {
 };
 
 /// Slots of the `count` largest scores, best first, ties to the lower index: a score's place is how many are ahead.
-void top_k(const float* scores, std::size_t tokens, std::size_t count, std::int32_t* slots) {
-  std::fill_n(slots, count, 0);  // NaN has no place
+template <class Slot>
+void top_k(const float* scores, std::size_t tokens, std::size_t count, Slot* slots) {
+  std::fill_n(slots, count, Slot{});  // NaN has no place
   for (std::size_t token = 0; token < tokens; ++token) {
     const float own = scores[token];
     std::int32_t ahead = 0;
     for (std::size_t other = 0; other < token; ++other) ahead += scores[other] >= own ? 1 : 0;
     for (std::size_t other = token + 1; other < tokens; ++other) ahead += scores[other] > own ? 1 : 0;
-    if (static_cast<std::size_t>(ahead) < count) slots[ahead] = static_cast<std::int32_t>(token);
+    if (static_cast<std::size_t>(ahead) < count) slots[ahead] = static_cast<Slot>(token);
   }
 }
 
@@ -457,6 +460,7 @@ class Image {
         done = 1;
       } else {
         std::fill_n(sums, tokens_, 1.0F);
+        std::copy_n(sums, tokens_, results_.sums + head * tokens_);
       }
     }
     for (; done < rounds; ++done) {
@@ -737,22 +741,16 @@ class ZeroTPruneStage : public ov::op::Op {
 
   void validate_and_infer_types() override {
     const ov::PartialShape shape = get_input_partial_shape(0);
-    const std::size_t lead = shape.size() - 4;
-    const ov::PartialShape attention{shape[lead], shape[lead + 1], shape[lead + 2], shape[lead + 3]};
     const ov::element::Type type = get_input_element_type(0);
     NODE_VALIDATION_CHECK(this, type == ov::element::f32 || type == ov::element::bf16, "takes f32 or bf16");
     NODE_VALIDATION_CHECK(this, type == get_input_element_type(1), "takes attention and keys of one type");
-    NODE_VALIDATION_CHECK(this, true, "takes [B, H, N, M] and [B, N, D]");
-    const ov::Dimension batch = attention[0], heads = attention[1], tokens = attention[2];
-    const ov::Dimension patches = tokens.is_static() ? tokens.get_length() - numbers_.special : ov::Dimension();
-    const ov::Dimension half = patches.is_static() ? patches.get_length() / 2 : ov::Dimension();
-    set_output_type(0, ov::element::i32, {batch, numbers_.kept});
-    set_output_type(1, ov::element::f32, {batch, heads, tokens, 1});
-    set_output_type(2, ov::element::f32, {batch, patches});
-    set_output_type(3, ov::element::f32, {batch, heads, 1});
-    set_output_type(4, ov::element::f32, {batch, half});
-    set_output_type(5, ov::element::f32, {batch, patches});
-    set_output_type(6, ov::element::f32, {batch, heads, 1});
+    NODE_VALIDATION_CHECK(this, shape.rank().is_static() && shape.size() >= 4, "takes attention [B, H, N, M]");
+    const std::size_t first = shape.size() - 4;
+    const ov::Dimension batch = shape[first], heads = shape[first + 1], tokens = shape[first + 2];
+    const bool known = heads.is_static() && tokens.is_static();
+    set_output_type(0, ov::element::f32, {batch, heads, tokens, 1});
+    set_output_type(1, ov::element::f32,
+                    {batch, known ? ov::Dimension(report(heads.get_length(), tokens.get_length())) : ov::Dimension()});
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
@@ -792,30 +790,28 @@ class ZeroTPruneStage : public ov::op::Op {
  private:
   template <class T>
   void run(ov::TensorVector& outputs, const Sizes& sizes, const T* attention, const T* keys) const {
+    const std::size_t kept = static_cast<std::size_t>(numbers_.kept), pre = numbers_.similar > 0 ? 1 : 0;
     const std::size_t patches = sizes.tokens - static_cast<std::size_t>(numbers_.special);
-    outputs[0].set_shape({sizes.batch, static_cast<std::size_t>(numbers_.kept)});
-    outputs[1].set_shape({sizes.batch, sizes.heads, sizes.tokens, 1});
-    outputs[2].set_shape({sizes.batch, patches});
-    outputs[3].set_shape({sizes.batch, sizes.heads, 1});
-    outputs[4].set_shape({sizes.batch, patches / 2});
-    outputs[5].set_shape({sizes.batch, patches});
-    outputs[6].set_shape({sizes.batch, sizes.heads, 1});
-    auto* kept = static_cast<std::int32_t*>(outputs[0].data());
-    float* of[7] = {};
-    for (std::size_t port = 1; port < 7; ++port) of[port] = static_cast<float*>(outputs[port].data());
+    const auto length =
+        static_cast<std::size_t>(report(static_cast<std::int64_t>(sizes.heads), static_cast<std::int64_t>(sizes.tokens)));
+    outputs[0].set_shape({sizes.batch, sizes.heads, sizes.tokens, 1});
+    outputs[1].set_shape({sizes.batch, length});
+    auto* sums = static_cast<float*>(outputs[0].data());
+    auto* reports = static_cast<float*>(outputs[1].data());
     const std::size_t per_attention = sizes.heads * sizes.tokens * sizes.row, per_keys = sizes.tokens * sizes.width;
     const T* end_of_attention = attention + sizes.batch * per_attention;
     const T* end_of_keys = keys + sizes.batch * per_keys;
     const auto threads = static_cast<std::size_t>(parallel_get_max_threads());
     const bool within = sizes.batch < threads;
     const auto one = [&](std::size_t image) {
-      const Results results{kept + image * static_cast<std::size_t>(numbers_.kept),
-                            of[1] + image * sizes.heads * sizes.tokens,
-                            of[2] + image * patches,
-                            of[3] + image * sizes.heads,
-                            of[4] + image * (patches / 2),
-                            of[5] + image * patches,
-                            of[6] + image * sizes.heads};
+      Results results{};
+      results.sums = sums + image * sizes.heads * sizes.tokens;
+      results.kept = reports + image * length;
+      results.pre_score = results.kept + kept;
+      results.pre_spread = results.pre_score + pre * patches;
+      results.similarity = results.pre_spread + pre * sizes.heads;
+      results.score = results.similarity + pre * (patches / 2);
+      results.spread = results.score + patches;
       auto scratch = pool().take();
       Image<T>(numbers_, sizes, attention + image * per_attention, keys + image * per_keys, end_of_attention,
                end_of_keys, results, *scratch, within)
@@ -828,6 +824,12 @@ class ZeroTPruneStage : public ov::op::Op {
       const std::size_t last = sizes.batch * static_cast<std::size_t>(thread + 1) / static_cast<std::size_t>(count);
       for (std::size_t image = first; image < last; ++image) one(image);
     });
+  }
+
+  /// Length of the report.
+  std::int64_t report(std::int64_t heads, std::int64_t tokens) const {
+    const std::int64_t patches = tokens - numbers_.special;
+    return numbers_.kept + patches + heads + (numbers_.similar > 0 ? patches + heads + patches / 2 : 0);
   }
 
   static Pool& pool() {

@@ -61,12 +61,27 @@ class OpenVinoRunner final : public Runner {
                             "Build it again with device=cpu.");
     }
     check_processor(folder, core);
+    require_instructions(folder);
     const ov::AnyMap properties(folder.properties.begin(), folder.properties.end());
     try {
+      // Stages that the build compiled: code, which the manifest vouches for.
+      if (folder.files.count("stage.so") != 0) core.add_extension(folder.file("stage.so").string());
       return core.compile_model(core.read_model(graph, weights), device, properties);
     } catch (const std::exception& error) {
       throw DamagedFiles("OpenVINO cannot open " + graph + ": " + reason_in(error.what()) + ".", "Build it again.");
     }
+  }
+
+  /// The process would be killed by the first instruction that is not there.
+  static void require_instructions(const EngineFolder& folder) {
+    const std::set<std::string> known = processor_flags();
+    std::string lacking;
+    for (const std::string& flag : folder.cpu_flags) {
+      if (known.count(flag) == 0) lacking += (lacking.empty() ? "" : ", ") + flag;
+    }
+    if (lacking.empty()) return;
+    throw MissingSoftware("This engine was compiled for a CPU with " + lacking + ", which this one lacks.",
+                          "Build it again on this machine.");
   }
 
   /// On a processor without bf16 the library would quietly compute in fp32.
