@@ -160,9 +160,7 @@ def sources_sha256(*rooms: str) -> str:
     """One hash over this package's own sources in `rooms` (files and folders of it): other code makes other files."""
     package = Path(__file__).parent
     files = [
-        path
-        for room in rooms
-        for path in ([package / room] if Path(room).suffix else (package / room).rglob("*.py"))
+        path for room in rooms for path in ([package / room] if Path(room).suffix else (package / room).rglob("*.py"))
     ]
     sha = hashlib.sha256()
     for path in sorted(files):

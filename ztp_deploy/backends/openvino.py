@@ -160,7 +160,12 @@ def build(job: BuildJob) -> dict[str, Any]:
         notes.append(
             "This processor has no int8 dot products (VNNI): int8 can be slower here than fp32. Measure before you ship."
         )
-    return {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes} | compiled_stages
+    return {
+        "properties": properties,
+        "matrix_precisions": counts,
+        "score_precisions": score_counts,
+        "notes": notes,
+    } | compiled_stages
 
 
 def _compile_stages(core: Any, model: Any, job: BuildJob) -> dict[str, Any]:

@@ -123,19 +123,21 @@ class _Found:
         operator.set_friendly_name(f"stage_{self.number}")
         if sums is not None:
             _redirect(sums.output(0), operator.output(0))
-        sizes = [self.numbers["kept"], *(_size(score) for score in self.scores.values())]
+        spreads = {name: old for name, old in self.scores.items() if old.get_partial_shape().rank.get_length() == 3}
+        scores = {name: old for name, old in self.scores.items() if name not in spreads}
+        sizes = [self.numbers["kept"], *map(_size, scores.values())]
         # OpenVINO keeps in float32 all that leads to an output, up to the first product: with attention, for a while.
-        column = opset.reshape(operator.output(1), np.array([-1, sum(sizes), 1]), False)
-        product = opset.matmul(column, np.ones((1, 1), np.float32), False, False)
-        report = opset.reshape(product, np.array([-1, sum(sizes)]), False)
-        parts = opset.variadic_split(report, np.array(1), np.array(sizes))
-        _redirect(self.ranking.output(1), opset.convert(parts.output(0), "i64").output(0))
-        for part, (name, old) in zip(parts.outputs()[1:], self.scores.items(), strict=True):
-            shape = [-1, *(axis.get_length() for axis in list(old.get_partial_shape())[1:])]
-            score = opset.reshape(part, np.array(shape), False) if len(shape) > 2 else part.get_node()
-            port = score.output(0) if len(shape) > 2 else part
+        # And what is saved is what leads to one: from the kept slots back every score is on the way.
+        rows = opset.unsqueeze(operator.output(1), np.array(2))
+        product = opset.matmul(rows, np.ones((1, 1), np.float32), False, False)
+        first = opset.variadic_split(product, np.array(1), np.array([*map(_size, spreads.values()), sum(sizes)]))
+        rest = opset.reshape(first.outputs()[-1], np.array([-1, sum(sizes)]), False)
+        second = opset.variadic_split(rest, np.array(1), np.array(sizes))
+        _redirect(self.ranking.output(1), opset.convert(second.output(0), "i64").output(0))
+        parts = [*first.outputs()[:-1], *second.outputs()[1:]]
+        for part, (name, old) in zip(parts, (spreads | scores).items(), strict=True):
             old.set_names(old.get_names() - {name})
-            port.set_names({name})
+            part.set_names({name})
 
 
 def _find(model: Any, number: int, stage: Stage, special: int, options: zero_tprune.Options) -> _Found | None:

@@ -3,8 +3,8 @@
 /// The stage I′ → S → I of `methods/zero_tprune.py` in float32, in the names used there. Inputs are attention
 /// [B, H, N, M ≥ N] and keys [B, N, D], both float32 or both bf16, with axes of 1 before those where the graph has use
 /// for them. Attention comes as probabilities whose rows sum to 1, or as exponentials E (`openvino_attention`).
-/// Outputs are row sums [B, H, N, 1] and a report [B, R]: the kept slots, best first, then the audit scores pre_score,
-/// pre_spread, similarity (these three only where S drops some), score and spread. The CPU plugin calls `evaluate` from
+/// Outputs are row sums [B, H, N, 1] and a report [B, R]: the audit scores pre_spread and spread, the kept slots, best
+/// first, pre_score, similarity and score; without an S-stage no pre_spread, pre_score and similarity. The CPU plugin calls `evaluate` from
 /// several threads at once, in the arena of the stream that it runs.
 #include <algorithm>
 #include <cmath>
@@ -806,12 +806,12 @@ class ZeroTPruneStage : public ov::op::Op {
     const auto one = [&](std::size_t image) {
       Results results{};
       results.sums = sums + image * sizes.heads * sizes.tokens;
-      results.kept = reports + image * length;
+      results.pre_spread = reports + image * length;
+      results.spread = results.pre_spread + pre * sizes.heads;
+      results.kept = results.spread + sizes.heads;
       results.pre_score = results.kept + kept;
-      results.pre_spread = results.pre_score + pre * patches;
-      results.similarity = results.pre_spread + pre * sizes.heads;
+      results.similarity = results.pre_score + pre * patches;
       results.score = results.similarity + pre * (patches / 2);
-      results.spread = results.score + patches;
       auto scratch = pool().take();
       Image<T>(numbers_, sizes, attention + image * per_attention, keys + image * per_keys, end_of_attention,
                end_of_keys, results, *scratch, within)
