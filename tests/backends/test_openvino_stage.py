@@ -15,6 +15,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import environment
 from ztp_deploy.backends import openvino as backend
+from ztp_deploy.backends import openvino_ir as ir
 from ztp_deploy.backends import openvino_stage as stages
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.methods import zero_tprune
@@ -207,12 +208,29 @@ def test_in_bf16_nothing_is_converted_for_the_operator(artifact, model, tmp_path
             assert told["outputPrecisions"] == "bf16"
 
 
-@pytest.mark.parametrize("options", [{"temperature": 2.0}, {"partition": "alternate"}, {"features": "queries"}])
-def test_a_stage_with_other_options_stays_in_the_graph(model, tmp_path, options):
-    artifact = ztp.export(ztp.prune(model, ztp.make_plan(model, ratio=0.7, options=options)), "onnx", tmp_path / "a")
-    engine = ztp.build(artifact, "openvino", settings={"stage": "compiled"}, directory=tmp_path / "e")
-    assert engine.manifest.built["compiled_stages"] == "0 of 3"
-    assert stages.OPERATOR not in (engine.directory / "model.xml").read_text()
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 3),
+        ({"metric": "dot"}, 3),
+        ({"temperature": 2.0}, 0),
+        ({"partition": "alternate"}, 0),
+        ({"metric": "manhattan"}, 0),
+        ({"features": "queries"}, 0),
+        ({"feature_heads": "averaged"}, 0),
+    ],
+)
+def test_a_stage_with_other_options_stays_in_the_graph(artifact, library, options, count):
+    plan = artifact.manifest.plan
+    plan = plan.model_copy(update={"options": plan.options | options})
+    core = openvino.Core()
+    core.add_extension(str(library))
+    model = core.read_model(str(artifact.directory / "model.onnx"))
+    ir.fuse(model)
+    assert stages.replace(model, plan, library, bf16=False) == count
+    kinds = [operation.get_type_name() for operation in model.get_ops()]
+    assert kinds.count(stages.OPERATOR) == count
+    assert kinds.count("TopK") == 9 - 3 * count
 
 
 def test_without_a_compiler_it_is_refused(artifact, tmp_path, monkeypatch):
