@@ -128,8 +128,7 @@ class _Found:
         sizes = [self.numbers["kept"], *map(_size, scores.values())]
         # OpenVINO keeps in float32 all that leads to an output, up to the first product: with attention, for a while.
         # And what is saved is what leads to one: from the kept slots back every score is on the way.
-        rows = opset.unsqueeze(operator.output(1), np.array(2))
-        product = opset.matmul(rows, np.ones((1, 1), np.float32), False, False)
+        product = opset.matmul(operator.output(1), np.ones((1, 1), np.float32), False, False)
         first = opset.variadic_split(product, np.array(1), np.array([*map(_size, spreads.values()), sum(sizes)]))
         rest = opset.reshape(first.outputs()[-1], np.array([-1, sum(sizes)]), False)
         second = opset.variadic_split(rest, np.array(1), np.array(sizes))

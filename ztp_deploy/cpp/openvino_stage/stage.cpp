@@ -3,7 +3,7 @@
 /// The stage I′ → S → I of `methods/zero_tprune.py` in float32, in the names used there. Inputs are attention
 /// [B, H, N, M ≥ N] and keys [B, N, D], both float32 or both bf16, with axes of 1 before those where the graph has use
 /// for them. Attention comes as probabilities whose rows sum to 1, or as exponentials E (`openvino_attention`).
-/// Outputs are row sums [B, H, N, 1] and a report [B, R]: the audit scores pre_spread and spread, the kept slots, best
+/// Outputs are row sums [B, H, N, 1] and a report [B, R, 1]: the audit scores pre_spread and spread, the kept slots, best
 /// first, pre_score, similarity and score; without an S-stage no pre_spread, pre_score and similarity. The CPU plugin calls `evaluate` from
 /// several threads at once, in the arena of the stream that it runs.
 #include <algorithm>
@@ -750,7 +750,7 @@ class ZeroTPruneStage : public ov::op::Op {
     const bool known = heads.is_static() && tokens.is_static();
     set_output_type(0, ov::element::f32, {batch, heads, tokens, 1});
     set_output_type(1, ov::element::f32,
-                    {batch, known ? ov::Dimension(report(heads.get_length(), tokens.get_length())) : ov::Dimension()});
+                    {batch, known ? ov::Dimension(report(heads.get_length(), tokens.get_length())) : ov::Dimension(), 1});
   }
 
   std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& arguments) const override {
@@ -795,7 +795,7 @@ class ZeroTPruneStage : public ov::op::Op {
     const auto length =
         static_cast<std::size_t>(report(static_cast<std::int64_t>(sizes.heads), static_cast<std::int64_t>(sizes.tokens)));
     outputs[0].set_shape({sizes.batch, sizes.heads, sizes.tokens, 1});
-    outputs[1].set_shape({sizes.batch, length});
+    outputs[1].set_shape({sizes.batch, length, 1});
     auto* sums = static_cast<float*>(outputs[0].data());
     auto* reports = static_cast<float*>(outputs[1].data());
     const std::size_t per_attention = sizes.heads * sizes.tokens * sizes.row, per_keys = sizes.tokens * sizes.width;
