@@ -340,6 +340,23 @@ def test_a_file_nobody_vouched_for_is_not_opened(runtime, openvino_engine, tmp_p
     assert code == 2
 
 
+def test_compiled_stages_run_and_are_refused_in_pythons_words(runtime, artifact, tmp_path):
+    engine = ztp.build(artifact, "openvino", settings={"stage": "compiled"}, directory=tmp_path / "engine")
+    images = tiny.images(2)
+    with ztp.load_engine(engine.directory) as session:
+        logits, kept = session.run(images), session.kept()
+    found = runtime.outputs(engine.directory, images, tmp_path)
+    np.testing.assert_allclose(found.logits, logits, rtol=1e-5, atol=1e-5)
+    assert [stage.tolist() for stage in found.kept] == [stage.tolist() for stage in kept]
+    write_selftest(engine.directory, images)
+    assert runtime.run(engine.directory, "--selftest").returncode == 0
+    built = engine.manifest.built
+    reseal(engine.directory, built=built | {"cpu_flags": [*built["cpu_flags"], "avx4096"]})
+    found = refusal(runtime.run(engine.directory, "--selftest", "--json"))
+    assert found == python_refusal(engine.directory)
+    assert found == ("This engine was compiled for a CPU with avx4096, which this one lacks.", 3)
+
+
 @pytest.mark.parametrize(
     "changes", [{"precision": "bf16"}, {"precision": "int8", "settings": {"float_precision": "bf16"}}]
 )

@@ -123,9 +123,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     if on_amx and job.precision == "bf16":
         # Not in int8, which knows 256 steps: exponentials need more.
         attention.divide_late(model, fixed)
-    compiled_stages: dict[str, Any] = {}
-    if settings.stage == "compiled":
-        compiled_stages = _compile_stages(core, model, job)
+    made_of_stages = _compile_stages(core, model, job) if settings.stage == "compiled" else {}
     scores = ir.outside_the_tokens_way(model)
     as_they_are: set[str] = set()
     if job.precision != "fp32":
@@ -160,25 +158,29 @@ def build(job: BuildJob) -> dict[str, Any]:
         notes.append(
             "This processor has no int8 dot products (VNNI): int8 can be slower here than fp32. Measure before you ship."
         )
-    return {
-        "properties": properties,
-        "matrix_precisions": counts,
-        "score_precisions": score_counts,
-        "notes": notes,
-    } | compiled_stages
+    if made_of_stages.get("compiled_stages", "").startswith("0 of"):
+        notes.append("No stage was compiled: the operator knows other options of Zero-TPrune than this plan's.")
+    built = {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes}
+    return built | made_of_stages
 
 
 def _compile_stages(core: Any, model: Any, job: BuildJob) -> dict[str, Any]:
-    """Builds the operator and puts it in the stages' places; what the manifest says of it."""
-    compiler = stages.compile_library(job.directory)
-    core.add_extension(str(job.directory / stages.LIBRARY_FILE))
+    """Builds the operator and puts it in the stages' places; what the manifest says of it, nothing without such a stage.
+
+    Dense models and slice twins are built with the settings of what they are measured beside.
+    """
     plan = job.artifact.manifest.plan
-    count = stages.replace(model, plan, job.directory / stages.LIBRARY_FILE, job.precision == "bf16")
-    return {
-        "compiler": compiler,
-        "cpu_flags": sorted(environment.instruction_flags()),
-        "compiled_stages": f"{count} of {len(plan.stages)}",
-    }
+    if plan.method != stages.METHOD:
+        return {}
+    library = job.directory / stages.LIBRARY_FILE
+    compiler = stages.compile_library(job.directory)
+    core.add_extension(str(library))
+    count = stages.replace(model, plan, library, job.precision == "bf16")
+    told = {"compiled_stages": f"{count} of {len(plan.stages)}"}
+    if not count:
+        library.unlink()
+        return told
+    return told | {"compiler": compiler, "cpu_flags": sorted(environment.instruction_flags())}
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> OpenVinoRunner:

@@ -21,6 +21,7 @@ from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.methods import zero_tprune
 from ztp_deploy.plan import Plan, Stage
 
+METHOD = "zero_tprune"
 LIBRARY_FILE = "stage.so"
 SOURCE = Path(__file__).parents[1] / "cpp" / "openvino_stage" / "stage.cpp"
 OPERATOR = "ZeroTPruneStage"
@@ -90,7 +91,7 @@ def replace(model: Any, plan: Plan, library: Path, bf16: bool) -> int:
     """
     from openvino.utils.node_factory import NodeFactory
 
-    if plan.method != "zero_tprune":
+    if plan.method != METHOD:
         return 0
     options = methods.parse_options(plan.method, plan.options)
     assert isinstance(options, zero_tprune.Options)
