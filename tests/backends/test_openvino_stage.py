@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -220,6 +221,19 @@ def test_in_bf16_nothing_is_converted_for_the_operator(artifact, model, tmp_path
             told = notes[source.get_friendly_name()][0]
             assert told["layerType"] not in ("Convert", "Reorder")
             assert told["outputPrecisions"] == "bf16"
+
+
+def test_several_streams_run_it_at_once(artifact, tmp_path):
+    needs_compiler()
+    precision = "bf16" if HAS_BF16 else "fp32"
+    settings = {"stage": "compiled", "hint": "throughput", "streams": 2, "threads": 2}
+    engine = ztp.build(artifact, "openvino", precision=precision, settings=settings, directory=tmp_path / "e")
+    batches = [tiny.images(1 + number % 3, seed=number) for number in range(12)]
+    with ztp.load_engine(engine.directory) as session, ThreadPoolExecutor(4) as pool:
+        alone = [session.run(images) for images in batches]
+        for _ in range(3):
+            for one, together in zip(alone, pool.map(session.run, batches), strict=True):
+                assert np.array_equal(one, together)
 
 
 @pytest.mark.parametrize(

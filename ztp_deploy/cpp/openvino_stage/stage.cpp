@@ -154,14 +154,22 @@ bool may_use_tiles() {
   return may;
 }
 
-/// Eight tiles of 16 rows of 64 bytes, while it lives.
+/// Eight tiles of 16 rows of 64 bytes, while it lives; then those of before, which the library may count on.
 class Tiles {
  public:
   Tiles() {
-    Shapes shapes;
+    _tile_storeconfig(&before_);
+    const Shapes shapes;
     _tile_loadconfig(&shapes);
   }
-  ~Tiles() { _tile_release(); }
+  ~Tiles() {
+    // Where there were none, what was stored is no configuration to load.
+    if (before_.palette == 0) {
+      _tile_release();
+    } else {
+      _tile_loadconfig(&before_);
+    }
+  }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
@@ -171,6 +179,7 @@ class Tiles {
     std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   };
+  Shapes before_;
 };
 
 /// One step of turning a square of words: swaps what lies across a diagonal of blocks.
