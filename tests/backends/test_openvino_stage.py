@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -110,6 +111,26 @@ CASES = {
 @pytest.mark.parametrize("kind", ["f32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_operator_computes_what_select_does(library, case, kind, exponentials):
+    compare_with_select(library, case, kind, exponentials)
+
+
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_the_operator_compiled_for_lesser_processors(processor, tmp_path, monkeypatch):
+    """Without AMX, with vectors half as long, and with none of the compiler's knowing."""
+    needs_compiler()
+    needed = {"x86-64": set(), "x86-64-v3": {"avx2", "fma"}, "x86-64-v4": {"avx512f", "avx512bw", "avx512vl"}}
+    if platform.machine() != "x86_64" or not needed[processor] <= environment.instruction_flags():
+        return  # nothing below this processor to compile for
+    flags = [f"-march={processor}" if flag == "-march=native" else flag for flag in stages._FLAGS]
+    monkeypatch.setattr(stages, "_FLAGS", (*flags, "-Werror", "-Wno-psabi"))
+    stages.compile_library(tmp_path)
+    for kind in ("f32", "bf16"):
+        for exponentials in (False, True):
+            compare_with_select(tmp_path / stages.LIBRARY_FILE, "large", kind, exponentials)
+
+
+def compare_with_select(library, case, kind, exponentials):
+    """The operator on made-up attention and keys against the method's own `select`."""
     given = {"patches": 37, "similar": 7, "kept": 20, "batch": 2, "special": 1, "rounds": 1, "class_token": 0}
     given |= CASES[case]
     options = zero_tprune.Options(**given.get("options", {}))

@@ -106,12 +106,6 @@ float sum(const Lanes& values) {
   }
 }
 
-float largest(const Lanes& values) {
-  float most = values[0];
-  for (std::size_t lane = 1; lane < kLanes; ++lane) most = values[lane] > most ? values[lane] : most;
-  return most;
-}
-
 /// 2 kLanes elements of a row in the order in which they are cheapest to have: bf16 as its even ones, then its odd ones.
 struct Pair {
   Lanes first, second;
@@ -152,6 +146,12 @@ bool may_use_tiles() {
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool may = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return may;
+}
+
+float largest(const Lanes& values) {
+  float most = values[0];
+  for (std::size_t lane = 1; lane < kLanes; ++lane) most = values[lane] > most ? values[lane] : most;
+  return most;
 }
 
 /// Eight tiles of 16 rows of 64 bytes, while it lives; then those of before, which the library may count on.
