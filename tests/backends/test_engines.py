@@ -155,7 +155,7 @@ def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeyp
     module, recipes = backends.get("onnxruntime"), set()
     for sources, instructions in (("today", ["avx2"]), ("today", ["avx2", "amx"]), ("tomorrow", ["avx2"])):
         monkeypatch.setattr(backends, "sources_sha256", lambda *rooms, now=sources: now)
-        monkeypatch.setattr(module, "instructions", lambda now=instructions: now)
+        monkeypatch.setattr(module, "instructions", lambda settings, now=instructions: now)
         engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
         assert ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e").manifest == engine.manifest
         recipes.add(engine.manifest.recipe)
@@ -165,11 +165,13 @@ def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeyp
 def test_instructions_decide_where_the_build_looks_at_them(monkeypatch):
     monkeypatch.setattr(environment, "cpu_features", lambda: ["avx2", "amx_bf16"])
     monkeypatch.setattr(environment, "instruction_flags", lambda: {"fma", "avx2"})
-    asked = {name: backends.get(name).instructions() for name in backends.BACKENDS}
+    asked = {name: backends.get(name).instructions(backends.get(name).parse_settings({})) for name in backends.BACKENDS}
     assert {name: found for name, found in asked.items() if found} == {
         "openvino": ["amx_bf16"],
         "aotinductor": ["avx2", "fma"],
     }
+    openvino = backends.get("openvino")
+    assert openvino.instructions(openvino.parse_settings({"stage": "compiled"})) == ["avx2", "fma"]
 
 
 def test_an_engine_finds_its_artifact_through_links(artifact, tmp_path):

@@ -331,6 +331,11 @@ def test_another_processor_and_a_changed_library_are_refused(compiled, tmp_path)
     tiny.reseal(copy, built={**built, "cpu_flags": [*built["cpu_flags"], "avx4096"]})
     with pytest.raises(MissingSoftware, match="compiled for a CPU with avx4096"):
         ztp.load_engine(copy)
+    # What another release of OpenVINO says of the library, a file that is none makes this one say.
+    (copy / stages.LIBRARY_FILE).write_bytes(b"none")
+    tiny.reseal(copy, backend_version="2000.1", built=built)
+    with pytest.raises(MissingSoftware, match=r"compiled for OpenVINO 2000\.1, and this one does not take them"):
+        ztp.load_engine(copy)
     changed = tmp_path / "changed"
     shutil.copytree(compiled.directory, changed)
     with (changed / stages.LIBRARY_FILE).open("ab") as file:

@@ -247,18 +247,26 @@ def test_another_version_is_measured_anew(grid, tmp_path, monkeypatch):
     assert [(row.version, row.session) for row in rows] == [("99", 1)] * 3
 
 
-def test_torch_compile_equals_eager_in_bf16(grid):
+@pytest.mark.parametrize("label", ["dense", "zero_tprune-0.7"])
+def test_torch_compile_equals_eager_in_bf16(label, grid):
     model = tiny.model("deit_t", SMALL)
-    job = Job(
-        model, plans(model)["dense"], "torch_compile", "bf16", "cpu", 2, grid.export_root, grid.engines_root
-    )  # fmt: skip
-    one = open_job(job)
+    plan = ztp.make_plan(model, "dense") if label == "dense" else ztp.make_plan(model, ratio=0.7, sites=[1])
+    one = open_job(Job(model, plan, "torch_compile", "bf16", "cpu", 2, grid.export_root, grid.engines_root))
     [edge] = one.edges(load_images(None, model.source.preprocessing, "float32", 8))
     assert edge.holds
     assert 1e-4 < edge.worst_logit < 0.15
     logits = one.run(torch.zeros(2, 3, 96, 96))
     assert (logits.shape, logits.dtype) == ((2, 10), torch.float32)
     one.close()
+
+
+def test_torch_compile_takes_an_open_stage_whole():
+    model = tiny.model("deit_t", SMALL)
+    pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7, sites=[1]))
+    images = torch.from_numpy(tiny.images(2))
+    with torch.inference_mode():
+        found = torch.compile(pruned, backend="eager", fullgraph=True)(images)
+        torch.testing.assert_close(found, pruned(images))
 
 
 def test_refusals(grid, tmp_path, monkeypatch):

@@ -107,6 +107,19 @@ def test_the_kernels_give_ties_to_the_lower_index(interpreted):
     assert found.kept[0].tolist() == [*range(98), *range(127, 166)]
 
 
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_rows_of_very_low_logits_vote_as_others_do(renormalise, interpreted):
+    """Their exponentials, brought to the row's sum, must not reach columns beyond the last token."""
+    given = list(arguments(1, 3, 49, 32, 1, 10, 1, 30, {"renormalise": renormalise}))
+    given[:2] = [part.clone() for part in given[:2]]
+    given[0][..., 0], given[1][..., 0] = 25, -25
+    expected = in_float32(given)
+    assert float(expected.score.max()) < 10
+    found = interpreted(given)
+    assert torch.equal(found.kept.sort(1).values, expected.kept.sort(1).values)
+    torch.testing.assert_close(found.score, expected.score, rtol=1e-3, atol=1e-3)
+
+
 def test_what_is_no_number_stays_within_its_image(interpreted):
     given = list(arguments(*CASES["deit_s"]))
     given[0] = given[0].clone()

@@ -193,7 +193,7 @@ def build(
         sources=sources_sha256(*_SOURCES),
         backend=name,
         version=module.version(),
-        instructions=module.instructions(),
+        instructions=module.instructions(chosen),
         device=target.slug,
         precision=precision,
         batch=span.model_dump(),
@@ -273,8 +273,8 @@ def require_runnable(engine: Engine) -> Backend:
 def load_engine(directory: Path | str) -> Session:
     """Opens an engine folder after verifying its manifest and every file's sha256.
 
-    TorchScript, AOTInductor and TensorRT engines are code: load only what you built. Raises BadRequest (no engine folder),
-    DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
+    TorchScript, AOTInductor and TensorRT engines and OpenVINO's with compiled stages are code: load only what you built.
+    Raises BadRequest (no engine folder), DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
     """
     engine = find_engine(directory)
     manifest = engine.manifest

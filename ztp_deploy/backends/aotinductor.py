@@ -72,7 +72,7 @@ def version() -> str:
     return environment.installed("torch") or "none"
 
 
-def instructions() -> list[str]:
+def instructions(settings: dict[str, Any]) -> list[str]:
     """All that the compiler may use."""
     return sorted(environment.instruction_flags())
 
@@ -125,7 +125,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     (job.directory / PACKAGE_FILE).write_bytes(package)
     _check_opens(job.directory / PACKAGE_FILE, compiler)
     job.advance(0.9)
-    return {"compiler": compiler, "isa": isa, "cpu_flags": instructions()}
+    return {"compiler": compiler, "isa": isa, "cpu_flags": instructions(job.settings)}
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> AotInductorRunner:

@@ -111,8 +111,8 @@ class Backend(Protocol):
     def version(self) -> str:
         """Version of the engine library."""
 
-    def instructions(self) -> list[str]:
-        """Those of this processor's that decide what is built; none where the library compiles when it opens."""
+    def instructions(self, settings: dict[str, Any]) -> list[str]:
+        """Those of this processor's that decide what is built with such settings; none where the library compiles when it opens."""
 
     def resolve_device(self, device: str) -> Device:
         """`auto`, `cpu` or `cuda` → the device; raises BadRequest and MissingSoftware."""

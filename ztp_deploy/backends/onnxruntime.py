@@ -71,7 +71,7 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def instructions() -> list[str]:
+def instructions(settings: dict[str, Any]) -> list[str]:
     """None: ONNX Runtime chooses its kernels when it opens."""
     return []
 

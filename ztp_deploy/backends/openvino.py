@@ -68,9 +68,15 @@ def version() -> str:
     return (environment.installed("openvino") or "none").split("-")[0]
 
 
-def instructions() -> list[str]:
-    """AMX, for which attention that a stage reads takes another form (`openvino_attention`)."""
-    return [name for name in environment.cpu_features() if name == _AMX]
+def instructions(settings: dict[str, Any]) -> list[str]:
+    """AMX, for which attention that a stage reads takes another form, or all that a stage may be compiled to."""
+    if settings["stage"] == "compiled":
+        return sorted(environment.instruction_flags())
+    return [_AMX] if _has_amx() else []
+
+
+def _has_amx() -> bool:
+    return _AMX in environment.cpu_features()
 
 
 def resolve_device(device: str) -> Device:
@@ -119,7 +125,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     job.advance(0.1)
     ir.fuse(model)
     fixed = job.batch.min == job.batch.max
-    on_amx = _float_precision(job.precision, settings) == "bf16" and bool(instructions())
+    on_amx = _float_precision(job.precision, settings) == "bf16" and _has_amx()
     if on_amx and job.precision == "bf16":
         # Not in int8, which knows 256 steps: exponentials need more.
         attention.divide_late(model, fixed)
@@ -180,7 +186,7 @@ def _compile_stages(core: Any, model: Any, job: BuildJob) -> dict[str, Any]:
     if not count:
         library.unlink()
         return told
-    return told | {"compiler": compiler, "cpu_flags": sorted(environment.instruction_flags())}
+    return told | {"compiler": compiler, "cpu_flags": instructions(job.settings)}
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> OpenVinoRunner:
@@ -245,9 +251,9 @@ class OpenVinoRunner:
         import openvino as ov
 
         core = ov.Core()
+        if stages.LIBRARY_FILE in self._manifest.files:
+            stages.add_to(core, self._directory, self._manifest.backend_version)
         try:
-            if stages.LIBRARY_FILE in self._manifest.files:
-                core.add_extension(str(self._directory / stages.LIBRARY_FILE))
             model = core.read_model(str(self._directory / MODEL_FILE))
             if further_outputs:
                 model.add_outputs(list(further_outputs))

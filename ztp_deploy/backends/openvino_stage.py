@@ -73,6 +73,17 @@ def _development_files() -> tuple[Path, list[Path]]:
     return home / "include", libraries
 
 
+def add_to(core: Any, directory: Path, version: str) -> None:
+    """Makes the operator of an engine's folder known. Raises MissingSoftware under another release of OpenVINO."""
+    try:
+        core.add_extension(str(directory / LIBRARY_FILE))
+    except RuntimeError as error:
+        raise MissingSoftware(
+            f"The stages in {directory} were compiled for OpenVINO {version}, and this one does not take them.",
+            "Build the engine again.",
+        ) from error
+
+
 def check_instructions(flags: list[str]) -> None:
     """Raises MissingSoftware where this processor lacks instructions that the operator was compiled for."""
     # The process would be killed by the first instruction that is not there.

@@ -47,7 +47,7 @@ def version() -> str:
     return environment.installed("torch") or "none"
 
 
-def instructions() -> list[str]:
+def instructions(settings: dict[str, Any]) -> list[str]:
     """None: torch chooses its kernels when it runs."""
     return []
 

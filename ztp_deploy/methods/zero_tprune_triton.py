@@ -197,6 +197,8 @@ def _revote(
             )  # fmt: skip
             normaliser = tl.load(normalisers + base + rows, mask=rows < TOKENS, other=0.0)
             weights = tl.exp2(tl.dot(query, key) * scale - normaliser[:, None])
+            # A row of very low logits would give columns beyond the last token an infinite weight.
+            weights = tl.where((columns < TOKENS)[None, :], weights, 0.0)
             if turn == 0:
                 vote = tl.load(start + rows, mask=rows < TOKENS, other=0.0)
             else:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
+
+Value = TypeVar("Value")
 
 
 class ModelSize(BaseModel):
@@ -70,6 +71,22 @@ class Source(BaseModel):
     labels: tuple[str, ...] | None = None
 
 
+class _once(Generic[Value]):
+    """A property that is computed when it is first asked for; unlike `cached_property` one that torch.compile can trace."""
+
+    def __init__(self, compute: Callable[[Any], Value]) -> None:
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Value:
+        value = self._compute(instance)
+        instance.__dict__[self._name] = value  # found there from now on
+        return value
+
+
 @dataclass(frozen=True)
 class Attention:
     """One block's self-attention, heads first after the batch; what is not asked for is not computed.
@@ -87,18 +104,18 @@ class Attention:
     bias: Tensor | None = None
     decided: Sequence[Tensor] = ()
 
-    @cached_property
+    @_once
     def logits(self) -> Tensor:
         """[B, H, N, N], bias included."""
         logits = (self.queries * self.scale) @ self.keys.transpose(-2, -1)
         return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
-    @cached_property
+    @_once
     def probabilities(self) -> Tensor:
         """[B, H, N, N], rows sum to 1."""
         return self.logits.softmax(dim=-1)
 
-    @cached_property
+    @_once
     def mixed(self) -> Tensor:
         """The heads' results [B, H, N, d]."""
         return self.decided[0] if self.decided else self.probabilities @ self.values

@@ -50,7 +50,7 @@ class TensorRT:
         """The library's version."""
         return str(self.library.load().__version__)
 
-    def instructions(self) -> list[str]:
+    def instructions(self, settings: dict[str, Any]) -> list[str]:
         """None: plans are for GPUs."""
         return []
 

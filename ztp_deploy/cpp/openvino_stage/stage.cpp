@@ -158,11 +158,14 @@ float largest(const Lanes& values) {
 class Tiles {
  public:
   Tiles() {
-    _tile_storeconfig(&before_);
     const Shapes shapes;
+    order();
+    _tile_storeconfig(&before_);
+    order();
     _tile_loadconfig(&shapes);
   }
   ~Tiles() {
+    order();
     // Where there were none, what was stored is no configuration to load.
     if (before_.palette == 0) {
       _tile_release();
@@ -172,6 +175,8 @@ class Tiles {
   }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
+  /// Some releases of GCC do not know what memory these instructions read and write: nothing is moved across this.
+  static void order() { asm volatile("" ::: "memory"); }
 
  private:
   struct alignas(64) Shapes {
@@ -645,6 +650,7 @@ class Image {
     for (std::size_t tile = 0; tile < rows / 16; ++tile) prepare(tile, more, less, ones, false);
     for (std::size_t tile = 0; tile < columns / 16; ++tile) prepare(tile, 0, more, others, true);
     const Tiles tiles;
+    Tiles::order();
     for (std::size_t row = 0; row < rows; row += 32) {
       Lanes best[32];
       for (Lanes& each_row : best) each_row = Lanes{} - INFINITY;
@@ -670,6 +676,7 @@ class Image {
         _tile_stored(1, products[1], 64);
         _tile_stored(2, products[2], 64);
         _tile_stored(3, products[3], 64);
+        Tiles::order();
         for (std::size_t tile = 0; tile < 4; ++tile) {
           const Lanes inverse = load(scratch_.inverse_of_columns.data() + column + tile % 2 * 16);
           for (std::size_t number = 0; number < 16; ++number) {

@@ -63,12 +63,23 @@ class OpenVinoRunner final : public Runner {
     check_processor(folder, core);
     require_instructions(folder);
     const ov::AnyMap properties(folder.properties.begin(), folder.properties.end());
+    if (folder.files.count("stage.so") != 0) add_stages(folder, core);
     try {
-      // Stages that the build compiled: code, which the manifest vouches for.
-      if (folder.files.count("stage.so") != 0) core.add_extension(folder.file("stage.so").string());
       return core.compile_model(core.read_model(graph, weights), device, properties);
     } catch (const std::exception& error) {
       throw DamagedFiles("OpenVINO cannot open " + graph + ": " + reason_in(error.what()) + ".", "Build it again.");
+    }
+  }
+
+  /// Stages that the build compiled: code, which the manifest vouches for.
+  static void add_stages(const EngineFolder& folder, ov::Core& core) {
+    const std::string library = folder.file("stage.so").string();
+    try {
+      core.add_extension(library);
+    } catch (const std::exception&) {
+      throw MissingSoftware("The stages in " + folder.directory.string() + " were compiled for OpenVINO " +
+                                folder.manifest.backend_version + ", and this one does not take them.",
+                            "Build the engine again.");
     }
   }
 
