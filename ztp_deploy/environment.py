@@ -8,11 +8,14 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from ztp_deploy.errors import MissingSoftware
 
 REPORTED_PACKAGES = (
     "ztp_deploy",
@@ -139,6 +142,19 @@ def cpu_features() -> list[str]:
 def instruction_flags() -> set[str]:
     """The instruction sets of this CPU that a compiler may use when it compiles for it; empty where unknown."""
     return {flag for flag in _cpu_flags() if flag.startswith(_INSTRUCTIONS)}
+
+
+def require_instructions(flags: Iterable[str]) -> None:
+    """Raises MissingSoftware where this CPU lacks instruction sets that an engine was compiled for.
+
+    The process would be killed by the first instruction that is not there.
+    """
+    lacking = set(flags) - instruction_flags()
+    if lacking:
+        raise MissingSoftware(
+            f"This engine was compiled for a CPU with {', '.join(sorted(lacking))}, which this one lacks.",
+            "Build it again on this machine.",
+        )
 
 
 def _cpu_flags() -> set[str]:

@@ -143,13 +143,7 @@ class AotInductorRunner:
         import torch
         from torch._inductor import aoti_load_package
 
-        # The process would be killed by the first instruction that is not there.
-        lacking = set(manifest.built.get("cpu_flags", ())) - environment.instruction_flags()
-        if lacking:
-            raise MissingSoftware(
-                f"This engine was compiled for a CPU with {', '.join(sorted(lacking))}, which this one lacks.",
-                "Build it again on this machine.",
-            )
+        environment.require_instructions(manifest.built.get("cpu_flags", ()))
         torch_device.prepare(manifest.provider)
         settings = Settings(**manifest.settings)
         if settings.threads:

@@ -193,7 +193,7 @@ def open_runner(directory: Path, manifest: EngineManifest) -> OpenVinoRunner:
     """Opens `model.xml`. Raises DamagedFiles and MissingSoftware."""
     settings = Settings(**manifest.settings)
     _check_processor(manifest.precision, settings)
-    stages.check_instructions(manifest.built.get("cpu_flags", []))
+    environment.require_instructions(manifest.built.get("cpu_flags", ()))
     return OpenVinoRunner(directory, manifest, _properties(manifest.precision, settings))
 
 

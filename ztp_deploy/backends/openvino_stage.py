@@ -84,17 +84,6 @@ def add_to(core: Any, directory: Path, version: str) -> None:
         ) from error
 
 
-def check_instructions(flags: list[str]) -> None:
-    """Raises MissingSoftware where this processor lacks instructions that the operator was compiled for."""
-    # The process would be killed by the first instruction that is not there.
-    lacking = set(flags) - environment.instruction_flags()
-    if lacking:
-        raise MissingSoftware(
-            f"This engine was compiled for a CPU with {', '.join(sorted(lacking))}, which this one lacks.",
-            "Build it again on this machine.",
-        )
-
-
 def replace(model: Any, plan: Plan, library: Path, bf16: bool) -> int:
     """Puts the operator in the place of every stage it can compute, in place; how many.
 

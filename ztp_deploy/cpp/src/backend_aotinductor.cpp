@@ -6,8 +6,6 @@
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
-#include <set>
-
 #include "processor.h"
 #include "runner.h"
 
@@ -30,24 +28,11 @@ void prepare_gpu() {
   at::globalContext().setAllowTF32CuDNN(false);
 }
 
-/// The process would be killed by the first instruction that is not there.
-void require_instructions(const EngineFolder& folder) {
-  const std::set<std::string> known = processor_flags();
-  std::string lacking;
-  for (const std::string& flag : folder.cpu_flags) {
-    if (known.count(flag) == 0) lacking += (lacking.empty() ? "" : ", ") + flag;
-  }
-  if (!lacking.empty()) {
-    throw MissingSoftware("This engine was compiled for a CPU with " + lacking + ", which this one lacks.",
-                          "Build it again on this machine.");
-  }
-}
-
 class AotInductorRunner final : public Runner {
  public:
   explicit AotInductorRunner(const EngineFolder& folder) : folder_(folder) {
     const std::string package = folder.file("model.pt2").string();
-    require_instructions(folder);
+    require_instructions(folder.cpu_flags);
     load_torch();
     if (on_cuda(folder)) prepare_gpu();
     if (folder.threads > 0) at::set_num_threads(folder.threads);  // holds for the process, as in Python

@@ -61,7 +61,7 @@ class OpenVinoRunner final : public Runner {
                             "Build it again with device=cpu.");
     }
     check_processor(folder, core);
-    require_instructions(folder);
+    require_instructions(folder.cpu_flags);
     const ov::AnyMap properties(folder.properties.begin(), folder.properties.end());
     if (folder.files.count("stage.so") != 0) add_stages(folder, core);
     try {
@@ -81,18 +81,6 @@ class OpenVinoRunner final : public Runner {
                                 folder.manifest.backend_version + ", and this one does not take them.",
                             "Build the engine again.");
     }
-  }
-
-  /// The process would be killed by the first instruction that is not there.
-  static void require_instructions(const EngineFolder& folder) {
-    const std::set<std::string> known = processor_flags();
-    std::string lacking;
-    for (const std::string& flag : folder.cpu_flags) {
-      if (known.count(flag) == 0) lacking += (lacking.empty() ? "" : ", ") + flag;
-    }
-    if (lacking.empty()) return;
-    throw MissingSoftware("This engine was compiled for a CPU with " + lacking + ", which this one lacks.",
-                          "Build it again on this machine.");
   }
 
   /// On a processor without bf16 the library would quietly compute in fp32.

@@ -10,6 +10,8 @@
 #include <map>
 #include <sstream>
 
+#include "ztp/session.h"
+
 namespace ztp {
 namespace {
 
@@ -57,6 +59,17 @@ std::set<std::string> processor_flags() {
     return {std::istream_iterator<std::string>(words), std::istream_iterator<std::string>()};
   }
   return {};
+}
+
+void require_instructions(const std::vector<std::string>& flags) {
+  const std::set<std::string> known = processor_flags();
+  std::string lacking;
+  for (const std::string& flag : flags) {
+    if (known.count(flag) == 0) lacking += (lacking.empty() ? "" : ", ") + flag;
+  }
+  if (lacking.empty()) return;
+  throw MissingSoftware("This engine was compiled for a CPU with " + lacking + ", which this one lacks.",
+                        "Build it again on this machine.");
 }
 
 std::string processor_name() {
