@@ -171,7 +171,7 @@ def launches(monkeypatch):
     """Kernels as they are called for a case, instead of run."""
     from ztp_deploy.methods import zero_tprune_triton
 
-    def record(case, dtype):
+    def record(case, dtype, capability=(8, 0)):
         called = []
 
         class Recorder:
@@ -182,6 +182,7 @@ def launches(monkeypatch):
                 return lambda *given, **named: called.append((self.kernel, grid, given, named))
 
         monkeypatch.setattr(zero_tprune_triton, "wrap_triton", Recorder)
+        monkeypatch.setattr(zero_tprune_triton, "_capability", lambda device: capability)
         zero_tprune_triton.run(*arguments(*CASES[case], dtype=dtype))
         return called
 
@@ -197,7 +198,12 @@ def test_a_stage_is_as_few_kernels_as_it_needs(launches):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "capability, dtype, case",
-    [(80, torch.bfloat16, "deit_s"), (89, torch.float16, "published"), (90, torch.float16, "deit_s")],
+    [
+        (80, torch.bfloat16, "deit_s"),
+        (89, torch.float16, "published"),
+        (90, torch.float16, "deit_s"),
+        (120, torch.float16, "deit_s"),
+    ],
 )
 def test_the_kernels_compile_for_a_gpu_and_fit_it(capability, dtype, case, launches, monkeypatch, tmp_path):
     from triton.backends.compiler import GPUTarget
@@ -206,7 +212,7 @@ def test_the_kernels_compile_for_a_gpu_and_fit_it(capability, dtype, case, launc
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for kernel, _, given, named in launches(case, dtype):
+    for kernel, _, given, named in launches(case, dtype, divmod(capability, 10)):
         values = dict(zip(kernel.arg_names, given, strict=False)) | named
         options = {name: values.pop(name) for name in ("num_warps", "num_stages")}
         signature, constants, aligned = {}, {}, {}
@@ -217,7 +223,7 @@ def test_the_kernels_compile_for_a_gpu_and_fit_it(capability, dtype, case, launc
             elif kernel.params[place].is_constexpr:
                 signature[name], constants[name] = "constexpr", value
             else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                signature[name] = "fp64" if isinstance(value, float) else "i32"
             if signature[name].startswith("*") or (signature[name] == "i32" and value % 16 == 0):
                 aligned[place,] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, aligned)

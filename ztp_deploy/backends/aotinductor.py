@@ -39,7 +39,7 @@ FORMAT = "torch_export"
 DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
-GPU_REPORT: OnGpu | None = OnGpu()
+GPU_REPORT: OnGpu | None = OnGpu(records=True)
 PACKAGE_FILE = "model.pt2"
 _CXX_LIBRARY = b"libstdc++.so"
 _OPENING_S = 300
@@ -152,7 +152,8 @@ class AotInductorRunner:
         self._names = (*manifest.outputs, *manifest.audit)
         try:
             with quiet("torch", errors=True):
-                self._model: Any = aoti_load_package(str(package))
+                # Its bookkeeping for threads asks the device what has ended, which no recording allows.
+                self._model: Any = aoti_load_package(str(package), run_single_threaded=settings.cuda_graph)
         except Exception as error:  # a damaged archive raises anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedFiles(f"torch cannot open {package}: {reason}.", "Build the engine again.") from error
@@ -307,8 +308,16 @@ def _check_opens(package: Path, compiler: str) -> None:
 
 @contextlib.contextmanager
 def _scratch(directory: Path) -> Iterator[Path]:
-    """A cache for the compiler beside the engine being made, gone at the end."""
+    """A cache for the compiler beside the engine being made, gone at the end.
+
+    Elsewhere where that path would need quoting: the compiler's command lines are split at spaces.
+    """
+    from torch._inductor.async_compile import shutdown_compile_workers
     from torch._inductor.utils import fresh_cache
 
-    with tempfile.TemporaryDirectory(dir=directory, prefix="compile-") as folder, fresh_cache(dir=folder):
-        yield Path(folder)
+    beside = directory if shlex.quote(str(directory)) == str(directory) else None
+    with tempfile.TemporaryDirectory(dir=beside, prefix="compile-") as folder, fresh_cache(dir=folder):
+        try:
+            yield Path(folder)
+        finally:
+            shutdown_compile_workers()  # after a failure some still write there
