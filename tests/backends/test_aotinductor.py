@@ -32,7 +32,9 @@ def half(dense, tmp_path_factory):
 
 
 def test_a_fixed_batch_in_bf16_on_one_thread(dense, half, tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "a place"  # compilers are called by command lines that are split at spaces
+    place.mkdir()
+    monkeypatch.chdir(place)
     before = set(os.listdir(tempfile.gettempdir()))
     engine = ztp.build(
         half, "aotinductor", device="cpu", precision="bf16", batch=1, directory="engine", settings={"threads": 1}
@@ -54,9 +56,13 @@ def test_a_fixed_batch_in_bf16_on_one_thread(dense, half, tmp_path, monkeypatch,
     assert "--version" not in engine.manifest.built["compiler"]
     # Nothing on the terminal, nothing beside the engine, no compiler's litter.
     assert capfd.readouterr() == ("", "")
-    assert [path.name for path in tmp_path.iterdir()] == ["engine"]
-    assert {path.name for path in (tmp_path / "engine").iterdir()} == {"model.pt2", "manifest.json"}
-    assert not {name for name in set(os.listdir(tempfile.gettempdir())) - before if name.startswith("torchinductor")}
+    assert [path.name for path in place.iterdir()] == ["engine"]
+    assert {path.name for path in (place / "engine").iterdir()} == {"model.pt2", "manifest.json"}
+    assert not {
+        name
+        for name in set(os.listdir(tempfile.gettempdir())) - before
+        if name.startswith(("torchinductor", "compile-"))
+    }
 
 
 def test_an_engine_for_another_cpu_is_refused_before_it_runs(aotinductor_engine, tmp_path):
@@ -179,10 +185,19 @@ def test_replayed_outputs_are_the_callers(aotinductor_engine, monkeypatch):
                 buffer.copy_(value)
             return self.buffers
 
+    load, opened = torch._inductor.aoti_load_package, []
+
+    def recorded_load(package, **how):
+        opened.append(how)
+        return load(package, **how)
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", recorded_load)
     monkeypatch.setattr(aotinductor, "Replay", Replay)
     manifest = aotinductor_engine.manifest
     replaying = manifest.model_copy(update={"settings": {**manifest.settings, "cuda_graph": True}})
     runner = aotinductor.open_runner(aotinductor_engine.directory, replaying)
+    # What torch asks the device for other threads' sake cannot be recorded.
+    assert opened == [{"run_single_threaded": True}]
     one, two = tiny.images(4)[:2], tiny.images(4)[2:]
     first = runner.run(one)["logits"]
     kept = first.copy()

@@ -315,7 +315,8 @@ def _scratch(directory: Path) -> Iterator[Path]:
     from torch._inductor.async_compile import shutdown_compile_workers
     from torch._inductor.utils import fresh_cache
 
-    beside = directory if shlex.quote(str(directory)) == str(directory) else None
+    path = str(directory.resolve())
+    beside = path if shlex.quote(path) == path else None
     with tempfile.TemporaryDirectory(dir=beside, prefix="compile-") as folder, fresh_cache(dir=folder):
         try:
             yield Path(folder)

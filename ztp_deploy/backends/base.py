@@ -83,9 +83,9 @@ class EngineRunner(Runner, Protocol):
 class OnGpu:
     """How the GPU report takes a back end.
 
-    `built_alone`: its builds time kernels on the GPU, which other work there would falsify. `records`: its library has
-    CUDA graphs of its own (setting `cuda_graph`); one that waits for the device in every run cannot be recorded from
-    outside.
+    `built_alone`: its builds time kernels on the GPU, which other work there would falsify. `records`: its engines record
+    CUDA graphs themselves (setting `cuda_graph`); what waits for the device or asks it anything in a run cannot be
+    recorded from outside.
     """
 
     built_alone: bool = False
