@@ -19,7 +19,7 @@ from torch.library import wrap_triton
 _LOG2_E = 1.4426950408889634
 _OUT_OF_BOUNDS = tl.constexpr(1e-12)
 """As in `zero_tprune`: what a head counts that VHF leaves out."""
-# By time on an H200 (DeiT-S, batch 64 and 256, all columns in one block), among those that spill no register.
+# As timed on an H200 in the kernels' first form (DeiT-S, batch 64 and 256), among those that spill no register.
 _ATTEND = {"num_warps": 4, "num_stages": 2}
 _COMPARE = {"ROWS": 16, "num_warps": 4, "num_stages": 1}
 _WITHDRAW = {"num_stages": 1}
@@ -164,20 +164,22 @@ def _ordered(score):
 
 
 @triton.jit
-def _ranks(
-    score, scores, first, SPECIAL: tl.constexpr, PATCHES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Ranks [ROWS] of the patches from `first` on among score [COLUMNS], which also lies at `scores`.
+def _ranks(score, scores, SPECIAL: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Ranks [COLUMNS] of `COUNT` scores that lie behind `SPECIAL` others and, without these, also at `scores`.
 
-    They are a permutation whatever the scores are: what is addressed by them lies within its image.
+    They are a permutation whatever the scores are: what is addressed by them lies within its image. Each thread counts
+    for its own scores: nothing is exchanged.
     """
-    columns = tl.arange(0, COLUMNS) - SPECIAL
-    rows = first + tl.arange(0, ROWS)
-    own = _ordered(tl.load(scores + rows, mask=rows < PATCHES, other=0.0))
+    own = tl.arange(0, COLUMNS) - SPECIAL
     score = _ordered(score)
-    ahead = (score[None, :] > own[:, None]) | ((score[None, :] == own[:, None]) & (columns[None, :] < rows[:, None]))
-    patch = (columns >= 0) & (columns < PATCHES)
-    return tl.sum((ahead & patch[None, :]).to(tl.int32), 1)
+    rank = tl.zeros([COLUMNS], tl.int32)
+    for first in range(0, COUNT, ROWS):
+        others = first + tl.arange(0, ROWS)
+        other = _ordered(tl.load(scores + others, mask=others < COUNT, other=float("-inf")))
+        before = others[:, None] < own[None, :]
+        ahead = (other[:, None] > score[None, :]) | ((other[:, None] == score[None, :]) & before)
+        rank += tl.sum((ahead & (others < COUNT)[:, None]).to(tl.int32), 0)
+    return rank
 
 
 @triton.jit
@@ -201,10 +203,8 @@ def _compare(
     tl.store(scores + image * PATCHES + columns - SPECIAL, score, mask=patch)
     tl.store(dropped + image * TOKENS + columns, tl.zeros([COLUMNS], tl.float32), mask=columns < TOKENS)
     tl.debug_barrier()
-    for first in range(0, PATCHES, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        rank = _ranks(score, scores + image * PATCHES, first, SPECIAL, PATCHES, ROWS, COLUMNS)
-        tl.store(order + image * PATCHES + rank, rows, mask=rows < PATCHES)
+    rank = _ranks(score, scores + image * PATCHES, SPECIAL, PATCHES, ROWS, COLUMNS)
+    tl.store(order + image * PATCHES + rank, columns - SPECIAL, mask=patch)
     tl.debug_barrier()
     half = tl.arange(0, HALF_UP)
     lanes = tl.arange(0, LANES)
@@ -233,9 +233,8 @@ def _compare(
     if COSINE:
         best = best / tl.maximum(tl.sqrt(less_squared), 1e-12)
     tl.store(likenesses + image * LESS + half, best, mask=half < LESS)
-    best = _ordered(best)
-    ahead = (best[None, :] > best[:, None]) | ((best[None, :] == best[:, None]) & (half[None, :] < half[:, None]))
-    rank = tl.sum((ahead & (half < LESS)[None, :]).to(tl.int32), 1)
+    tl.debug_barrier()
+    rank = _ranks(best, likenesses + image * LESS, 0, LESS, ROWS, HALF_UP)
     leaves = (half < LESS) & (rank < SIMILAR)
     tl.store(dropped + image * TOKENS + less, tl.full([HALF_UP], 1.0, tl.float32), mask=leaves)
     tl.store(withdrawn + image * SIMILAR + rank, less, mask=leaves)
@@ -340,12 +339,11 @@ def _choose(
     score = _join_heads(
         votes, 1.0 - gone, spreads, image, LOW, HIGH, HEADS, HEADS_UP, TOKENS, COLUMNS, MEAN
     ) - gone  # fmt: skip
-    tl.store(scores + image * PATCHES + columns - SPECIAL, score, mask=(columns >= SPECIAL) & (columns < TOKENS))
+    patch = (columns >= SPECIAL) & (columns < TOKENS)
+    tl.store(scores + image * PATCHES + columns - SPECIAL, score, mask=patch)
     tl.debug_barrier()
-    for first in range(0, PATCHES, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        rank = _ranks(score, scores + image * PATCHES, first, SPECIAL, PATCHES, ROWS, COLUMNS)
-        tl.store(kept + image * KEPT + rank, rows.to(tl.int64), mask=(rows < PATCHES) & (rank < KEPT))
+    rank = _ranks(score, scores + image * PATCHES, SPECIAL, PATCHES, ROWS, COLUMNS)
+    tl.store(kept + image * KEPT + rank, (columns - SPECIAL).to(tl.int64), mask=patch & (rank < KEPT))
 
 
 def run(
