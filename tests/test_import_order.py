@@ -19,7 +19,7 @@ ORDER = (
     "evidence",
     "workflow",
     "gpu_report",
-    "painting show evaluate",
+    "show evaluate",
     "tune",
     "options console ending",
     "reference",

@@ -625,7 +625,7 @@ def report(
     evidence = read_evidence(engine)
     if pictures:
         from ztp_deploy import workflow
-        from ztp_deploy.show import picture_report
+        from ztp_deploy.show.draw import picture_report
 
         picture_report(pictures, engine, workflow.Clock(Bars()))
         evidence = read_evidence(engine)
@@ -842,7 +842,7 @@ def show(
             recipe=recipe,
         )
     from ztp_deploy import workflow
-    from ztp_deploy.show import show as draw
+    from ztp_deploy.show.draw import show as draw
 
     shown = draw(images, directory, workflow.Clock(Bars()), engine=engine, wanted=wanted)
     if as_json:

@@ -11,7 +11,7 @@ from ztp_deploy import evaluate, models, workflow
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.reference import canvases
-from ztp_deploy.show import Shown, show
+from ztp_deploy.show.draw import Shown, show
 
 MODEL, RATIO = "vit_digits", 0.7
 CANVASES, SHOWN, SECONDS = 1194, 4, 8.0
