@@ -203,14 +203,15 @@ def test_weights_that_only_python_had_leave_no_dense_model(trained, pictures, tm
     assert evaluate_engine(engine.directory, EvalRequest(pictures, dense=False), Silent()).images == 22
 
 
-def test_what_a_reader_should_know_is_noted(engines, pictures, tmp_path):
+def test_what_a_reader_should_know_is_noted(engines, trained, pictures, tmp_path):
     """Whether parity was proved of this very engine, and that the reference ran in another precision."""
     copy = tmp_path / "copy"
     shutil.copytree(engines["pruned"].directory, copy)
-    proof = {"passed": True, "manifest_sha256": manifest_sha256(copy)}
-    (copy / "evidence").mkdir(exist_ok=True)
+    size = engines["pruned"].manifest.input.size
+    proof = ztp.check_parity(copy, trained, np.random.default_rng(0).standard_normal((2, 3, size, size), np.float32))
+    assert proof.passed
     for change, noted in (({}, False), ({"passed": False}, True), ({"manifest_sha256": "of another build"}, True)):
-        (copy / "evidence" / "parity.json").write_text(json.dumps(proof | change))
+        (copy / "evidence" / "parity.json").write_text(proof.model_copy(update=change).to_json())
         notes = evaluate_engine(copy, EvalRequest(pictures, dense=False), Silent()).notes
         assert any("parity gate has not passed" in note for note in notes) == noted
     tiny.reseal(copy, precision="bf16")

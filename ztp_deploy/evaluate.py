@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
@@ -24,7 +23,7 @@ from ztp_deploy.backends.batches import filled
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, Speed, accuracy, class_rows, compare
 from ztp_deploy.evidence.labelled import Labelled, read_labelled
-from ztp_deploy.evidence.parity import PARITY_FILE
+from ztp_deploy.evidence.parity import proof_of
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.manifest import manifest_sha256
@@ -112,7 +111,7 @@ def evaluate_engine(
         )
     clock = Clock(monitor)
     notes: list[str] = []
-    if not _proved(engine):
+    if proof_of(engine) is None:
         notes.append(f"The parity gate has not passed this engine: ztp check --engine {engine.directory.name}.")
     if manifest.precision != "fp32" and request.dense and (other is None or other.manifest.precision == "fp32"):
         notes.append(f"The dense model ran in fp32: the difference holds what {manifest.precision} costs besides.")
@@ -229,15 +228,6 @@ def _dense_engine(directory: Path | str, engine: Engine) -> Engine:
         )
     require_runnable(other)
     return other
-
-
-def _proved(engine: Engine) -> bool:
-    """Whether the engine's evidence says that it passed the parity gate as it stands."""
-    try:
-        parity = json.loads((engine.evidence / PARITY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(parity.get("passed")) and parity.get("manifest_sha256") == manifest_sha256(engine.directory)
 
 
 def _classes(session: Session) -> int:

@@ -30,7 +30,7 @@ from ztp_deploy.evidence.latency import (
     usual_batches,
 )
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, twin_role
-from ztp_deploy.evidence.parity import PARITY_FILE, ParityReport, check_parity, expected_steps
+from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps, proof_of
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, summarise, unproved_line, with_parity
@@ -292,7 +292,7 @@ def _prove(engines: Sequence[Engine], model: nn.Module, images: Path | str | Non
 
     One that this gate has passed as it stands keeps its proof. Raises GateFailed for the first that fails.
     """
-    fresh = [engine for engine in engines if not _proved(engine)]
+    fresh = [engine for engine in engines if proof_of(engine) is None]
     if not fresh:
         return
     manifest = fresh[0].manifest
@@ -300,12 +300,6 @@ def _prove(engines: Sequence[Engine], model: nn.Module, images: Path | str | Non
         pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, YARDSTICK_IMAGES)
     for engine in fresh:
         _require(engine, _check_on(pictures, engine, model, clock))
-
-
-def _proved(engine: Engine) -> bool:
-    """Whether a parity report of this very engine lies beside it, passed."""
-    report = stored(engine.evidence / PARITY_FILE, ParityReport)
-    return report is not None and report.passed and report.manifest_sha256 == manifest_sha256(engine.directory)
 
 
 def bench(

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.test_import_order import imported
 from ztp_deploy import backends, environment, exporters
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence.images import photograph_crops
@@ -160,6 +162,19 @@ def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeyp
         assert ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e").manifest == engine.manifest
         recipes.add(engine.manifest.recipe)
     assert len(recipes) == 3
+
+
+SAY_NOTHING_OF_AN_ENGINE = {"errors", "quiet", "scratch", "manifest", "defaults"}
+"""How a build fails, what it prints, where it writes, what it is called."""
+
+
+def test_all_code_that_a_build_runs_decides_whether_an_engine_stands():
+    package = Path(ztp.__file__).parent
+    used = {module for path in (package / "backends").rglob("*.py") for module in imported(path, package)}
+    rooms = {room.removesuffix(".py") for room in backends.SOURCES}
+    assert {"methods.zero_tprune_op", "exporters.precision", "environment"} <= used
+    assert {module.split(".")[0] for module in used} - rooms == SAY_NOTHING_OF_AN_ENGINE
+    assert set(exporters.SOURCES) < set(backends.SOURCES)
 
 
 def test_instructions_decide_where_the_build_looks_at_them(monkeypatch):

@@ -158,6 +158,24 @@ def test_a_missing_export_is_said_not_hidden(engine, model, photographs):
     assert "could not be checked" in report.notes[0]
 
 
+def test_a_proof_is_of_this_very_engine_by_the_bounds_of_today(engine, model, photographs, monkeypatch):
+    path = engine.evidence / parity.PARITY_FILE
+    assert parity.proof_of(engine) is None
+    report = ztp.check_parity(engine, model, photographs)
+    assert parity.proof_of(engine) == report
+    with monkeypatch.context() as patch:
+        tighter = parity.TOLERANCES["fp32"].model_copy(update={"logits": 1e-9})
+        patch.setitem(parity.TOLERANCES, "fp32", tighter)
+        assert parity.proof_of(engine) is None
+    whole = path.read_text()
+    for text in ("[]", whole[:-20], report.model_copy(update={"passed": False}).to_json(),
+                 report.model_copy(update={"manifest_sha256": "0" * 64}).to_json()):  # fmt: skip
+        path.write_text(text)
+        assert parity.proof_of(engine) is None
+    path.write_text(whole)
+    assert parity.proof_of(engine) == report
+
+
 def test_plain_arrays_are_images_too(shared_engine, pruned):
     report = ztp.check_parity(shared_engine, pruned, tiny.images(3))
     assert report.passed

@@ -246,6 +246,21 @@ def test_a_library_that_has_come_is_used_without_being_asked(machine):
     assert machine.path.read_bytes() == measured  # taken away again, it takes no figure with it
 
 
+def test_what_other_code_measured_is_measured_again(machine, monkeypatch):
+    machine.call(("tensorrt",))
+    machine.call(("tensorrt",))
+    assert machine.opened == []
+    monkeypatch.setattr(measure, "sources_sha256", lambda *rooms: "of tomorrow")
+    machine.faults = {"pruned": RuntimeError("out of memory")}
+    machine.call(("tensorrt",))
+    rows = GpuReport.model_validate_json(machine.path.read_bytes()).rows
+    assert {row.sources for row in rows if row.plan == "dense"} == {"of tomorrow"}
+    # What cannot be measured now leaves the figure of then, and is the last word.
+    assert [row.status for row in rows if row.plan == "pruned" and row.batch == 1] == ["measured", "failed"]
+    machine.call(("tensorrt",))
+    assert machine.opened == []
+
+
 @pytest.mark.parametrize("known_before", [True, False])
 def test_a_package_beside_the_library_that_has_come_is_used_too(known_before, machine):
     """ModelOpt, known of before a build, or a compiler's package that a build finds missing."""

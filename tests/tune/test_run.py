@@ -20,6 +20,7 @@ from ztp_deploy.tune.cost import Budget, Timing
 from ztp_deploy.tune.damage import HeldOut, held_out, split
 from ztp_deploy.tune.report import TuneReport, recipe_of, recipe_toml
 from ztp_deploy.tune.run import _conclude, tune
+from ztp_deploy.workflow import BuildRequest
 
 from .conftest import NAME, Silent
 
@@ -161,6 +162,17 @@ def test_a_latency_budget_is_met_and_the_winner_measured(request_):
     again = tune(request_(budget="latency=7ms@batch2", trials=3), Silent(), timer=fake_timer(slower=-0.1, asked=asked))
     assert [purpose for purpose, _ in asked].count("blocks") == 7
     assert (again.trials, again.winner) == (report.trials, report.winner)
+
+
+def test_another_profile_or_other_code_is_another_search(request_, monkeypatch):
+    """Blocks are measured once a study: those of other engines would price this one's plans."""
+    tune(request_(budget="latency=7ms@batch2", trials=1), Silent(), timer=fake_timer(slower=-0.1))
+    other = BuildRequest(settings={"threads": 1})
+    with pytest.raises(BadRequest, match=r"other settings: settings was \{'threads': 0.*now it is \{'threads': 1"):
+        tune(request_(budget="latency=7ms@batch2", trials=1, build=other), Silent(), timer=fake_timer())
+    monkeypatch.setattr(run, "sources_sha256", lambda *rooms: f"{rooms[-1]}")
+    with pytest.raises(BadRequest, match="other code"):
+        tune(request_(budget="latency=7ms@batch2", trials=1), Silent(), timer=fake_timer())
 
 
 def test_plans_that_miss_when_measured_are_said_to(request_):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ztp_deploy import environment
+from ztp_deploy import environment, exporters
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
@@ -44,7 +44,8 @@ BACKENDS: dict[str, str] = {
     "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",
 }
 EVIDENCE = "evidence"
-_SOURCES = ("backends", "cpp/openvino_stage/stage.cpp")
+SOURCES = (*exporters.SOURCES, "backends", "environment.py", "cpp/openvino_stage/stage.cpp")
+"""What of this package decides an engine: builds change graphs, and compile methods' stages."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def build(
     artifact_sha256 = manifest_sha256(artifact.directory)
     recipe = recipe_hash(
         artifact=source.recipe,
-        sources=sources_sha256(*_SOURCES),
+        sources=sources_sha256(*SOURCES),
         backend=name,
         version=module.version(),
         instructions=module.instructions(chosen),

@@ -27,7 +27,7 @@ from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.accuracy import mean_kl
 from ztp_deploy.evidence.images import ImageSet
 from ztp_deploy.evidence.observe import Progress, observe, observe_eager, unheard
-from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
+from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart, stored
 from ztp_deploy.evidence.selection import Difference, Observation, differences, same_fates
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import manifest_sha256
@@ -207,6 +207,14 @@ def check_parity(
     )
     write_text(found.evidence / PARITY_FILE, report.to_json())
     return report
+
+
+def proof_of(engine: Engine) -> ParityReport | None:
+    """The report of the gate that this engine has passed as it stands, by the bounds of today; None where there is none."""
+    report = stored(engine.evidence / PARITY_FILE, ParityReport)
+    if report is None or not report.passed or report.manifest_sha256 != manifest_sha256(engine.directory):
+        return None
+    return report if report.tolerance == TOLERANCES.get(report.precision) else None
 
 
 def compare_with_eager(

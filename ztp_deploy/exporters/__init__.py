@@ -31,7 +31,7 @@ FORMATS: dict[str, str] = {
     "torch_export": "ztp_deploy.exporters.torch_export",
     "torchscript": "ztp_deploy.exporters.torchscript",
 }
-_SOURCES = ("plan.py", "models", "methods", "pruning", "exporters")
+SOURCES = ("plan.py", "models", "methods", "pruning", "exporters")
 """What of this package decides a graph: with other code, an artifact that stands is exported again."""
 
 
@@ -159,7 +159,7 @@ def convert(artifact: Artifact, precision: str, directory: Path | str) -> Artifa
 
 def _recipe(format: str, precision: str, input: str, source: Source, plan: Plan, versions: dict[str, str]) -> str:
     return recipe_hash(
-        sources=sources_sha256(*_SOURCES),
+        sources=sources_sha256(*SOURCES),
         format=format,
         precision=precision,
         input=input,

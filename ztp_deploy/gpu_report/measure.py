@@ -21,7 +21,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ztp_deploy import environment, methods
+from ztp_deploy import backends, environment, methods
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence.images import ImageSet, load_images
 from ztp_deploy.evidence.latency import Runs, interleave, paired_ratio
@@ -29,6 +29,7 @@ from ztp_deploy.gpu_report import runtimes
 from ztp_deploy.gpu_report.rows import Call, Effort, GpuReport, Row
 from ztp_deploy.gpu_report.runtimes import IN_PROCESS, RUNTIMES, Job, Opened, precisions_of
 from ztp_deploy.gpu_report.workers import Failure, side_by_side
+from ztp_deploy.manifest import sources_sha256
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import RandomWeightsWarning, load_model, source_of
 from ztp_deploy.plan import Plan, make_plan
@@ -212,6 +213,7 @@ class _AtWork:
     _weights: dict[str, str] = field(default_factory=dict)
     _given_up: dict[str, str] = field(default_factory=dict)
     _packages: dict[str, str] = field(default_factory=lambda: environment.versions())
+    _sources: str = field(default_factory=lambda: sources_sha256(*backends.SOURCES, "gpu_report/runtimes.py"))
     _earlier: int = 0
 
     @cached_property
@@ -265,6 +267,8 @@ class _AtWork:
     def _stands(self, row: Row, version: str, why: str | None) -> bool:
         """Whether a row is the last word here, where the runtime has that version, or is missing because of `why`."""
         if row.weights not in (UNKNOWN_WEIGHTS, self._weights.get(row.model, row.weights)):
+            return False
+        if row.status != "missing" and row.sources != self._sources:
             return False
         if row.status == "measured":
             return version in ("", row.version)
@@ -348,6 +352,7 @@ class _AtWork:
             status="failed",
             session=self._session,
             weights=weights,
+            sources=self._sources,
         )
 
     def _open_all(

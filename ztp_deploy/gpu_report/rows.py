@@ -26,7 +26,7 @@ class Row(BaseModel):
 
     `milliseconds` a batch, on the device, without copies. `status`: "missing" where the software is not here,
     "failed" where it did not run or parity does not hold; `reason` says why. `calibration`: what an int8 or fp8
-    engine was fitted to. `cuda_graph`: recorded and replayed, compared with plans that are too. `speedup` is over
+    engine was fitted to. `sources`: the hash of the code that made and measured it. `cuda_graph`: recorded and replayed, compared with plans that are too. `speedup` is over
     dense; `of_twin` the speed as a share of the slice twin's, 1 where the selection costs nothing.
     """
 
@@ -41,6 +41,7 @@ class Row(BaseModel):
     reason: str | None = None
     session: int
     weights: str
+    sources: str = ""
     calibration: str | None = None
     worst_logit: float | None = None
     parity: str | None = None
@@ -57,9 +58,9 @@ class Row(BaseModel):
         return (self.model, self.runtime, self.precision, self.batch, self.plan, self.cuda_graph)
 
     @property
-    def key(self) -> tuple[str, str, str, int, str, bool, str, str]:
+    def key(self) -> tuple[str, str, str, int, str, bool, str, str, str]:
         """What makes it the same measurement."""
-        return (*self.place, self.version, self.weights)
+        return (*self.place, self.version, self.weights, self.sources)
 
 
 class Effort(BaseModel):
@@ -99,7 +100,7 @@ class GpuReport(EvidenceFile):
         """Puts rows in the place of older ones; only a measured row takes the place of a measured one.
 
         One that could not be measured is left out where the same measurement stands, and is the last word beside
-        one of another version or of other weights.
+        one of another version, of other weights or of other code.
         """
         for new in rows:
             gives_way = {"missing", "failed"} | ({"measured"} if new.status == "measured" else set())

@@ -18,12 +18,11 @@ from ztp_deploy.backends.cuda_graph import Replay
 from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
 from ztp_deploy.evidence.latency import wall_clock
-from ztp_deploy.evidence.parity import PARITY_FILE, Edge, ParityReport, check_parity, compare_with_eager
+from ztp_deploy.evidence.parity import Edge, check_parity, compare_with_eager, proof_of
 from ztp_deploy.exporters import check_precision
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import join_stages, lower
 from ztp_deploy.exporters.precision import PRECISIONS as FLOATING
-from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.workflow import BuildRequest, Clock, build_engine, export_model
@@ -235,13 +234,10 @@ class _Engine:
         return self._session.run(images)
 
     def edges(self, images: ImageSet) -> list[Edge]:
-        standing = self._engine.evidence / PARITY_FILE
-        if standing.is_file():
-            report = ParityReport.model_validate_json(standing.read_bytes())
-            ours = manifest_sha256(self._engine.directory)
-            if (report.manifest_sha256, report.images_sha256) == (ours, images.sha256):
-                return report.edges
-        return check_parity(self._engine, self._job.model, images).edges
+        report = proof_of(self._engine)
+        if report is None or report.images_sha256 != images.sha256:
+            report = check_parity(self._engine, self._job.model, images)
+        return report.edges
 
     def recording(self) -> Runs:
         if not treatment_of(self._job.runtime).records:

@@ -16,12 +16,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ztp_deploy import backends, environment, models
+from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import torch_device
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import check_seconds
+from ztp_deploy.manifest import sources_sha256
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.recipes import read_recipe
 from ztp_deploy.scratch import write_bytes, write_text
@@ -298,14 +299,18 @@ def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str
         "seed": request.seed,
         "space": space.VERSION,
     }
+    rooms: tuple[str, ...] = exporters.SOURCES
     if budget.kind == "latency":
-        name = backends.choose(request.build.backend)
+        build = request.build
+        name = backends.choose(build.backend)
         module = backends.usable(name)
+        settings = module.parse_settings(build.settings)
         found["engine"] = (
-            f"{name} {module.version()} on {module.resolve_device(request.build.device).slug}, "
-            f"{request.build.precision}"
+            f"{name} {module.version()} on {module.resolve_device(build.device).slug}, {build.precision}, {build.input} images"
         )
-    return found
+        found |= {"settings": settings, "instructions": module.instructions(settings)}
+        rooms = backends.SOURCES
+    return found | {"code": sources_sha256(*rooms)[:12]}
 
 
 def _timer(job: _Job) -> Timer:

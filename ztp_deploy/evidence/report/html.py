@@ -221,12 +221,12 @@ def _alarms(evidence: Evidence) -> list[str]:
     """The summary's notes and what was left out; then the faults of the gate's first failing edge."""
     alarms = [*evidence.summary.notes, *evidence.left_out]
     if evidence.parity and not evidence.parity.passed:
-        failing = next(edge for edge in evidence.parity.edges if edge.faults)
-        fault = failing.faults[0]
-        alarms.insert(
-            0,
-            f"PARITY FAILS between {edge_name(failing)}: {fault.kind} fault, {fault.detail}. Do not ship this engine.",
-        )
+        first = [
+            f" between {edge_name(edge)}: {fault.kind} fault, {fault.detail}"
+            for edge in evidence.parity.edges
+            for fault in edge.faults
+        ][:1]
+        alarms.insert(0, f"PARITY FAILS{''.join(first)}. Do not ship this engine.")
     return alarms
 
 
