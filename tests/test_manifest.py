@@ -76,13 +76,15 @@ def test_a_manifest_cannot_point_outside_its_folder(engine):
         mf.verify_files(engine.directory, outside)
 
 
-@pytest.mark.parametrize("text, triple", [("1:8:64", (1, 8, 64)), ("4", (4, 4, 4)), ((1, 2, 3), (1, 2, 3))])
+@pytest.mark.parametrize(
+    "text, triple", [("1:8:64", (1, 8, 64)), ("4", (4, 4, 4)), (np.int64(4), (4, 4, 4)), ((1, 2, 3), (1, 2, 3))]
+)
 def test_batch_ranges(text, triple):
     span = BatchRange.parse(text)
     assert (span.min, span.opt, span.max) == triple
 
 
-@pytest.mark.parametrize("text", ["8:1:4", "0:1:2", "1:2", "a", "", "1:8:64:128", "-1", "1.5"])
+@pytest.mark.parametrize("text", ["8:1:4", "0:1:2", "1:2", "a", "", "1:8:64:128", "-1", "1.5", True, 2.0, (1.0, 2, 3)])
 def test_wrong_batch_ranges(text):
     with pytest.raises(BadRequest, match="no range"):
         BatchRange.parse(text)

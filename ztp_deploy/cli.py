@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ztp_deploy.console import (
     Bars,
+    check_record,
     err,
     out,
     print_json,
@@ -276,6 +277,7 @@ def bench(
     from ztp_deploy import workflow
 
     sizes = batch_sizes(batches)
+    check_record(record)
     engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
     if engine:
         idle = PLAN_OPTIONS | BUILD_OPTIONS | {"images", "fresh"}
@@ -368,6 +370,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Measure pruning methods against each other, each with its slice twin, at one ratio or FLOP share."""
+    check_record(record)
     from ztp_deploy import workflow
     from ztp_deploy.evidence.report.methods import HEAD, methods_rows
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from ztp_deploy.errors import write_failed
 
 if TYPE_CHECKING:
     from ztp_deploy.evidence.latency import LatencyReport
@@ -76,6 +80,17 @@ def show_parity(report: ParityReport) -> None:
     out.print(table)
     for note in report.notes:
         warn(note)
+
+
+def check_record(folder: Path | None) -> None:
+    """Raises WriteFailed where a record could not be written: before anything is measured for it."""
+    if folder is None:
+        return
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise write_failed(str(folder), NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise write_failed(str(folder), PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def record_result(result: Result, folder: Path) -> None:

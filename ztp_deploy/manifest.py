@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ztp_deploy.errors import BadRequest, DamagedFiles
+from ztp_deploy.errors import BadRequest, DamagedFiles, write_failed
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
 
@@ -94,13 +95,13 @@ class BatchRange(BaseModel):
     def parse(cls, value: str | int | Sequence[int]) -> BatchRange:
         """`"1:8:64"`, one number, or a triple; raises BadRequest unless 1 ≤ min ≤ opt ≤ max."""
         try:
-            listed = value.split(":") if isinstance(value, str) else [value] if isinstance(value, int) else value
-            parts = [int(part) for part in listed]
+            listed = value.split(":") if isinstance(value, str) else [value] if hasattr(value, "__index__") else value
+            parts = [int(part) if isinstance(part, str) else operator.index(part) for part in listed]
         except (TypeError, ValueError):
             parts = []
         if len(parts) == 1:
             parts = parts * 3
-        if len(parts) != 3 or not 1 <= parts[0] <= parts[1] <= parts[2]:
+        if isinstance(value, bool) or len(parts) != 3 or not 1 <= parts[0] <= parts[1] <= parts[2]:
             raise BadRequest(
                 f"batch={value!r} is no range.", "Give min:opt:max with 1 ≤ min ≤ opt ≤ max, such as 1:8:64."
             )
@@ -227,8 +228,11 @@ def verify_files(directory: Path, manifest: _Manifest) -> None:
 def check_replaceable(directory: Path, kind: type[_Manifest]) -> None:
     """Refuses to write where anything stands but an empty folder or an earlier folder of the same kind."""
     noun = "engine" if kind is EngineManifest else "artifact"
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return
+    try:
+        if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+            return
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise write_failed(str(directory), error) from error
     try:
         ours = f'"schema": "ztp.{noun}/' in (directory / MANIFEST).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

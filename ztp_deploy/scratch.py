@@ -19,6 +19,7 @@ from pathlib import Path
 from ztp_deploy.errors import write_failed
 
 _REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_PROBE = 1 << 20
 _REPLACED = "-old"
 _OURS = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 """Nothing else is swept: the folder may be one in which others keep partial files, too."""
@@ -68,6 +69,15 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.close(lock)
     except OSError as error:
         raise write_failed(str(path), error) from error
+
+
+def ask_for_room(directory: Path) -> None:
+    """Raises the system's OSError where it refuses to write there: a library that failed may not say why."""
+    probe = directory / f".{secrets.token_hex(4)}.probe"
+    try:
+        probe.write_bytes(bytes(_PROBE))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def sweep(parent: Path) -> None:

@@ -17,7 +17,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from tests.test_import_order import imported
 from ztp_deploy import backends, environment, exporters
-from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, WriteFailed
 from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.manifest import BatchRange
 
@@ -65,6 +65,8 @@ def test_audit_scores_equal_eager(any_engine, pruned):
         (tiny.images(1, size=64), r"\[1, 3, 64, 64\]"),
         (tiny.images(1)[0], r"\[3, 96, 96\]"),
         (tiny.images(1).tolist(), "list"),
+        (np.ma.array(tiny.images(1), mask=False), "a masked one came"),
+        (torch.zeros(1, 3, 96, 96).to_sparse(), "takes dense tensors; one of torch.sparse_coo came"),
         (torch.zeros(9, 3, 96, 96), "outside this engine's range 1 to 8"),
         (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "float64 came"),
         (torch.zeros(1, 3, 96, 96, device="meta"), "takes tensors on cpu; one on meta came"),
@@ -75,6 +77,20 @@ def test_audit_scores_equal_eager(any_engine, pruned):
 def test_wrong_input_is_refused_with_the_reason(any_engine, images, message):
     with ztp.load_engine(any_engine.directory) as session, pytest.raises(BadRequest, match=message):
         session.run(images)
+
+
+def test_arrays_and_tensors_in_any_state(any_engine):
+    """What may not be written to, and what torch has only marked as negated."""
+    images = tiny.images(2)
+    locked = images.copy()
+    locked.flags.writeable = False
+    negated = torch._neg_view(torch.from_numpy(-images))
+    assert negated.is_neg()
+    with ztp.load_engine(any_engine.directory) as session, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = session.run(images)
+        np.testing.assert_array_equal(session.run(locked), expected)
+        np.testing.assert_array_equal(session.run(negated).numpy(), expected)
 
 
 def test_tensors_come_back_as_tensors(any_engine):
@@ -138,9 +154,16 @@ def test_preprocess_equals_timms_transform(any_engine, tmp_path):
 
 def test_a_closed_session_says_so(any_engine):
     session = ztp.load_engine(any_engine.directory)
+    session.run(tiny.images(1))
+    kept = session.kept()
     session.close()
+    session.close()
+    for images in (tiny.images(1), torch.from_numpy(tiny.images(1))):
+        with pytest.raises(BadRequest, match="closed"):
+            session.run(images)
     with pytest.raises(BadRequest, match="closed"):
-        session.run(tiny.images(1))
+        session.audit(tiny.images(1))
+    assert all(np.array_equal(now, before) for now, before in zip(session.kept(), kept, strict=True))
 
 
 def test_an_engine_is_found_again_and_rebuilt_for_other_settings(artifact, tmp_path):
@@ -237,6 +260,8 @@ def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
         ({"backend": "openvino", "precision": "int8"}, BadRequest, "calibrated on images and none were given"),
         ({"backend": "openvino", "settings": {"hint": "fast"}}, BadRequest, "hint"),
         ({"backend": "onnxruntime", "batch": "8:1:4"}, BadRequest, "no range"),
+        ({"backend": "onnxruntime", "settings": ["threads"]}, BadRequest, "are no settings"),
+        ({"backend": "onnxruntime", "directory": "x" * 300}, WriteFailed, "File name too long"),
         ({"backend": "onnxruntime", "device": "tpu"}, BadRequest, "auto, cpu or cuda"),
         ({"backend": "onnxruntime", "settings": {"thread": 1}}, BadRequest, "threads"),
         ({"backend": "onnxruntime", "settings": {"threads": -1}}, BadRequest, "threads"),

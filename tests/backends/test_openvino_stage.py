@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -292,8 +294,36 @@ def test_without_a_compiler_it_is_refused(artifact, tmp_path, monkeypatch):
 
 def test_the_compilers_reason_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "SOURCE", tmp_path / "none.cpp")
-    with pytest.raises(MissingSoftware, match=r"none\.cpp: No such file"):
+    monkeypatch.setenv("CXX", "env g++")  # a command line, as make and CMake take it
+    with pytest.raises(MissingSoftware, match=r"^g\+\+ .* does not compile .*none\.cpp: No such file"):
         stages.compile_library(tmp_path)
+
+
+def test_other_methods_are_told_that_nothing_was_compiled(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    plan = ztp.make_plan(model, "evit", ratio=0.7)
+    other = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a")
+    engine = ztp.build(other, "openvino", settings={"stage": "compiled"}, directory=tmp_path / "e")
+    assert engine.manifest.built["compiled_stages"] == f"0 of {len(plan.stages)}"
+    assert "the operator knows Zero-TPrune alone" in engine.manifest.built["notes"][-1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"stage": "compiled"}], ids=["model", "stage"])
+def test_a_disk_that_refuses_is_said_to(settings, artifact, tmp_path):
+    """Neither OpenVINO nor a compiler says that it was the disk."""
+    script = f"""
+import resource, sys, ztp_deploy as ztp
+from ztp_deploy.exporters import load_artifact
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+try:
+    ztp.build(load_artifact({str(artifact.directory)!r}), "openvino", settings={settings!r}, directory={str(tmp_path / "e")!r})
+except ztp.ZtpError as error:
+    print(type(error).__name__, error.problem)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("WriteFailed"), done.stdout
+    assert "the disk (or its quota) is full" in done.stdout
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_go_together_is_refused(artifact, tmp_path):
@@ -320,7 +350,7 @@ def test_a_plan_that_the_operator_does_not_know_is_told(tmp_path):
     assert set(engine.manifest.files) == {"model.bin", "model.xml"}
     assert engine.manifest.built["compiled_stages"] == "0 of 1"
     assert engine.manifest.built["notes"] == [
-        "No stage was compiled: the operator knows other options of Zero-TPrune than this plan's."
+        "No stage was compiled: the operator knows Zero-TPrune alone, and not all of its options."
     ]
 
 

@@ -290,6 +290,11 @@ def test_a_path_is_shown_as_python_shows_it_and_followed_as_the_system_does(runt
 
 
 def test_broken_json_is_refused(runtime, damaged):
+    whole = (damaged / "manifest.json").read_bytes()
+    (damaged / "manifest.json").write_bytes(b"\xef\xbb\xbf" + whole)
+    problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
+    assert "Invalid JSON" in problem
+    assert code == python_refusal(damaged)[1]
     (damaged / "manifest.json").write_text('{"schema": ')
     problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
     theirs, their_code = python_refusal(damaged)

@@ -119,6 +119,9 @@ def test_tokens_that_cannot_be_fail_the_gate(told, pruned, position, words):
     session = session_of(manifest, outputs | {"kept_2": second}, audit)
     with pytest.raises(GateFailed, match=f"stage 2 kept .*{words}.*ztp check"):
         seen_by_engine(session, tiny.images(4), geometry_of(pruned))
+    for ask in (session.kept, session.assignment):
+        with pytest.raises(GateFailed, match=words):
+            ask()
 
 
 def test_merges_that_cannot_be_fail_the_gate(model, told):

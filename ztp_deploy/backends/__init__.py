@@ -180,6 +180,8 @@ def build(
             "Give calibration=images [M, 3, H, W].",
         )
     target = module.resolve_device(device)
+    if not isinstance(settings or {}, Mapping):
+        raise BadRequest(f"settings={settings!r} are no settings.", "Give a dict, such as {'threads': 1}.")
     chosen = module.parse_settings(dict(settings or {}))
     final = (
         Path(directory)

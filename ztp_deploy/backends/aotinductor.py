@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -175,16 +174,13 @@ class AotInductorRunner:
         self._model = self._replay = None
 
     def _host(self, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        import torch
 
-        batch = torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider)
+        batch = torch_device.tensor_of(images).to(self._manifest.provider)
         return {name: value.cpu().numpy() for name, value in self._run(batch, names).items()}
 
     def _run(self, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         import torch
 
-        if self._model is None:
-            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         with torch.inference_mode():
             if self._replay is None:
                 return dict(zip(names, self._model(images), strict=False))

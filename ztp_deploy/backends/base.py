@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, EngineManifest
 
@@ -148,6 +149,7 @@ class Session:
         self.manifest = manifest
         self._runner = runner
         self._last = threading.local()
+        self._closed = False
         self._transform: Any = None
 
     @overload
@@ -161,14 +163,17 @@ class Session:
 
         A torch tensor on the engine's device (a CPU tensor for a CPU engine) is answered with one there, without a
         copy through the host and in the order of the caller's stream; its pixels are not looked at.
-        Raises BadRequest for a wrong dtype, shape or batch, for pixels that are not finite and for a tensor that lies
-        elsewhere.
+        Raises BadRequest for a wrong dtype, shape or batch, for pixels that are not finite, for a tensor that lies
+        elsewhere and where the session is closed.
         """
+        self._require_open()
         outputs: Mapping[str, Any]
         if isinstance(images, Tensor):
             self._check_dtype(images, str(images.dtype).removeprefix("torch."))
             self._check_shape(tuple(images.shape))
-            outputs = self._runner.run_tensors(images)
+            if images.layout is not torch.strided:
+                raise BadRequest(f"This engine takes dense tensors; one of {images.layout} came.", "Call .to_dense().")
+            outputs = self._runner.run_tensors(images.resolve_neg())
         else:
             self._check(images)
             outputs = self._runner.run(images)
@@ -179,14 +184,40 @@ class Session:
         """Per stage, the original patch positions [B, k] kept in this thread's last run, ascending.
 
         -1 stands for a masked slot, patch_tokens + i for a token that stage i made anew from several.
+        Raises GateFailed where the engine reports tokens that cannot be, BadRequest before a run.
         """
-        return [np.sort(kept, axis=1) for kept in self._last_outputs("kept")]
+        plan = self.manifest.plan
+        highest = plan.patch_tokens + len(plan.stages) - 1
+        found = [np.sort(kept, axis=1) for kept in self._last_outputs("kept")]
+        for number, positions in enumerate(found, start=1):
+            wrong = positions[(positions < -1) | (positions > highest)]
+            twice = (np.diff(positions, axis=1) == 0) & (positions[:, 1:] >= 0)
+            if wrong.size or twice.any():
+                what = f"position {wrong[0]}" if wrong.size else f"position {positions[:, 1:][twice][0]} twice"
+                raise self._broken(f"stage {number} kept {what}, of {plan.patch_tokens} patches")
+        return found
 
     def assignment(self) -> list[NDArray[np.int32]]:
-        """Per stage, for every patch [B, n0] the index in `kept()` of the token that carries it, -1 where it is dropped."""
+        """Per stage, for every patch [B, n0] the index in `kept()` of the token that carries it, -1 where it is dropped.
+
+        Raises as `kept`.
+        """
         from ztp_deploy.pruning.trace import assign
 
-        return assign(self._last_outputs("kept"), self._last_outputs("merged"), self.manifest.plan.patch_tokens)
+        self.kept()
+        try:
+            return assign(self._last_outputs("kept"), self._last_outputs("merged"), self.manifest.plan.patch_tokens)
+        except IndexError as error:
+            raise self._broken("tokens merged into others that are not there") from error
+
+    def _broken(self, what: str) -> GateFailed:
+        return GateFailed(
+            f"The engine says that {what}.", f"It is broken: `ztp check --engine {self.directory}` shows where."
+        )
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
 
     def _last_outputs(self, kind: str) -> list[NDArray[np.int32]]:
         if not hasattr(self._last, "outputs"):
@@ -196,7 +227,8 @@ class Session:
         return [value if isinstance(value, np.ndarray) else value.cpu().numpy() for value in outputs]
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """Outputs and stage scores of the very same graph, by name; slower than `run`."""
+        """Outputs and stage scores of the very same graph, by name; slower than `run`. Raises BadRequest as `run`."""
+        self._require_open()
         self._check(images)
         return self._runner.audit(images)
 
@@ -215,8 +247,10 @@ class Session:
         return np.stack([self._transform(open_image(image)) for image in many])
 
     def close(self) -> None:
-        """Frees the engine; further runs are refused by its library."""
-        self._runner.close()
+        """Frees the engine; further runs are refused, what the last one kept can still be asked."""
+        if not self._closed:
+            self._closed = True
+            self._runner.close()
 
     def __enter__(self) -> Session:
         return self
@@ -237,6 +271,8 @@ class Session:
 
     def _check_dtype(self, images: object, dtype: str | None) -> None:
         wanted = self.manifest.input
+        if isinstance(images, np.ma.MaskedArray):
+            raise BadRequest("This engine takes plain arrays; a masked one came.", "Fill it: images.filled(0).")
         if dtype != wanted.dtype:
             raise BadRequest(
                 f"This engine takes {wanted.dtype} arrays [B, 3, {wanted.size}, {wanted.size}]; "

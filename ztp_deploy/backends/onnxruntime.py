@@ -219,14 +219,12 @@ class OnnxRuntimeRunner:
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         if not self._settings.cuda_graph:
             return self._run(self._session, images, self._manifest.outputs)
-        import torch
 
-        outputs = self.run_tensors(torch.from_numpy(np.ascontiguousarray(images)).to(self._torch_device))
+        outputs = self.run_tensors(torch_device.tensor_of(images).to(self._torch_device))
         return {name: value.cpu().numpy() for name, value in outputs.items()}
 
     def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
         """See `EngineRunner`."""
-        self._require_open()
         torch_device.require(images, self._torch_device)
         if self._settings.cuda_graph:
             with self._one_at_a_time:
@@ -297,12 +295,7 @@ class OnnxRuntimeRunner:
         found = {value.name: value for value in self._session.get_outputs()}
         return {name: (dtypes[found[name].type], found[name].shape[1:]) for name in self._manifest.outputs}
 
-    def _require_open(self) -> None:
-        if self._session is None:
-            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
-
     def _run(self, session: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        self._require_open()
         values = session.run(list(names), {self._manifest.input.name: np.ascontiguousarray(images)})
         return dict(zip(names, values, strict=True))
 

@@ -19,6 +19,7 @@ from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.scratch import ask_for_room
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +147,11 @@ def build(job: BuildJob) -> dict[str, Any]:
         model.reshape({images: [job.batch.max, *images.get_partial_shape()[1:]]})
     scores -= stages.passes_on(model)
     path = job.directory / MODEL_FILE
-    ov.save_model(model, str(path), compress_to_fp16=False)
+    try:
+        ov.save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError:
+        ask_for_room(job.directory)
+        raise
     ir.keep_float32(path, scores - as_they_are)
     properties = _properties(job.precision, settings)
     compiled = core.compile_model(str(path), DEVICE, properties)
@@ -165,7 +170,7 @@ def build(job: BuildJob) -> dict[str, Any]:
             "This processor has no int8 dot products (VNNI): int8 can be slower here than fp32. Measure before you ship."
         )
     if made_of_stages.get("compiled_stages", "").startswith("0 of"):
-        notes.append("No stage was compiled: the operator knows other options of Zero-TPrune than this plan's.")
+        notes.append("No stage was compiled: the operator knows Zero-TPrune alone, and not all of its options.")
     built = {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes}
     return built | made_of_stages
 
@@ -177,7 +182,7 @@ def _compile_stages(core: Any, model: Any, job: BuildJob) -> dict[str, Any]:
     """
     plan = job.artifact.manifest.plan
     if plan.method != stages.METHOD:
-        return {}
+        return {} if plan.method in ("dense", "slice") else {"compiled_stages": f"0 of {len(plan.stages)}"}
     library = job.directory / stages.LIBRARY_FILE
     compiler = stages.compile_library(job.directory)
     core.add_extension(str(library))
@@ -210,8 +215,6 @@ class OpenVinoRunner:
         self._auditing = threading.Lock()
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        if self._compiled is None:
-            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         if not hasattr(self._requests, "own"):
             self._requests.own = self._compiled.create_infer_request()
         return _infer(self._requests.own, images, self._manifest.outputs)
@@ -224,8 +227,6 @@ class OpenVinoRunner:
         return {name: torch.from_numpy(value) for name, value in self.run(images.detach().numpy()).items()}
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        if self._compiled is None:
-            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         with self._auditing:
             if self._audited is None:
                 self._audited = self._compile(self._manifest.audit)

@@ -8,7 +8,7 @@ it is code, load only what you built. Its scores are the audit's, so that parity
 from __future__ import annotations
 
 import os
-import shutil
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ztp_deploy.backends.openvino_attention import is_attention
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.methods import zero_tprune
 from ztp_deploy.plan import Plan, Stage
+from ztp_deploy.scratch import ask_for_room
 
 METHOD = "zero_tprune"
 LIBRARY_FILE = "stage.so"
@@ -37,26 +38,35 @@ _RANK_BEYOND_JIT = 7
 
 
 def compile_library(directory: Path) -> str:
-    """Writes the operator's library into `directory`; the compiler's version. Raises MissingSoftware without one."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
+    """Writes the operator's library into `directory`; the compiler's version.
+
+    Raises MissingSoftware without a compiler, or with one that cannot compile it.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     include, libraries = _development_files()
     vectors = _VECTOR_FLAGS if "avx512f" in environment.instruction_flags() else ()
     command = [*_FLAGS, *vectors, "-isystem", str(include), str(SOURCE), *map(str, libraries)]
     try:
-        if compiler is None:
-            raise FileNotFoundError("no g++ was found")
-        told = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-        subprocess.run(
-            [compiler, *command, "-o", str(directory / LIBRARY_FILE)], capture_output=True, text=True, check=True
-        )
+        told = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = next((line for line in said if "error" in line), said[0] if said else "no reason given")
         raise MissingSoftware(
-            f"stage=compiled compiles C++ and found no working compiler: {reason}.",
+            f"stage=compiled compiles C++ and found no working compiler: {(said or ['no reason given'])[0]}.",
             "Install one (apt-get install g++), name it in the variable CXX, or leave the setting out.",
         ) from error
-    return told.stdout.splitlines()[0]
+    version = (told.stdout.splitlines() or compiler)[0]
+    done = subprocess.run(
+        [*compiler, *command, "-o", str(directory / LIBRARY_FILE)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        ask_for_room(directory)
+        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("collect2")]
+        reason = next((line for line in said if "error" in line), said[0] if said else "no reason given")
+        raise MissingSoftware(
+            f"{version} does not compile the operator of stage=compiled: {reason}.",
+            "Name another compiler in the variable CXX, or leave the setting out.",
+        )
+    return version
 
 
 def _development_files() -> tuple[Path, list[Path]]:

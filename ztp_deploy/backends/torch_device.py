@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ztp_deploy import environment
 from ztp_deploy.backends.base import Device
@@ -36,6 +39,13 @@ def require(images: Tensor, device: str) -> None:
             f"This engine takes tensors on {wanted}; one on {images.device} came.",
             "Move it there, or give a NumPy array.",
         )
+
+
+def tensor_of(images: NDArray[Any]) -> Tensor:
+    """A contiguous array as a tensor of the CPU, copied only where others may not write to it."""
+    import torch
+
+    return torch.from_numpy(np.require(images, requirements=("C", "W")))
 
 
 def prepare(provider: str) -> None:

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,7 +13,7 @@ from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.errors import BadRequest, DamagedFiles
+from ztp_deploy.errors import DamagedFiles
 from ztp_deploy.manifest import EngineManifest
 
 if TYPE_CHECKING:
@@ -118,16 +117,13 @@ class TorchScriptRunner:
         self._module = None
 
     def _host(self, method: str, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        import torch
 
-        batch = torch.from_numpy(np.ascontiguousarray(images)).to(self._manifest.provider)
+        batch = torch_device.tensor_of(images).to(self._manifest.provider)
         return {name: value.cpu().numpy() for name, value in self._run(method, batch, names).items()}
 
     def _run(self, method: str, images: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
         import torch
 
-        if self._module is None:
-            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
         with torch.inference_mode():
             return dict(zip(names, getattr(self._module, method)(images), strict=True))
 

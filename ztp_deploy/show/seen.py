@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from ztp_deploy import methods
 from ztp_deploy.backends.base import Session
 from ztp_deploy.backends.batches import filled_batches
-from ztp_deploy.errors import GateFailed, ZtpError
+from ztp_deploy.errors import ZtpError
 from ztp_deploy.evidence.observe import observe, observe_eager
 from ztp_deploy.evidence.selection import Observation
 from ztp_deploy.exporters.graph import InferenceGraph
@@ -63,10 +62,8 @@ def seen_by_engine(session: Session, pixels: NDArray[Any], geometry: Geometry | 
     carried: list[list[NDArray[Any]]] = []
     for chunk, count in filled_batches(pixels, span.max, span.min):
         session.run(chunk)
-        reported = [positions[:count] for positions in session.kept()]
-        _check_reported(reported, plan, session.directory)
-        kept.append(reported)
-        carried.append([slots[:count] for slots in _assignment(session)])
+        kept.append([positions[:count] for positions in session.kept()])
+        carried.append([slots[:count] for slots in session.assignment()])
     audited, notes = None, unscored(plan)
     if not notes and geometry is None:
         notes = (
@@ -85,29 +82,6 @@ def unscored(plan: Plan) -> tuple[str, ...]:
     method = methods.get(plan.method)
     scored = any(method.score_names(stage) for stage in plan.stages)
     return () if scored else (f"{plan.method} scores nothing: there is no heat map.",)
-
-
-def _check_reported(kept: list[NDArray[Any]], plan: Plan, directory: Path) -> None:
-    highest = plan.patch_tokens + len(plan.stages) - 1
-    for number, positions in enumerate(kept, start=1):
-        wrong = positions[(positions < -1) | (positions > highest)]
-        twice = (np.diff(positions, axis=1) == 0) & (positions[:, 1:] >= 0)
-        if wrong.size or twice.any():
-            what = f"position {wrong[0]}" if wrong.size else f"position {positions[:, 1:][twice][0]} twice"
-            raise GateFailed(
-                f"The engine says that stage {number} kept {what}, of {plan.patch_tokens} patches.",
-                f"It is broken: `ztp check --engine {directory}` shows where.",
-            )
-
-
-def _assignment(session: Session) -> list[NDArray[Any]]:
-    try:
-        return [*session.assignment()]
-    except IndexError as error:
-        raise GateFailed(
-            "The engine says that tokens merged into others that are not there.",
-            f"It is broken: `ztp check --engine {session.directory}` shows where.",
-        ) from error
 
 
 def _columns(parts: Sequence[Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:

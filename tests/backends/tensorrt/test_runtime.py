@@ -26,7 +26,7 @@ H100 = environment.Gpu("NVIDIA H100", "9.0", 80.0)
 
 def compute(images):
     sums = images.flatten(1).sum(1, keepdim=True)
-    return sums * torch.arange(10), (sums * torch.tensor([4, 3, 2, 1])).int()
+    return sums * torch.arange(10), (sums.int() % 33 + torch.tensor([3, 2, 1, 0])).int()
 
 
 def executor(engine=None, cuda_graph=False):

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -183,7 +182,7 @@ class TensorRTRunner:
     """A session's plan and, on first audit, its second plan with the scores."""
 
     def __init__(self, shipped: Executor, audited: Any, outputs: Sequence[str], audit: Sequence[str]) -> None:
-        self._shipped: Executor | None = shipped
+        self._shipped = shipped
         self._open_audit = audited
         self._audited: Executor | None = None
         self._outputs = tuple(outputs)
@@ -191,17 +190,15 @@ class TensorRTRunner:
         self._lock = threading.Lock()
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        return self._host(self._opened(), images, self._outputs)
+        return self._host(self._shipped, images, self._outputs)
 
     def run_tensors(self, images: Tensor) -> dict[str, Tensor]:
         """See `EngineRunner`."""
-        executor = self._opened()
-        torch_device.require(images, str(executor.device))
-        outputs = executor.run(images.contiguous())
+        torch_device.require(images, str(self._shipped.device))
+        outputs = self._shipped.run(images.contiguous())
         return {name: outputs[name] for name in self._outputs}
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        self._opened()
         with self._lock:
             if self._audited is None:
                 self._audited = self._open_audit()
@@ -211,14 +208,8 @@ class TensorRTRunner:
         for executor in (self._shipped, self._audited):
             if executor is not None:
                 executor.close()
-        self._shipped = self._audited = None
-
-    def _opened(self) -> Executor:
-        if self._shipped is None:
-            raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
-        return self._shipped
 
     def _host(self, executor: Executor, images: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        batch = torch.from_numpy(np.ascontiguousarray(images)).to(executor.device)
+        batch = torch_device.tensor_of(images).to(executor.device)
         outputs = executor.run(batch)
         return {name: outputs[name].cpu().numpy() for name in names}

@@ -3,6 +3,11 @@
 #
 # Each macro defines its target where everything was found, else sets ZTP_MISSING to what to do about it.
 
+# A relative path on the command line is relative to where it was typed; typed like this, CMake makes it absolute.
+if(DEFINED CACHE{Python3_EXECUTABLE})
+  set(Python3_EXECUTABLE "" CACHE FILEPATH "Python whose packages are looked into")
+endif()
+
 # What a line of Python prints; empty where it fails.
 function(ztp_python script result)
   find_package(Python3 QUIET COMPONENTS Interpreter)
@@ -22,7 +27,7 @@ macro(ztp_find_openvino)
   if(NOT OpenVINO_DIR)
     ztp_python_package(openvino ztp_package)
     if(ztp_package)
-      set(OpenVINO_DIR "${ztp_package}/cmake" CACHE PATH "Folder of OpenVINOConfig.cmake")
+      set(OpenVINO_DIR "${ztp_package}/cmake" CACHE PATH "Folder of OpenVINOConfig.cmake" FORCE)
     endif()
   endif()
   find_package(OpenVINO QUIET COMPONENTS Runtime)

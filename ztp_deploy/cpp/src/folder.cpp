@@ -102,6 +102,7 @@ class Fields {
 
 json parse(const std::string& text, const fs::path& path) {
   try {
+    if (text.rfind("\xEF\xBB\xBF", 0) == 0) refuse(path, "the file", "Invalid JSON at byte 1");
     json root = json::parse(text, [&](int depth, json::parse_event_t, json&) {
       if (depth > kDeepest) refuse(path, "the file", "It is nested too deeply");
       return true;
