@@ -19,9 +19,9 @@ from torch import nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
-from ztp_deploy.defaults import BATCH, BENCH_SECONDS, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT, METHOD
+from ztp_deploy.defaults import BATCH, BENCH_SECONDS, CHECK_IMAGES, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT, METHOD
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
-from ztp_deploy.evidence.images import DEFAULT_COUNT, ImageSet, image_files, load_images
+from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import (
     LATENCY_FILE,
     LatencyReport,
@@ -202,7 +202,7 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
         if pictures.shared:
             clock.monitor.warn(
                 f"{len(pictures.names)} images calibrate the engine, and the check uses {pictures.shared} of them too: "
-                f"give {2 * DEFAULT_COUNT} or more for a proof on others."
+                f"give {2 * CHECK_IMAGES} or more for a proof on others."
             )
     span = BatchRange.parse(request.batch)
     directory = backends.engine_directory(
@@ -240,7 +240,7 @@ def check_runnable(request: BuildRequest) -> None:
 
 
 def check(
-    engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = DEFAULT_COUNT
+    engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = CHECK_IMAGES
 ) -> ParityReport:
     """The parity gate on photographs; its report is written, passed or not, and others that quote it anew.
 

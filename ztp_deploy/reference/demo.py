@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ztp_deploy import evaluate, models, workflow
+from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.reference import canvases
 from ztp_deploy.show.draw import Shown, show
 
 MODEL, RATIO = "vit_digits", 0.7
-CANVASES, SHOWN, SECONDS = 1194, 4, 8.0
+SHOWN, SECONDS = 4, 8.0
 DEFAULT = workflow.PlanRequest(MODEL, ratio=RATIO, weights="pretrained")
 
 
@@ -32,8 +33,8 @@ def demonstrate(
     monitor: workflow.Monitor,
     *,
     wanted: workflow.PlanRequest = DEFAULT,
-    directory: Path = Path("pictures"),
-    count: int = CANVASES,
+    directory: Path = PICTURES_ROOT,
+    count: int = DEMO_CANVASES,
     seconds: float = SECONDS,
     command: str | None = None,
 ) -> Demo:

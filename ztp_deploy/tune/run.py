@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import torch_device
+from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
@@ -47,8 +48,6 @@ from ztp_deploy.tune.search import Trial, finalists, open_study, run_trials
 from ztp_deploy.tune.space import Cost, Space
 from ztp_deploy.workflow import BuildRequest, Clock, Monitor, check_runnable, load
 
-DEFAULT_TRIALS = 60
-DEFAULT_COUNT = 256
 ATTEMPTS = 3
 """Plans that are built and measured, at most, until one meets a latency budget."""
 
@@ -64,13 +63,13 @@ class TuneRequest:
     model: str
     images: Path | str
     budget: str
-    method: str = "zero_tprune"
+    method: str = METHOD
     weights: str = "auto"
     build: BuildRequest = field(default_factory=BuildRequest)
-    trials: int = DEFAULT_TRIALS
-    count: int = DEFAULT_COUNT
+    trials: int = TUNE_TRIALS
+    count: int = TUNE_IMAGES
     seed: int = 0
-    seconds: float = 10.0
+    seconds: float = TUNE_SECONDS
     device: str = "auto"
     directory: Path | None = None
     command: str | None = None
