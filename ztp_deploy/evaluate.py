@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +48,7 @@ class EvalRequest:
     batch: int | None = None
     workers: int | None = None
     device: str = "auto"
-    command: str | None = None
+    command: str = "ztp.evaluate"
 
     def check(self) -> None:
         """Raises BadRequest for numbers that are none, and for data that is not there."""
@@ -336,7 +334,7 @@ def _report(
 ) -> AccuracyReport:
     before = None if reference is None else reference.logits
     return AccuracyReport(
-        command=request.command or shlex.join(sys.argv),
+        command=request.command,
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         model=subject.source.name,
         plan=subject.plan.label,

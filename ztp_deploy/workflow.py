@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import resource
-import shlex
 import sys
 import time
 import warnings
@@ -333,7 +332,7 @@ def make_engine(
     batches: Sequence[int] | None = None,
     seconds: float = ENGINE_SECONDS,
     measure: bool = True,
-    command: str | None = None,
+    command: str = "ztp.make_engine",
 ) -> Result:
     """Everything from a name to a shippable engine: plan, export, build, parity gate, latency, summary.
 
@@ -375,17 +374,16 @@ def make_engine(
         _prove([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
     del model
     latency = None
-    line = command or shlex.join(sys.argv)
     if measure:
         roles: dict[str, Engine] = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
-        latency = bench(roles, measured, seconds, clock, line)
+        latency = bench(roles, measured, seconds, clock, command)
         write_text(engines["pruned"].evidence / LATENCY_FILE, latency.to_json())
     summary = summarise(
         engines["pruned"].manifest,
         engines["pruned"].directory,
         parity,
         latency,
-        command=line,
+        command=command,
         steps=[step.model_dump() for step in clock.steps],
         peak_gib=round(clock.peak_gib(), 2),
         machine=environment.snapshot(),
@@ -406,7 +404,7 @@ def compare_methods(
     images: Path | str | None = None,
     batches: Sequence[int] | None = None,
     seconds: float = BENCH_SECONDS,
-    command: str | None = None,
+    command: str = "ztp.compare_methods",
 ) -> MethodsReport:
     """Several methods on one model at one ratio or FLOP share, and their slice twins, in one interleaved run.
 
@@ -433,7 +431,7 @@ def compare_methods(
         engines[role] = build_engine(artifact, build, clock, images)
     _prove(list(engines.values()), model, images, clock)
     del model
-    latency = bench(engines, batches, seconds, clock, command or shlex.join(sys.argv))
+    latency = bench(engines, batches, seconds, clock, command)
     first = wanted[0]
     asked = {"ratio": first.ratio} if first.ratio is not None else {"flops": first.flops}
     return methods_report(model_name, {name: value for name, value in asked.items() if value}, engines, latency)

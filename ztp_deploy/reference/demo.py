@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,14 +34,13 @@ def demonstrate(
     directory: Path = PICTURES_ROOT,
     count: int = DEMO_CANVASES,
     seconds: float = SECONDS,
-    command: str | None = None,
+    command: str = "ztp.demonstrate",
 ) -> Demo:
     """Builds, proves and measures the engine, evaluates it on `count` test canvases, and draws what it keeps of four.
 
     Raises what `make_engine` and `evaluate_engine` raise.
     """
     clock = workflow.Clock(monitor)
-    line = command or shlex.join(sys.argv)
     if wanted.weights in ("auto", "random"):
         raise BadRequest("The demonstration shows accuracy: it needs trained weights.", "Give pretrained, or a path.")
     workflow.check_runnable(build)
@@ -55,8 +52,8 @@ def demonstrate(
     folder = directory / "canvases"
     with clock.step(f"draw {count} test canvases"):
         paths = list(canvases.write(folder, "test", count, by_class=True))
-    result = workflow.make_engine(wanted, build, monitor, images=folder, seconds=seconds, command=line)
-    data = evaluate.EvalRequest(data=folder, command=line)
+    result = workflow.make_engine(wanted, build, monitor, images=folder, seconds=seconds, command=command)
+    data = evaluate.EvalRequest(data=folder, command=command)
     dense = result.yardsticks["dense"].directory
     accuracy = evaluate.evaluate_engine(result.engine.directory, data, monitor, dense_engine=dense)
     pictures = show(paths[:SHOWN], directory, clock, engine=result.engine.directory)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,7 +70,7 @@ class TuneRequest:
     seconds: float = TUNE_SECONDS
     device: str = "auto"
     directory: Path | None = None
-    command: str | None = None
+    command: str = "ztp.tune"
 
     def check(self) -> Budget:
         """The budget. Raises BadRequest for what can be refused before anything is loaded."""
@@ -131,7 +129,6 @@ class _Job:
     rows: Split
     fingerprint: dict[str, Any]
     study: optuna.Study
-    command: str
     started: str
 
 
@@ -197,7 +194,6 @@ def _prepare(request: TuneRequest, monitor: Monitor) -> _Job:
         rows=rows,
         fingerprint=fingerprint,
         study=open_study(request.folder, fingerprint),
-        command=request.command or shlex.join(sys.argv),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
@@ -256,7 +252,7 @@ def _report(job: _Job, verdict: _Verdict, **found: Any) -> TuneReport:
     request, weights = job.request, models.source_of(job.model).weights
     nothing = {"trials": (), "finalists": (), "winner": None, "uniform": None, "held_out": None, "rounds": ()}
     report = TuneReport(
-        command=job.command,
+        command=request.command,
         started=job.started,
         model=request.model,
         method=request.method,
@@ -322,7 +318,7 @@ def _timer(job: _Job) -> Timer:
         export_root=request.folder / "export",
         engines_root=request.folder / "engines",
     )
-    return engine_timer(job.model, build, batch, request.seconds, job.clock, job.command, request.images)
+    return engine_timer(job.model, build, batch, request.seconds, job.clock, request.command, request.images)
 
 
 def _blocks(study: optuna.Study, model: nn.Module, method: str, timer: Timer) -> BlockTimes:
