@@ -92,6 +92,17 @@ def test_every_public_name_is_documented_and_annotated():
         _ = ztp.no_such_name
 
 
+def test_every_error_is_a_public_name_and_of_one_tree():
+    from ztp_deploy import errors
+
+    classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
+    found = {name: value for name, value in classes.items() if issubclass(value, Exception)}
+    assert {name: value.exit_code for name, value in found.items()} == {
+        "ZtpError": 2, "BadRequest": 2, "DamagedFiles": 2, "WriteFailed": 2, "MissingSoftware": 3, "GateFailed": 1
+    }  # fmt: skip
+    assert all(getattr(ztp, name) is value and issubclass(value, ztp.ZtpError) for name, value in found.items())
+
+
 def test_the_readmes_python_runs(monkeypatch, tmp_path):
     """The ten lines of the README, on DeiT-T with random weights instead of a download."""
     from PIL import Image
