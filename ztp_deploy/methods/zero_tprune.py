@@ -87,11 +87,6 @@ class Options(MethodOptions):
     features: Literal["keys", "queries", "values", "inputs"] = "keys"
     feature_heads: Literal["concatenated", "normalised", "averaged"] = "concatenated"
 
-    @field_validator("rounds", mode="before")
-    @classmethod
-    def _null(cls, rounds: Any) -> Any:
-        return "published" if rounds is None else rounds  # plans made before there was a name for it
-
     @field_validator("rounds")
     @classmethod
     def _positive(cls, rounds: int | list[int] | Literal["published"]) -> int | list[int] | Literal["published"]:
