@@ -21,7 +21,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ztp_deploy import backends, environment, methods
+from ztp_deploy import backends, environment
 from ztp_deploy.defaults import (
     ENGINES_ROOT,
     EXPORT_ROOT,
@@ -65,9 +65,7 @@ def plans_of(model: nn.Module) -> dict[str, Plan]:
     """
     pruned = [make_plan(model, ratio=0.7), make_plan(model, flops=0.653)]
     one = make_plan(model, flops=0.653, sites=[pruned[1].stages[0].block])
-    plans = [make_plan(model, "dense"), *pruned, *map(twin_of, pruned)]
-    if "tome" in methods.METHODS:
-        plans.append(make_plan(model, "tome", ratio=0.7))
+    plans = [make_plan(model, "dense"), *pruned, *map(twin_of, pruned), make_plan(model, "tome", ratio=0.7)]
     named = {plan.label: plan for plan in plans}
     return named | {pruned[1].label + _ONE_STAGE: one, twin_of(pruned[1]).label + _ONE_STAGE: twin_of(one)}
 
