@@ -71,7 +71,7 @@ def get(name: str) -> Backend:
 
 
 def choose(name: str) -> str:
-    """`auto` resolved: the fastest back end whose software and device are here."""
+    """`auto` resolved: TensorRT where it and a GPU are here, else ONNX Runtime, which every installation has."""
     if name != "auto":
         return name
     return "tensorrt" if environment.gpus() and not get("tensorrt").missing() else "onnxruntime"
