@@ -306,6 +306,44 @@ COMMANDS = [
 ]
 
 
+def test_defaults_are_those_of_the_python_calls():
+    """By command: parameter, its default there and in Python."""
+    from inspect import signature
+
+    from typer.main import get_command
+
+    from ztp_deploy import workflow
+    from ztp_deploy.gpu_report.measure import Grid, measure_gpu
+    from ztp_deploy.plan import make_plan
+    from ztp_deploy.reference import canvases, demo
+    from ztp_deploy.tune.run import TuneRequest
+
+    commands = get_command(cli.app).commands
+
+    def default(command, name):
+        [found] = [parameter.default for parameter in commands[command].params if parameter.name == name]
+        return found
+
+    def of(call, name):
+        return signature(call).parameters[name].default
+
+    assert [default("tune", name) for name in ("trials", "count", "seconds", "seed")] == [60, 256, 10.0, 0]
+    assert [getattr(TuneRequest, name) for name in ("trials", "count", "seconds", "seed")] == [60, 256, 10.0, 0]
+    assert default("check", "count") == of(workflow.check, "count") == 64
+    assert default("demo", "count") == of(demo.demonstrate, "count") == 2 * canvases.TEST_DIGITS
+    assert default("demo", "directory") == of(demo.demonstrate, "directory") == Path("pictures")
+    assert default("gpu-report", "minutes") == of(measure_gpu, "minutes") == 9
+    assert default("gpu-report", "seconds") == Grid.seconds == 4.0
+    assert (
+        default("gpu-report", "precisions").split(",")
+        == list(Grid.precisions)
+        == ["fp32", "fp16", "bf16", "int8", "fp8"]
+    )
+    assert [int(size) for size in default("gpu-report", "batches").split(",")] == list(Grid.batches) == [1, 8, 64, 256]
+    assert default("engine", "seconds") == of(workflow.make_engine, "seconds") == 12.0
+    assert TuneRequest.method == workflow.PlanRequest.method == of(make_plan, "method") == "zero_tprune"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(ztp, command):
     code, out, _ = ztp(command, "--help")

@@ -114,6 +114,7 @@ def test_the_manifest_is_named_and_the_last_batch_may_be_smaller_than_the_engine
     engine = engines["pruned"]
     report = evaluate_engine(engine.directory, EvalRequest(pictures, dense=False, batch=7), Silent())
     assert report.manifest_sha256 == manifest_sha256(engine.directory)
+    assert report.command == "ztp.evaluate"
     assert report.comparison is None
     assert report.per_class[0].dense is None
     assert [row[0] for row in accuracy_rows(report)] == ["pruned"]

@@ -100,6 +100,22 @@ def test_an_import_of_a_later_room_is_noticed(text, found, tmp_path):
     assert backward(package) == found
 
 
+def reads_the_command_line(text):
+    """Whether code asks how its process was started, which in a notebook says a kernel's path."""
+    return any(
+        isinstance(node, ast.Attribute) and (node.attr, ast.unparse(node.value)) == ("argv", "sys")
+        for node in ast.walk(ast.parse(text))
+    )
+
+
+def test_only_commands_read_the_command_line():
+    paths = (ROOT / "ztp_deploy").rglob("*.py")
+    found = {path.stem for path in paths if reads_the_command_line(path.read_text(encoding="utf-8"))}
+    assert found == {"cli", "ending"}
+    assert reads_the_command_line("import sys\ndef line():\n    return ' '.join(sys.argv)\n")
+    assert not reads_the_command_line("script = 'sys.argv'\n")
+
+
 def test_a_module_without_a_place_is_noticed():
     with pytest.raises(AssertionError, match=r"newroom\.file has no place"):
         place("newroom.file")

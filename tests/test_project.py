@@ -92,6 +92,17 @@ def test_every_public_name_is_documented_and_annotated():
         _ = ztp.no_such_name
 
 
+def test_every_error_is_a_public_name_and_of_one_tree():
+    from ztp_deploy import errors
+
+    classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
+    found = {name: value for name, value in classes.items() if issubclass(value, Exception)}
+    assert {name: value.exit_code for name, value in found.items()} == {
+        "ZtpError": 2, "BadRequest": 2, "DamagedFiles": 2, "WriteFailed": 2, "MissingSoftware": 3, "GateFailed": 1
+    }  # fmt: skip
+    assert all(getattr(ztp, name) is value and issubclass(value, ztp.ZtpError) for name, value in found.items())
+
+
 def test_the_readmes_python_runs(monkeypatch, tmp_path):
     """The ten lines of the README, on DeiT-T with random weights instead of a download."""
     from PIL import Image
@@ -141,11 +152,44 @@ def test_documented_make_lines_reach_the_command_whole():
         variables_arrive("make export BATCH=8")
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def anchors(text):
+    """What GitHub calls a page's headings: small letters, hyphens for spaces, no other signs, repeats numbered."""
+    slugs, found = [], []
+    outside = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"^#{1,6} +(.+?)[ #]*$", outside, re.MULTILINE):
+        shown = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        found.append(f"{slug}-{slugs.count(slug)}" if slug in slugs else slug)
+        slugs.append(slug)
+    return found
+
+
+def dead_links(page):
+    """The links of a page that lead to no file, or to no heading of the page that they name."""
+    dead = []
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
 def test_links_lead_somewhere(page):
-    path = ROOT / page
-    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-        assert target.startswith("https://") or (path.parent / target).exists(), target
+    assert dead_links(ROOT / page) == []
+
+
+def test_links_that_lead_nowhere_are_noticed(tmp_path):
+    (tmp_path / "other.md").write_text("# Int8 and `fp8`, [once](x.md)\n## A ##\n## A\n```\n# no heading\n```\n")
+    assert anchors((tmp_path / "other.md").read_text()) == ["int8-and-fp8-once", "a", "a-1"]
+    live = "[1](#here) [2](other.md) [3](other.md#int8-and-fp8-once) [4](other.md#a-1) [5](https://x.y/#z)"
+    dead = ("#there", "none.md", "none.md#a", "other.md#a-2", "other.md#no-heading", "other.md#A")
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(["# Here", live, *(f"[x]({target})" for target in dead)]))
+    assert dead_links(page) == list(dead)
 
 
 def test_the_readmes_table_is_the_recorded_one():

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ztp_deploy.backends import build, load_engine
-    from ztp_deploy.errors import ZtpError
+    from ztp_deploy.backends import Engine, build, load_engine
+    from ztp_deploy.backends.base import Session
+    from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, WriteFailed, ZtpError
+    from ztp_deploy.evidence.images import load_images
     from ztp_deploy.evidence.latency import measure_latency
     from ztp_deploy.evidence.parity import check_parity
-    from ztp_deploy.exporters import export
+    from ztp_deploy.exporters import Artifact, export
     from ztp_deploy.models import load_model
     from ztp_deploy.models.base import ModelSize
     from ztp_deploy.plan import Plan, make_plan
@@ -25,14 +27,23 @@ if TYPE_CHECKING:
     from ztp_deploy.pruning.trace import TokenTrace, trace_tokens
 
 _HOMES = {
+    "Artifact": "ztp_deploy.exporters",
+    "BadRequest": "ztp_deploy.errors",
+    "DamagedFiles": "ztp_deploy.errors",
+    "Engine": "ztp_deploy.backends",
+    "GateFailed": "ztp_deploy.errors",
+    "MissingSoftware": "ztp_deploy.errors",
     "ModelSize": "ztp_deploy.models.base",
     "Plan": "ztp_deploy.plan",
+    "Session": "ztp_deploy.backends.base",
     "TokenTrace": "ztp_deploy.pruning.trace",
+    "WriteFailed": "ztp_deploy.errors",
     "ZtpError": "ztp_deploy.errors",
     "build": "ztp_deploy.backends",
     "check_parity": "ztp_deploy.evidence.parity",
     "export": "ztp_deploy.exporters",
     "load_engine": "ztp_deploy.backends",
+    "load_images": "ztp_deploy.evidence.images",
     "load_model": "ztp_deploy.models",
     "make_plan": "ztp_deploy.plan",
     "measure_latency": "ztp_deploy.evidence.latency",
@@ -41,14 +52,23 @@ _HOMES = {
 }
 
 __all__ = [
+    "Artifact",
+    "BadRequest",
+    "DamagedFiles",
+    "Engine",
+    "GateFailed",
+    "MissingSoftware",
     "ModelSize",
     "Plan",
+    "Session",
     "TokenTrace",
+    "WriteFailed",
     "ZtpError",
     "build",
     "check_parity",
     "export",
     "load_engine",
+    "load_images",
     "load_model",
     "make_plan",
     "measure_latency",

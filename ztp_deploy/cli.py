@@ -34,7 +34,27 @@ from ztp_deploy.console import (
     show_rows,
     warn,
 )
-from ztp_deploy.defaults import BENCH_SECONDS, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT
+from ztp_deploy.defaults import (
+    BENCH_SECONDS,
+    CHECK_IMAGES,
+    DEMO_CANVASES,
+    EAGER_BATCH,
+    ENGINE_SECONDS,
+    ENGINES_ROOT,
+    EXPORT_ROOT,
+    GPU_BATCHES,
+    GPU_MINUTES,
+    GPU_MODELS,
+    GPU_PRECISIONS,
+    GPU_SECONDS,
+    GPU_WORKERS,
+    MAX_DECODERS,
+    METHOD,
+    PICTURES_ROOT,
+    TUNE_IMAGES,
+    TUNE_SECONDS,
+    TUNE_TRIALS,
+)
 from ztp_deploy.ending import end
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.options import (
@@ -215,7 +235,7 @@ def build(
 def check(
     engine: EngineDir,
     images: Images = None,
-    count: Annotated[int, typer.Option(help="How many images.")] = 64,
+    count: Annotated[int, typer.Option(help="How many images.")] = CHECK_IMAGES,
     as_json: AsJson = False,
 ) -> None:
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
@@ -494,8 +514,8 @@ def demo(
     ratio: Ratio = None,
     flops: FlopShare = None,
     method: Method = None,
-    count: Annotated[int, typer.Option("--canvases", min=4, help="Test canvases to classify.")] = 1194,
-    directory: Annotated[Path, typer.Option(help="Where canvases and pictures go.")] = Path("pictures"),
+    count: Annotated[int, typer.Option("--canvases", min=4, help="Test canvases to classify.")] = DEMO_CANVASES,
+    directory: Annotated[Path, typer.Option(help="Where canvases and pictures go.")] = PICTURES_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """The reference classifier from start to end, offline: its engine, parity, speed-up, accuracy and pictures."""
@@ -550,10 +570,12 @@ def eval_(
     ] = None,
     no_dense: Annotated[bool, typer.Option("--no-dense", help="Without the dense model: accuracy alone.")] = False,
     batch: Annotated[
-        int | None, typer.Option(help="Images a run.  \\[default: an engine's optimum; 32 in eager PyTorch]")
+        int | None,
+        typer.Option(help=f"Images a run.  \\[default: an engine's optimum; {EAGER_BATCH} in eager PyTorch]"),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Threads that decode images.  \\[default: one a core, at most 8]")
+        int | None,
+        typer.Option(help=f"Threads that decode images.  \\[default: one a core, at most {MAX_DECODERS}]"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where eager PyTorch runs: auto, cpu or cuda.")] = "auto",
     record: Annotated[
@@ -657,10 +679,12 @@ def tune(
     backend: BackendName = None,
     device: DeviceName = None,
     precision: Precision = None,
-    trials: Annotated[int, typer.Option(help="Plans to try; a larger number goes on where a smaller one ended.")] = 60,
-    count: Annotated[int, typer.Option(help="How many images; half of them only judge the outcome.")] = 256,
+    trials: Annotated[
+        int, typer.Option(help="Plans to try; a larger number goes on where a smaller one ended.")
+    ] = TUNE_TRIALS,
+    count: Annotated[int, typer.Option(help="How many images; half of them only judge the outcome.")] = TUNE_IMAGES,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    seconds: Annotated[float, typer.Option(help="With a latency budget: seconds of a measurement.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="With a latency budget: seconds of a measurement.")] = TUNE_SECONDS,
     directory: Annotated[
         Path | None, typer.Option(help="Where the search and its outcome go.  \\[default: tuned/model--method--budget]")
     ] = None,
@@ -682,7 +706,7 @@ def tune(
         model=model,
         images=images,
         budget=budget,
-        method=method or "zero_tprune",
+        method=method or METHOD,
         weights=weights,
         build=build_request(profile=profile, backend=backend, device=device, precision=precision),
         trials=trials,
@@ -704,25 +728,30 @@ def tune(
 @app.command("gpu-report")
 def gpu_report(
     model: Annotated[
-        list[str] | None, typer.Option("--model", "-m", help="Models; repeatable.  \\[default: deit_s, deit_b]")
+        list[str] | None,
+        typer.Option("--model", "-m", help=f"Models; repeatable.  \\[default: {', '.join(GPU_MODELS)}]"),
     ] = None,
     runtime: Annotated[
         list[str] | None, typer.Option("--runtime", help="Only these runtimes; repeatable.  \\[default: all]")
     ] = None,
-    precisions: Annotated[str, typer.Option(help="Precisions; int8 and fp8 of TensorRT only.")] = (
-        "fp32,fp16,bf16,int8,fp8"
+    precisions: Annotated[str, typer.Option(help="Precisions; int8 and fp8 of TensorRT only.")] = ",".join(
+        GPU_PRECISIONS
     ),
-    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64,256",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = ",".join(map(str, GPU_BATCHES)),
     weights: Weights = "auto",
-    minutes: Annotated[float, typer.Option(help="Begin nothing that would end later; the next call goes on.")] = 9,
+    minutes: Annotated[
+        float, typer.Option(help="Begin nothing that would end later; the next call goes on.")
+    ] = GPU_MINUTES,
     retry: Annotated[bool, typer.Option("--retry", help="Try again what failed in earlier calls.")] = False,
-    seconds: Annotated[float, typer.Option(help="Seconds of measuring a cell.")] = 4.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of measuring a cell.")] = GPU_SECONDS,
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that build engines side by side.  \\[default: half the cores, at most 6]"),
+        typer.Option(
+            help=f"Processes that build engines side by side.  \\[default: half the cores, at most {GPU_WORKERS}]"
+        ),
     ] = None,
     device: Annotated[str, typer.Option(hidden=True, help="cuda, or cpu to try the report out.")] = "cuda",
-    directory: Annotated[Path, typer.Option(help="Where reports lie.")] = Path("engines/evidence"),
+    directory: Annotated[Path, typer.Option(help="Where reports lie.")] = ENGINES_ROOT / "evidence",
     as_json: AsJson = False,
 ) -> None:
     """Measure everything this machine's GPU can run: runtimes × precisions × batches × plans × models, resumable.
@@ -739,9 +768,9 @@ def gpu_report(
     check_seconds(seconds)
     check_seconds(minutes * 60)
     if workers is None:
-        workers = max(1, min(usable_cores() // 2, 6))
+        workers = max(1, min(usable_cores() // 2, GPU_WORKERS))
     grid = Grid(
-        models=model or Grid.models,
+        models=model or GPU_MODELS,
         runtimes=runtime or RUNTIMES,
         precisions=precisions.replace(" ", "").split(","),
         batches=integers("batches", batches),
@@ -824,7 +853,7 @@ def show(
     option: Option = None,
     weights: Weights = "auto",
     recipe: Recipe = None,
-    directory: Annotated[Path, typer.Option(help="Where pictures go.")] = Path("pictures"),
+    directory: Annotated[Path, typer.Option(help="Where pictures go.")] = PICTURES_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Draw what pruning did: per image one picture with the patches each stage dropped, why, and the scores behind it."""

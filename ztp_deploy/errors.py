@@ -16,8 +16,8 @@ class ZtpError(Exception):
     """A refusal that ends the command.
 
     `problem` states what was asked and what was found, `fix` what to type or change next; both are
-    whole sentences. `exit_code` is what the command line returns (DESIGN: 1 gate failed,
-    2 bad request, 3 missing software or device).
+    whole sentences. `exit_code` is what the command line returns: 1 gate failed, 2 bad request,
+    3 missing software or device.
     """
 
     exit_code = BAD_REQUEST

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from ztp_deploy import environment, methods, models
 from ztp_deploy.backends import Engine, find_engine, load_engine, require_runnable, torch_device
 from ztp_deploy.backends.base import Device, Session
 from ztp_deploy.backends.batches import filled
+from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, Speed, accuracy, class_rows, compare
 from ztp_deploy.evidence.labelled import Labelled, read_labelled
@@ -34,17 +33,14 @@ from ztp_deploy.pruning.prune import prune
 from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow import Clock, Monitor, PlanRequest, load
 
-EAGER_BATCH = 32
-MAX_WORKERS = 8
-
 
 @dataclass(frozen=True)
 class EvalRequest:
     """What was asked of an evaluation.
 
     `data` is a folder with a sub-folder a class or a CSV file; `dense` False leaves the reference out; `batch` is the
-    number of images a run (None: an engine's optimal, 32 in eager PyTorch); `workers` is the number of threads that
-    decode (None: a core each, at most 8); `device` is where eager PyTorch runs.
+    number of images a run (None: an engine's optimal, `EAGER_BATCH` in eager PyTorch); `workers` is the number of threads that
+    decode (None: a core each, at most `MAX_DECODERS`); `device` is where eager PyTorch runs.
     """
 
     data: Path | str
@@ -52,7 +48,7 @@ class EvalRequest:
     batch: int | None = None
     workers: int | None = None
     device: str = "auto"
-    command: str | None = None
+    command: str = "ztp.evaluate"
 
     def check(self) -> None:
         """Raises BadRequest for numbers that are none, and for data that is not there."""
@@ -65,7 +61,7 @@ class EvalRequest:
     @property
     def threads(self) -> int:
         """How many threads decode."""
-        return self.workers or min(MAX_WORKERS, environment.usable_cores())
+        return self.workers or min(MAX_DECODERS, environment.usable_cores())
 
 
 @dataclass(frozen=True)
@@ -338,7 +334,7 @@ def _report(
 ) -> AccuracyReport:
     before = None if reference is None else reference.logits
     return AccuracyReport(
-        command=request.command or shlex.join(sys.argv),
+        command=request.command,
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         model=subject.source.name,
         plan=subject.plan.label,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ztp_deploy.defaults import METHOD
 from ztp_deploy.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ def count_flops(geometry: Geometry, stages: Sequence[Stage]) -> Flops:
 
 def make_plan(
     model_or_name: nn.Module | str,
-    method: str = "zero_tprune",
+    method: str = METHOD,
     *,
     ratio: float | None = None,
     flops: float | None = None,

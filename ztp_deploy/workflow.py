@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import resource
-import shlex
 import sys
 import time
 import warnings
@@ -19,9 +18,9 @@ from torch import nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import Engine
-from ztp_deploy.defaults import BATCH, BENCH_SECONDS, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT, METHOD
+from ztp_deploy.defaults import BATCH, BENCH_SECONDS, CHECK_IMAGES, ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT, METHOD
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
-from ztp_deploy.evidence.images import DEFAULT_COUNT, ImageSet, image_files, load_images
+from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import (
     LATENCY_FILE,
     LatencyReport,
@@ -202,7 +201,7 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
         if pictures.shared:
             clock.monitor.warn(
                 f"{len(pictures.names)} images calibrate the engine, and the check uses {pictures.shared} of them too: "
-                f"give {2 * DEFAULT_COUNT} or more for a proof on others."
+                f"give {2 * CHECK_IMAGES} or more for a proof on others."
             )
     span = BatchRange.parse(request.batch)
     directory = backends.engine_directory(
@@ -240,7 +239,7 @@ def check_runnable(request: BuildRequest) -> None:
 
 
 def check(
-    engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = DEFAULT_COUNT
+    engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = CHECK_IMAGES
 ) -> ParityReport:
     """The parity gate on photographs; its report is written, passed or not, and others that quote it anew.
 
@@ -333,7 +332,7 @@ def make_engine(
     batches: Sequence[int] | None = None,
     seconds: float = ENGINE_SECONDS,
     measure: bool = True,
-    command: str | None = None,
+    command: str = "ztp.make_engine",
 ) -> Result:
     """Everything from a name to a shippable engine: plan, export, build, parity gate, latency, summary.
 
@@ -375,17 +374,16 @@ def make_engine(
         _prove([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
     del model
     latency = None
-    line = command or shlex.join(sys.argv)
     if measure:
         roles: dict[str, Engine] = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
-        latency = bench(roles, measured, seconds, clock, line)
+        latency = bench(roles, measured, seconds, clock, command)
         write_text(engines["pruned"].evidence / LATENCY_FILE, latency.to_json())
     summary = summarise(
         engines["pruned"].manifest,
         engines["pruned"].directory,
         parity,
         latency,
-        command=line,
+        command=command,
         steps=[step.model_dump() for step in clock.steps],
         peak_gib=round(clock.peak_gib(), 2),
         machine=environment.snapshot(),
@@ -406,7 +404,7 @@ def compare_methods(
     images: Path | str | None = None,
     batches: Sequence[int] | None = None,
     seconds: float = BENCH_SECONDS,
-    command: str | None = None,
+    command: str = "ztp.compare_methods",
 ) -> MethodsReport:
     """Several methods on one model at one ratio or FLOP share, and their slice twins, in one interleaved run.
 
@@ -433,7 +431,7 @@ def compare_methods(
         engines[role] = build_engine(artifact, build, clock, images)
     _prove(list(engines.values()), model, images, clock)
     del model
-    latency = bench(engines, batches, seconds, clock, command or shlex.join(sys.argv))
+    latency = bench(engines, batches, seconds, clock, command)
     first = wanted[0]
     asked = {"ratio": first.ratio} if first.ratio is not None else {"flops": first.flops}
     return methods_report(model_name, {name: value for name, value in asked.items() if value}, engines, latency)

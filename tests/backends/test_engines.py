@@ -212,6 +212,23 @@ def test_instructions_decide_where_the_build_looks_at_them(monkeypatch):
     assert openvino.instructions(openvino.parse_settings({"stage": "compiled"})) == ["avx2", "fma"]
 
 
+def test_an_engine_is_built_from_the_path_of_an_artifact_as_from_the_artifact(artifact, shared_engine, tmp_path):
+    folder = tmp_path / "artifact"
+    shutil.copytree(artifact.directory, folder)
+    for number, path in enumerate((folder, str(folder))):
+        engine = ztp.build(path, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=tmp_path / str(number))
+        assert isinstance(engine, ztp.Engine)
+        assert engine.manifest.recipe == shared_engine.manifest.recipe
+        assert engine.manifest.artifact == "../artifact"
+    with (folder / "model.onnx").open("ab") as graph:
+        graph.write(b"more")
+    with pytest.raises(ztp.DamagedFiles, match=r"model\.onnx"):
+        ztp.build(folder, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=tmp_path / "0")
+    with pytest.raises(ztp.BadRequest, match=r"is no artifact folder: it has no manifest\.json"):
+        ztp.build(tmp_path / "none", "onnxruntime", device="cpu", directory=tmp_path / "2")
+    assert not (tmp_path / "2").exists()
+
+
 def test_an_engine_finds_its_artifact_through_links(artifact, tmp_path):
     """A folder of engines on another disk is often a link."""
     shutil.copytree(artifact.directory, tmp_path / "project" / "export" / "a")

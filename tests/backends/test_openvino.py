@@ -426,3 +426,21 @@ def test_the_rule_for_scores_needs_the_graphs_names(openvino_engine):
     softmaxes = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "Softmax"]
     assert softmaxes
     assert not names & set(softmaxes)
+
+
+def test_a_reason_is_what_the_innermost_message_ends_with(tmp_path):
+    images = opset.parameter([1, 3], np.float32)
+    model = openvino.Model([opset.matmul(images, np.ones((3, 50), np.float32), False, False)], [images])
+    openvino.save_model(model, tmp_path / "model.xml")
+    with (tmp_path / "model.bin").open("r+b") as weights:
+        weights.truncate(10)
+    with pytest.raises(RuntimeError) as cut:
+        openvino.Core().read_model(tmp_path / "model.xml")
+    assert "Check '" in str(cut.value)
+    assert backend._reason(cut.value) == "Incorrect weights in bin file"
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(RuntimeError) as unread:
+        openvino.Core().read_model(tmp_path / "model.onnx")
+    assert backend._reason(unread.value).startswith("Unable to read the model: ")
+    assert backend._reason(RuntimeError("Exception from a.cpp:1:\n")) == "Exception from a.cpp:1:"
+    assert backend._reason(RuntimeError("\n")) == "no reason given"

@@ -410,11 +410,12 @@ def test_evidence_of_another_build_is_left_out(folder, name):
 
 def test_evidence_that_cannot_be_read_is_left_out(folder):
     (folder / "evidence" / "latency.json").write_text("{}")
+    (folder / "evidence" / "accuracy.json").write_text(evaluated(None).to_json())  # of a model in eager PyTorch
     requote(folder, "report.json", manifest_sha256=None)
     evidence = read_evidence(folder)
-    assert evidence.latency is None
-    assert evidence.left_out[0].startswith("latency.json cannot be read")
-    assert evidence.left_out[1].startswith("report.json names no manifest")
+    assert (evidence.latency, evidence.accuracy, evidence.made) == (None, None, False)
+    starts = ("latency.json cannot be read", "accuracy.json names no manifest", "report.json cannot be read")
+    assert [line.startswith(start) for line, start in zip(evidence.left_out, starts, strict=True)] == [True] * 3
 
 
 # --- the page itself ---------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.evidence.images import DEFAULT_COUNT, load_images, photograph_crops
+from ztp_deploy.evidence.images import load_images, photograph_crops
 from ztp_deploy.models.preprocessing import open_image
 
 
@@ -19,7 +20,7 @@ def preprocessing():
 
 def test_the_default_crops_are_distinct_and_the_same_everywhere(preprocessing):
     images = load_images(None, preprocessing, "float32")
-    assert len(images.names) == DEFAULT_COUNT == 64
+    assert len(images.names) == CHECK_IMAGES == 64
     assert images.pixels.shape == (64, 3, 96, 96)
     assert images.pixels.dtype == np.float32
     assert len({picture.tobytes() for picture in images.pixels}) == 64

@@ -96,7 +96,8 @@ def test_every_engine_is_proved_and_measured(build):
     with pytest.raises(BadRequest, match="Latency at batch 1 was asked for, but the engine's range is 2"):
         compare_methods("deit_t", [WANTED], build, Silent(), batches=(1,))
     assert not build.export_root.exists()  # told before anything is built
-    found = compare_methods("deit_t", [WANTED], build, Silent(), seconds=0.2, command="test")
+    found = compare_methods("deit_t", [WANTED], build, Silent(), seconds=0.2)
+    assert found.latency.command == "ztp.compare_methods"
     assert {sample.batch for sample in found.latency.samples} == {2}
     assert [sample.role for sample in found.latency.samples] == ["dense", "zero_tprune", "zero_tprune slice twin"]
     assert found.asked == {"ratio": 0.6}
@@ -121,8 +122,8 @@ def test_yardsticks_are_proved_once_and_again_when_they_changed(build, monkeypat
         weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
 
     monkeypatch.setattr(workflow, "check_parity", check_parity)
-    monkeypatch.setattr(workflow, "bench", lambda *others: pytest.fail("measured"))
-    fail = pytest.raises(pytest.fail.Exception, match="measured")
+    monkeypatch.setattr(workflow, "bench", lambda *others: pytest.fail(f"measured by {others[-1]}"))
+    fail = pytest.raises(pytest.fail.Exception, match=r"measured by ztp\.make_engine")
     with fail:
         make_engine(WANTED, build, Silent())
     assert checked == [("zero_tprune", 64), ("dense", 8), ("slice", 8)]

@@ -12,9 +12,10 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import backends, environment
 from ztp_deploy.backends.base import OnGpu
+from ztp_deploy.defaults import GPU_PRECISIONS
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.gpu_report import measure, runtimes
-from ztp_deploy.gpu_report.measure import PRECISIONS, Grid, measure_gpu
+from ztp_deploy.gpu_report.measure import Grid, measure_gpu
 from ztp_deploy.gpu_report.rows import GpuReport
 from ztp_deploy.gpu_report.runtimes import RUNTIMES, calibrated_on, unavailable
 from ztp_deploy.gpu_report.table import render_gpu_report
@@ -124,7 +125,7 @@ def test_int8_and_fp8_are_tensorrts_alone():
         *(("tensorrt", "int8"), ("tensorrt", "fp8"), ("tensorrt_rtx", "int8"), ("tensorrt_rtx", "fp8")),
     ]
     assert len(groups) == 6 * 3 + 4
-    assert Grid.precisions == PRECISIONS == ("fp32", "fp16", "bf16", "int8", "fp8")
+    assert Grid.precisions == GPU_PRECISIONS == ("fp32", "fp16", "bf16", "int8", "fp8")
 
 
 def test_back_ends_say_themselves_how_the_report_takes_them(monkeypatch):

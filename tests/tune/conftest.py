@@ -70,7 +70,6 @@ def request_(weights, photographs, tmp_path):
             "trials": 5,
             "device": "cpu",
             "directory": tmp_path / "tuned",
-            "command": "ztp tune",
         }
         return TuneRequest(**(settings | changes))
 

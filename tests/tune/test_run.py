@@ -59,6 +59,7 @@ def test_a_search_writes_plan_recipe_record_and_picture(request_):
     ]
     assert TuneReport.model_validate_json((folder / "tune.json").read_text()) == report
     assert json.loads((folder / "tune.json").read_text())["schema"] == "ztp.tune/1"
+    assert report.command == "ztp.tune"
     plan = Plan.from_json((folder / "plan.json").read_text())
     assert plan == report.winner.plan
     recipe = read_recipe(str(folder / "recipe.toml"))
@@ -301,6 +302,7 @@ def test_the_command_line(weights, photographs, tmp_path, monkeypatch, capsys):
     report = json.loads(printed)
     assert code == 0
     assert report["schema"] == "ztp.tune/1"
+    assert report["command"] == " ".join(["ztp", *map(str, asked), "--trials 2 --device cpu --json"])
     assert len(report["trials"]) == 2
     # What `ztp engine --recipe` would plan.
     again = plan_request(model=NAME, recipe=f"{folder}/recipe.toml").plan(NAME)

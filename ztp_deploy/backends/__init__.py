@@ -19,7 +19,7 @@ from ztp_deploy import environment, exporters
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
 from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
-from ztp_deploy.exporters import Artifact
+from ztp_deploy.exporters import Artifact, load_artifact
 from ztp_deploy.manifest import (
     ArtifactManifest,
     BatchRange,
@@ -71,7 +71,7 @@ def get(name: str) -> Backend:
 
 
 def choose(name: str) -> str:
-    """`auto` resolved: the fastest back end whose software and device are here."""
+    """`auto` resolved: TensorRT where it and a GPU are here, else ONNX Runtime, which every installation has."""
     if name != "auto":
         return name
     return "tensorrt" if environment.gpus() and not get("tensorrt").missing() else "onnxruntime"
@@ -137,7 +137,7 @@ def particulars(folder: str) -> Particulars:
 
 
 def build(
-    artifact: Artifact,
+    artifact: Artifact | Path | str,
     backend: str,
     *,
     device: str = "auto",
@@ -150,6 +150,7 @@ def build(
 ) -> Engine:
     """Builds the engine folder for an artifact, or returns it where it stands already.
 
+    `artifact`: what `export` returned, or the path of its folder, whose files are verified first.
     `device`: "auto" (a GPU where back end and machine have one), "cpu" or "cuda". `batch` is
     (smallest, optimal, largest). `directory` defaults to the path under `engines/` that names
     everything the engine depends on. `settings` are the back end's own. `calibration`: images
@@ -160,6 +161,8 @@ def build(
     """
     name = choose(backend)
     module = usable(name)
+    if not isinstance(artifact, Artifact):
+        artifact = load_artifact(artifact)
     source = artifact.manifest
     if source.format != module.FORMAT:
         raise BadRequest(

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models.base import Preprocessing
 from ztp_deploy.models.preprocessing import open_image, transform_for
 
-DEFAULT_COUNT = 64
 DEFAULT_ORIGIN = "crops of scikit-learn's sample photographs"
 _CROP_SIDES = (160, 200, 240, 280, 320, 360, 400)
 
@@ -44,7 +44,7 @@ def load_images(
     folder: Path | str | None,
     preprocessing: Preprocessing,
     dtype: Literal["float32", "uint8"],
-    count: int = DEFAULT_COUNT,
+    count: int = CHECK_IMAGES,
     purpose: Literal["check", "calibration"] = "check",
 ) -> ImageSet:
     """`count` prepared pictures: evenly picked from a folder (sub-folders too), or the default crops.
@@ -56,7 +56,7 @@ def load_images(
         raise BadRequest(f"count={count} images were asked for.", "Ask for at least 1.")
     transform = transform_for(preprocessing, dtype)
     if folder is None:
-        crops = photograph_crops(count, first=0 if purpose == "check" else DEFAULT_COUNT)
+        crops = photograph_crops(count, first=0 if purpose == "check" else CHECK_IMAGES)
         pixels = np.stack([transform(crop) for crop in crops.values()])
         return ImageSet(pixels, tuple(crops), f"{count} {DEFAULT_ORIGIN}")
     root = Path(folder)

@@ -21,7 +21,16 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ztp_deploy import backends, environment, methods
+from ztp_deploy import backends, environment
+from ztp_deploy.defaults import (
+    ENGINES_ROOT,
+    EXPORT_ROOT,
+    GPU_BATCHES,
+    GPU_MINUTES,
+    GPU_MODELS,
+    GPU_PRECISIONS,
+    GPU_SECONDS,
+)
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence.images import ImageSet, load_images
 from ztp_deploy.evidence.latency import Runs, interleave, paired_ratio
@@ -35,10 +44,7 @@ from ztp_deploy.models import RandomWeightsWarning, load_model, source_of
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.scratch import write_text
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 PARITY_IMAGES = 16
-DEFAULT_MINUTES = 9.0
-DEFAULT_SECONDS = 4.0
 UNKNOWN_WEIGHTS = "unknown"
 """Of rows whose model could not be loaded."""
 
@@ -59,9 +65,7 @@ def plans_of(model: nn.Module) -> dict[str, Plan]:
     """
     pruned = [make_plan(model, ratio=0.7), make_plan(model, flops=0.653)]
     one = make_plan(model, flops=0.653, sites=[pruned[1].stages[0].block])
-    plans = [make_plan(model, "dense"), *pruned, *map(twin_of, pruned)]
-    if "tome" in methods.METHODS:
-        plans.append(make_plan(model, "tome", ratio=0.7))
+    plans = [make_plan(model, "dense"), *pruned, *map(twin_of, pruned), make_plan(model, "tome", ratio=0.7)]
     named = {plan.label: plan for plan in plans}
     return named | {pruned[1].label + _ONE_STAGE: one, twin_of(pruned[1]).label + _ONE_STAGE: twin_of(one)}
 
@@ -74,23 +78,23 @@ class Grid:
     as there are `workers`: a worker is a process that loads the model itself.
     """
 
-    models: Sequence[str] = ("deit_s", "deit_b")
+    models: Sequence[str] = GPU_MODELS
     runtimes: Sequence[str] = RUNTIMES
-    precisions: Sequence[str] = PRECISIONS
-    batches: Sequence[int] = (1, 8, 64, 256)
+    precisions: Sequence[str] = GPU_PRECISIONS
+    batches: Sequence[int] = GPU_BATCHES
     device: str = "cuda"
     weights: str = "auto"
-    seconds: float = DEFAULT_SECONDS
+    seconds: float = GPU_SECONDS
     workers: int = 1
-    export_root: Path = Path("export")
-    engines_root: Path = Path("engines")
+    export_root: Path = EXPORT_ROOT
+    engines_root: Path = ENGINES_ROOT
     load: Callable[[str, str], nn.Module] = load_model
     plans: Callable[[nn.Module], dict[str, Plan]] = plans_of
 
     def check(self) -> None:
         """Raises BadRequest for what no report has."""
         unknown = [runtime for runtime in self.runtimes if runtime not in RUNTIMES]
-        unknown += [precision for precision in self.precisions if precision not in PRECISIONS]
+        unknown += [precision for precision in self.precisions if precision not in GPU_PRECISIONS]
         if self.workers < 1:
             raise BadRequest(
                 f"{self.workers} workers were asked for.", "One builds plan after plan; more, side by side."
@@ -99,7 +103,7 @@ class Grid:
             wrong = unknown[0] if unknown else f"device {self.device} with batches {list(self.batches)}"
             raise BadRequest(
                 f"The GPU report does not know {wrong}.",
-                f"Runtimes: {', '.join(RUNTIMES)}; precisions: {', '.join(PRECISIONS)}; batches from 1 on.",
+                f"Runtimes: {', '.join(RUNTIMES)}; precisions: {', '.join(GPU_PRECISIONS)}; batches from 1 on.",
             )
         for precision in self.precisions:
             if not any(precision in precisions_of(runtime) for runtime in self.runtimes):
@@ -173,7 +177,7 @@ def measure_gpu(
     grid: Grid,
     path: Path,
     *,
-    minutes: float = DEFAULT_MINUTES,
+    minutes: float = GPU_MINUTES,
     retry: bool = False,
     command: str = "ztp.measure_gpu",
     advance: Callable[[str], None] = lambda title: None,

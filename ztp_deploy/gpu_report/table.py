@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ztp_deploy.defaults import GPU_PRECISIONS
 from ztp_deploy.evidence.report.markdown import speedup_text
-from ztp_deploy.gpu_report.measure import PRECISIONS
 from ztp_deploy.gpu_report.rows import GpuReport, Row
 from ztp_deploy.gpu_report.runtimes import RUNTIMES
 
@@ -20,7 +20,7 @@ def render_gpu_report(report: GpuReport) -> str:
         key=lambda row: (
             models.index(row.model),
             RUNTIMES.index(row.runtime),
-            PRECISIONS.index(row.precision),
+            GPU_PRECISIONS.index(row.precision),
             row.batch,
             row.cuda_graph,
         ),

@@ -87,11 +87,6 @@ class Options(MethodOptions):
     features: Literal["keys", "queries", "values", "inputs"] = "keys"
     feature_heads: Literal["concatenated", "normalised", "averaged"] = "concatenated"
 
-    @field_validator("rounds", mode="before")
-    @classmethod
-    def _null(cls, rounds: Any) -> Any:
-        return "published" if rounds is None else rounds  # plans made before there was a name for it
-
     @field_validator("rounds")
     @classmethod
     def _positive(cls, rounds: int | list[int] | Literal["published"]) -> int | list[int] | Literal["published"]:
@@ -213,7 +208,7 @@ def vote(
 
     attention [B, H, N, N] with rows that sum to 1, start [N], survivors [B, N] of 0 and 1 (None: all)
     → scores [B, H, N], 0 outside the survivors. With row sums q = A m over the survivors m, one round is
-    s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered (DESIGN section 5). With their number, `participants`, q is
+    s ← m ∘ Aᵀ(m ∘ s / q): rows renormalised, nothing gathered. With their number, `participants`, q is
     left out and s scaled back to mean 1 over them each time, since votes are then lost.
     """
     score = start.to(attention).reshape(1, 1, -1)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from ztp_deploy import evaluate, models, workflow
+from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.reference import canvases
 from ztp_deploy.show.draw import Shown, show
 
 MODEL, RATIO = "vit_digits", 0.7
-CANVASES, SHOWN, SECONDS = 1194, 4, 8.0
+SHOWN, SECONDS = 4, 8.0
 DEFAULT = workflow.PlanRequest(MODEL, ratio=RATIO, weights="pretrained")
 
 
@@ -32,17 +31,16 @@ def demonstrate(
     monitor: workflow.Monitor,
     *,
     wanted: workflow.PlanRequest = DEFAULT,
-    directory: Path = Path("pictures"),
-    count: int = CANVASES,
+    directory: Path = PICTURES_ROOT,
+    count: int = DEMO_CANVASES,
     seconds: float = SECONDS,
-    command: str | None = None,
+    command: str = "ztp.demonstrate",
 ) -> Demo:
     """Builds, proves and measures the engine, evaluates it on `count` test canvases, and draws what it keeps of four.
 
     Raises what `make_engine` and `evaluate_engine` raise.
     """
     clock = workflow.Clock(monitor)
-    line = command or shlex.join(sys.argv)
     if wanted.weights in ("auto", "random"):
         raise BadRequest("The demonstration shows accuracy: it needs trained weights.", "Give pretrained, or a path.")
     workflow.check_runnable(build)
@@ -54,8 +52,8 @@ def demonstrate(
     folder = directory / "canvases"
     with clock.step(f"draw {count} test canvases"):
         paths = list(canvases.write(folder, "test", count, by_class=True))
-    result = workflow.make_engine(wanted, build, monitor, images=folder, seconds=seconds, command=line)
-    data = evaluate.EvalRequest(data=folder, command=line)
+    result = workflow.make_engine(wanted, build, monitor, images=folder, seconds=seconds, command=command)
+    data = evaluate.EvalRequest(data=folder, command=command)
     dense = result.yardsticks["dense"].directory
     accuracy = evaluate.evaluate_engine(result.engine.directory, data, monitor, dense_engine=dense)
     pictures = show(paths[:SHOWN], directory, clock, engine=result.engine.directory)

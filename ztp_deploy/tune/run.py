@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import torch_device
+from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
@@ -47,8 +46,6 @@ from ztp_deploy.tune.search import Trial, finalists, open_study, run_trials
 from ztp_deploy.tune.space import Cost, Space
 from ztp_deploy.workflow import BuildRequest, Clock, Monitor, check_runnable, load
 
-DEFAULT_TRIALS = 60
-DEFAULT_COUNT = 256
 ATTEMPTS = 3
 """Plans that are built and measured, at most, until one meets a latency budget."""
 
@@ -64,16 +61,16 @@ class TuneRequest:
     model: str
     images: Path | str
     budget: str
-    method: str = "zero_tprune"
+    method: str = METHOD
     weights: str = "auto"
     build: BuildRequest = field(default_factory=BuildRequest)
-    trials: int = DEFAULT_TRIALS
-    count: int = DEFAULT_COUNT
+    trials: int = TUNE_TRIALS
+    count: int = TUNE_IMAGES
     seed: int = 0
-    seconds: float = 10.0
+    seconds: float = TUNE_SECONDS
     device: str = "auto"
     directory: Path | None = None
-    command: str | None = None
+    command: str = "ztp.tune"
 
     def check(self) -> Budget:
         """The budget. Raises BadRequest for what can be refused before anything is loaded."""
@@ -132,7 +129,6 @@ class _Job:
     rows: Split
     fingerprint: dict[str, Any]
     study: optuna.Study
-    command: str
     started: str
 
 
@@ -198,7 +194,6 @@ def _prepare(request: TuneRequest, monitor: Monitor) -> _Job:
         rows=rows,
         fingerprint=fingerprint,
         study=open_study(request.folder, fingerprint),
-        command=request.command or shlex.join(sys.argv),
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
 
@@ -257,7 +252,7 @@ def _report(job: _Job, verdict: _Verdict, **found: Any) -> TuneReport:
     request, weights = job.request, models.source_of(job.model).weights
     nothing = {"trials": (), "finalists": (), "winner": None, "uniform": None, "held_out": None, "rounds": ()}
     report = TuneReport(
-        command=job.command,
+        command=request.command,
         started=job.started,
         model=request.model,
         method=request.method,
@@ -323,7 +318,7 @@ def _timer(job: _Job) -> Timer:
         export_root=request.folder / "export",
         engines_root=request.folder / "engines",
     )
-    return engine_timer(job.model, build, batch, request.seconds, job.clock, job.command, request.images)
+    return engine_timer(job.model, build, batch, request.seconds, job.clock, request.command, request.images)
 
 
 def _blocks(study: optuna.Study, model: nn.Module, method: str, timer: Timer) -> BlockTimes:

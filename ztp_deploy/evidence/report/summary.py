@@ -48,12 +48,12 @@ class Gain(EvidencePart):
 class Summary(EvidenceFile):
     """Everything a reader of the report needs (`evidence/report.json`).
 
-    `manifest_sha256` is None in reports of older versions. `unproved` says why the engine was built but not run here; whatever parity would have said is then None.
+    `unproved` says why the engine was built but not run here; whatever parity would have said is then None.
     """
 
     schema_: Literal["ztp.report/1"] = Field(default="ztp.report/1", alias="schema")
     engine: str
-    manifest_sha256: str | None = None
+    manifest_sha256: str
     model: str
     method: str
     label: str
@@ -101,7 +101,7 @@ def summarise(
     steps: list[dict[str, Any]],
     peak_gib: float,
     machine: dict[str, Any],
-    manifest_sha256: str | None = None,
+    manifest_sha256: str,
 ) -> Summary:
     """Draws the numbers together; `steps` hold {step, seconds}. `parity` is None for an engine that was not run."""
     from ztp_deploy import environment, methods
