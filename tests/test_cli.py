@@ -194,6 +194,14 @@ def test_bench_of_engine_folders(made, ztp):
     assert len(report["ratios"]) == 3
 
 
+@pytest.mark.parametrize("command", ["bench", "compare", "eval"])
+def test_a_record_that_cannot_be_written_is_refused_before_anything_is_done(command, ztp, tmp_path):
+    (tmp_path / "file").touch()
+    arguments = {"compare": ["--methods", "tome"], "eval": ["--data", tmp_path]}.get(command, [])
+    plan = ("--model", "deit_t", "--ratio", 0.7, "--weights", "random")
+    one_sentence(*ztp(command, *plan, *arguments, "--record", tmp_path / "file" / "x"), 2, "file", "Not a directory")
+
+
 def test_the_second_run_builds_nothing(made, ztp):
     folder, _ = made
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")}

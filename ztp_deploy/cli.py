@@ -597,6 +597,7 @@ def eval_(
         refuse_idle(context, ["dense_engine"], "--model", fix)
     else:
         refuse_idle(context, PLAN_OPTIONS | {"record"}, "--engine", fix)
+    check_record(record)
     if no_dense:
         refuse_idle(context, ["dense_engine"], "--no-dense", fix)
     request = EvalRequest(data, not no_dense, batch, workers, device, _command())

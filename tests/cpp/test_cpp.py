@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -787,6 +788,23 @@ def test_onnxruntime_is_found_beside_python_and_where_a_later_configuration_says
     assert found == (two / "include", two / "lib" / "libonnxruntime.so.1")
     found = onnxruntime_in(tmp_path / "build", "-DZTP_ONNXRUNTIME_LIBRARY=/opt/mine.so")
     assert found == (two / "include", Path("/opt/mine.so"))
+
+
+def test_packages_are_found_by_a_relative_path_and_when_they_come_later(tmp_path):
+    require_tools()
+    empty = tmp_path / "python"
+    empty.write_text("#!/bin/sh\nexit 1\n")
+    empty.chmod(0o755)
+
+    def configured(python, cwd):
+        words = ["-S", SOURCE, "-B", tmp_path / "build", f"-DPython3_EXECUTABLE={python}", "-DZTP_BUILD_RUN=OFF"]
+        done = command("cmake", "-G", "Ninja", *words, cwd=cwd, env=rootless())
+        assert done.returncode == 0, done.stderr
+        return re.search(r"openvino: (yes|no)", done.stdout)[1]
+
+    assert configured(empty, tmp_path) == "no"
+    python = Path(sys.executable)
+    assert configured(python.relative_to(python.parents[2]), python.parents[2]) == "yes"
 
 
 def test_a_back_end_that_is_asked_for_and_missing_stops_the_configuration(runtime, tmp_path):
