@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,15 @@ def place(module: str) -> int:
 
 
 def imported(path: Path, package: Path) -> set[str]:
-    """The modules that a file imports from the package, inside functions too."""
+    """The modules that a file imports from the package, inside functions too and by a name in a text."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             names = [f"{node.module}.{name}" for name in names]
+        if isinstance(node, ast.Constant) and re.fullmatch(r"ztp_deploy(\.\w+)+(:\w+)?", str(node.value)):
+            names = [node.value.partition(":")[0]]  # what is imported by its name, when it is asked for
         for name in names:
             top, *parts = name.split(".")
             if top != package.name:
@@ -89,6 +92,7 @@ def test_no_room_imports_a_later_one():
         ("from ztp_deploy.workflow import build_engine\n", {("backends.mine", "workflow")}),
         ("def late():\n    from ztp_deploy.evidence import images\n", {("backends.mine", "evidence.images")}),
         ("import ztp_deploy.cli\n", {("backends.mine", "cli")}),
+        ("LATER = 'ztp_deploy.workflow:build_engine'\n", {("backends.mine", "workflow")}),
         ("from ztp_deploy import plan\nfrom ztp_deploy.errors import BadRequest\nimport json\n", set()),
     ],
 )

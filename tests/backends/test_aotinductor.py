@@ -174,7 +174,7 @@ def test_code_that_crashes_with_a_library_of_its_own_is_refused(needs, does, ref
 def test_replayed_outputs_are_the_callers(aotinductor_engine, monkeypatch):
     """The recording writes to the same buffers again and again; what was handed out must not change with them."""
 
-    class Replay:
+    class Recorder:
         def __init__(self, compute):
             self.compute, self.buffers = compute, None
 
@@ -192,7 +192,7 @@ def test_replayed_outputs_are_the_callers(aotinductor_engine, monkeypatch):
         return load(package, **how)
 
     monkeypatch.setattr(torch._inductor, "aoti_load_package", recorded_load)
-    monkeypatch.setattr(aotinductor, "Replay", Replay)
+    monkeypatch.setattr(aotinductor, "Recorder", Recorder)
     manifest = aotinductor_engine.manifest
     replaying = manifest.model_copy(update={"settings": {**manifest.settings, "cuda_graph": True}})
     runner = aotinductor.open_runner(aotinductor_engine.directory, replaying)

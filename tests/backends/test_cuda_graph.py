@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ztp_deploy.backends.cuda_graph import Replay
+from ztp_deploy.backends.cuda_graph import Recorder
 
 
 class Graph:
@@ -52,7 +52,7 @@ def calls(monkeypatch):
 
 
 def test_a_shape_is_recorded_once_and_replayed_on_what_comes(calls):
-    replay = Replay(calls.compute)
+    replay = Recorder(calls.compute)
     assert replay(torch.tensor([1.0, 2.0])).tolist() == [2.0, 4.0]
     recorded = len(calls.made)
     outputs = replay(torch.tensor([5.0, 6.0]))
@@ -62,7 +62,7 @@ def test_a_shape_is_recorded_once_and_replayed_on_what_comes(calls):
 
 
 def test_every_shape_has_a_recording_of_its_own(calls):
-    replay = Replay(calls.compute)
+    replay = Recorder(calls.compute)
     two = replay(torch.ones(2))
     assert replay(torch.full((3,), 4.0)).tolist() == [8.0] * 3
     assert calls.made == [2] * 4 + [3] * 4  # three warm-ups and the recording
@@ -72,7 +72,7 @@ def test_every_shape_has_a_recording_of_its_own(calls):
 
 
 def test_the_callers_images_are_not_what_is_recorded(calls):
-    replay = Replay(calls.compute)
+    replay = Recorder(calls.compute)
     mine = torch.ones(2)
     replay(mine)
     mine.fill_(100.0)

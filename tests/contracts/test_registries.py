@@ -12,6 +12,7 @@ from tests import tiny
 from ztp_deploy import backends, exporters, methods, models
 from ztp_deploy.backends.base import Backend
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.evidence.exported import RUNNERS, open_exported
 from ztp_deploy.exporters import Exporter
 from ztp_deploy.methods.base import Method, MethodOptions
 from ztp_deploy.models import Family
@@ -36,11 +37,11 @@ def test_modules_have_the_names_of_their_face(module, face):
 @pytest.mark.parametrize("name", exporters.FORMATS)
 def test_every_format_is_run_as_it_stands_or_says_that_it_is_not(name, model, tmp_path):
     artifact = ztp.export(ztp.prune(model, ztp.make_plan(model, ratio=0.6)), name, tmp_path / "artifact")
-    if exporters.get(name).RUNNER is None:
+    if name not in RUNNERS:
         with pytest.raises(BadRequest, match=f"Nothing runs a {name} graph"):
-            exporters.open_as_it_stands(artifact)
+            open_exported(artifact)
         return
-    runner = exporters.open_as_it_stands(artifact)
+    runner = open_exported(artifact)
     outputs, scores = runner.run(tiny.images(3)), runner.audit(tiny.images(3))
     assert {*artifact.manifest.outputs} <= outputs.keys()
     assert {*artifact.manifest.outputs, *artifact.manifest.audit} <= scores.keys()

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
-from ztp_deploy.backends.cuda_graph import Replay
+from ztp_deploy.backends.cuda_graph import Recorder
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.manifest import EngineManifest
@@ -156,7 +156,7 @@ class AotInductorRunner:
         except Exception as error:  # a damaged archive raises anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedFiles(f"torch cannot open {package}: {reason}.", "Build the engine again.") from error
-        self._replay = Replay(self._model) if settings.cuda_graph else None
+        self._replay = Recorder(self._model) if settings.cuda_graph else None
         self._one_at_a_time = threading.Lock()
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:

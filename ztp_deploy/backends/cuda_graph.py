@@ -23,7 +23,7 @@ class _Recording(Generic[Outputs]):
     outputs: Outputs
 
 
-class Replay(Generic[Outputs]):
+class Recorder(Generic[Outputs]):
     """Runs `compute` once per shape of images under a recording, and replays that from then on.
 
     `compute` must not wait for the device. Calls must come one at a time and from one stream at a time. The outputs

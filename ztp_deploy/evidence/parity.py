@@ -25,6 +25,7 @@ from ztp_deploy.backends import Engine, find_engine, load_engine
 from ztp_deploy.backends.base import Runner
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.accuracy import mean_kl
+from ztp_deploy.evidence.exported import RUNNERS, open_exported
 from ztp_deploy.evidence.images import ImageSet
 from ztp_deploy.evidence.observe import Progress, observe, observe_eager, unheard
 from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart, stored
@@ -229,7 +230,7 @@ def compare_with_eager(
 
 def expected_steps(images: int, format: str) -> int:
     """How many image passes `check_parity` reports to its progress callback."""
-    return images * (2 if exporters.get(format).RUNNER is None else 3)
+    return images * (3 if format in RUNNERS else 2)
 
 
 # --- what is asked -----------------------------------------------------------------------------
@@ -308,14 +309,14 @@ def _observed_sides(
 def _exported_runner(engine: Engine, notes: list[str]) -> tuple[Runner, Tolerance] | None:
     """Runs the exported graph as it stands, where the format is not itself the engine's file; with its bounds."""
     manifest = engine.manifest
-    if exporters.get(manifest.format).RUNNER is None:
+    if manifest.format not in RUNNERS:
         return None
     directory = (engine.directory / manifest.artifact).resolve()
     try:
         artifact = exporters.load_artifact(directory)
         if manifest_sha256(directory) != manifest.artifact_sha256:
             raise BadRequest("It is not the export this engine was built from.")
-        return exporters.open_as_it_stands(artifact), TOLERANCES[artifact.manifest.precision]
+        return open_exported(artifact), TOLERANCES[artifact.manifest.precision]
     except ZtpError as error:
         notes.append(f"The exported graph could not be checked on its own: {error.problem}")
         return None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 from ztp_deploy.errors import BadRequest, nearest
 from ztp_deploy.exporters.graph import InferenceGraph
@@ -42,11 +42,6 @@ class Exporter(Protocol):
     PRECISIONS: tuple[str, ...]
     PACKAGES: tuple[str, ...]
     OPSET: int | None
-    RUNNER: str | None
-    """What runs the graph as it stands, before an engine changes it, as `module:callable(directory, manifest)`.
-
-    None where engines take the file over as it is.
-    """
 
     def write(self, graph: InferenceGraph, directory: Path, image_batch: int, precision: str) -> None:
         """Writes the graph file(s) into the folder, linted."""
@@ -185,19 +180,6 @@ def load_artifact(directory: Path | str) -> Artifact:
     manifest = read_manifest(folder, ArtifactManifest)
     verify_files(folder, manifest)
     return Artifact(folder, manifest)
-
-
-def open_as_it_stands(artifact: Artifact) -> Any:
-    """The graph opened on the CPU, unchanged, as a `backends.base.Runner`.
-
-    Raises BadRequest where nothing runs such a graph, and what its runner raises.
-    """
-    name = artifact.manifest.format
-    runner = get(name).RUNNER
-    if runner is None:
-        raise BadRequest(f"Nothing runs a {name} graph but the engine made of it.", "Check the engine.")
-    module, _, opener = runner.partition(":")
-    return getattr(import_module(module), opener)(artifact.directory, artifact.manifest)
 
 
 def _standing(directory: Path, recipe: str) -> Artifact | None:

@@ -19,7 +19,6 @@ PRECISIONS = precision.PRECISIONS
 PACKAGES = ("onnx", "onnxscript")
 OPSET: int | None = 18
 """Of the traced float32 graph; bf16 needs a later one."""
-RUNNER: str | None = "ztp_deploy.backends.onnxruntime:open_unoptimised"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 _PROTOBUF_LIMIT = 1_900_000_000

@@ -8,22 +8,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed
+from ztp_deploy.errors import DamagedFiles, GateFailed
 from ztp_deploy.exporters.graph import AuditedGraph, InferenceGraph
 from ztp_deploy.exporters.lower import join_stages, lower
-from ztp_deploy.manifest import ArtifactManifest
 
 SUMMARY = "torch.export's program, dynamic batch; what AOTInductor engines are built from"
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 PACKAGES: tuple[str, ...] = ()
 OPSET: int | None = None
-RUNNER: str | None = "ztp_deploy.exporters.torch_export:ProgramRunner"
 GRAPH_FILE = "model.pt2"
 
 FORBIDDEN = {
@@ -75,28 +71,6 @@ def read(path: Path) -> ExportedProgram:
     except Exception as error:  # a damaged archive raises anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedFiles(f"torch cannot open {path}: {reason}.", "Export the model again.") from error
-
-
-class ProgramRunner:
-    """An exported program run operator by operator on the CPU: what the file says, before anything compiles it."""
-
-    def __init__(self, directory: Path, manifest: ArtifactManifest) -> None:
-        self._names = (*manifest.outputs, *manifest.audit)
-        self._module: Any = read(directory / GRAPH_FILE).module()
-
-    def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        """All outputs, the scores among them."""
-        if self._module is None:
-            raise BadRequest("The program is closed.", "Open it again.")
-        with torch.no_grad():
-            values = self._module(torch.from_numpy(np.ascontiguousarray(images)))
-        return {name: value.numpy() for name, value in zip(self._names, values, strict=True)}
-
-    audit = run
-
-    def close(self) -> None:
-        """Frees the program."""
-        self._module = None
 
 
 def _traced(graph: InferenceGraph, image_batch: int) -> ExportedProgram:

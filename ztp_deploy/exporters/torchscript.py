@@ -17,7 +17,6 @@ SUMMARY = "traced and frozen, dynamic batch; runs wherever libtorch does"
 PRECISIONS = ("fp32",)
 PACKAGES: tuple[str, ...] = ()
 OPSET: int | None = None
-RUNNER: str | None = None
 GRAPH_FILE = "model.ts"
 
 FORBIDDEN = {

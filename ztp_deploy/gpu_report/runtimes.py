@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ztp_deploy import backends, environment
 from ztp_deploy.backends.base import OnGpu, Session
-from ztp_deploy.backends.cuda_graph import Replay
+from ztp_deploy.backends.cuda_graph import Recorder
 from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
 from ztp_deploy.evidence.latency import wall_clock
@@ -133,7 +133,7 @@ class _Recorded:
     """A plan whose runs are replayed from a CUDA graph a shape, recorded from outside."""
 
     def __init__(self, opened: Opened) -> None:
-        self._replay = Replay(opened.run)
+        self._replay = Recorder(opened.run)
 
     def run(self, images: Tensor) -> Tensor:
         """As `Opened.run`; the logits are the recording's buffer."""

@@ -12,7 +12,7 @@ from ztp_deploy import environment
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.backends.tensorrt import quantise, runtime, timing_cache
-from ztp_deploy.backends.tensorrt.build import Order, Plan, build_plan
+from ztp_deploy.backends.tensorrt.build import BuiltPlan, Order, build_plan
 from ztp_deploy.backends.tensorrt.graph import GRAPH_FILE, LOW, QUANTISED, with_batch
 from ztp_deploy.backends.tensorrt.home import check_gpu, check_home
 from ztp_deploy.backends.tensorrt.layers import Fusion, read_layers
@@ -124,12 +124,12 @@ class TensorRT:
             job.copy_graph()  # the weights that the plans lack
         return built
 
-    def _proved(self, order: Order, plan: Plan, path: Path) -> dict[str, Any]:
+    def _proved(self, order: Order, plan: BuiltPlan, path: Path) -> dict[str, Any]:
         """What the manifest says of a plan. Raises GateFailed where it is not what was asked for."""
         here = environment.gpus()
         if here and not any(layer.carries for layer in plan.layers):
             inspected = read_layers(runtime.inspect(self.library, path, order.settings.version_compatible))
-            plan = Plan(plan.data, inspected, plan.products)
+            plan = BuiltPlan(plan.data, inspected, plan.products)
         fused, precision = plan.proofs(order)
         notes = _notes(fused, order)
         if order.settings.require_fusion and fused.fused != fused.expected:

@@ -46,7 +46,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuiltPlan:
     """A serialised engine, and what is known of it without running it."""
 
     data: Any
@@ -79,7 +79,7 @@ class _Heard:
             self.layers += read_layers(message)
 
 
-def build_plan(order: Order, progress: Progress) -> Plan:
+def build_plan(order: Order, progress: Progress) -> BuiltPlan:
     """Parses, configures and builds. Raises BadRequest, GateFailed, MissingSoftware; Ctrl-C cancels."""
     trt = order.library.load()
     heard = _Heard()
@@ -103,7 +103,7 @@ def build_plan(order: Order, progress: Progress) -> Plan:
         if order.timings is not None:
             configuration.keep_timings(config, order.timings)
     progress.complete()
-    return Plan(data, heard.layers, counts[0])
+    return BuiltPlan(data, heard.layers, counts[0])
 
 
 def _builder(trt: Any, library: Library, log: tensorrt.ILogger, heard: _Heard) -> Any:
