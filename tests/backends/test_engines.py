@@ -286,7 +286,7 @@ def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
 )
 def test_builds_that_cannot_be(artifact, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
-        ztp.build(artifact, directory=tmp_path / "e", **arguments)
+        ztp.build(artifact, **({"directory": tmp_path / "e"} | arguments))
     assert list(tmp_path.iterdir()) == []
 
 

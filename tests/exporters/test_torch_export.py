@@ -10,6 +10,7 @@ import torch
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy.errors import DamagedFiles, GateFailed
+from ztp_deploy.evidence.exported import open_exported
 from ztp_deploy.exporters import torch_export
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import PatchProduct, cuts_patches, lower
@@ -31,7 +32,7 @@ def types_of(program, name):
 def test_the_program_equals_eager_at_any_batch_and_names_no_path(torch_export_artifact, pruned):
     manifest = torch_export_artifact.manifest
     assert set(manifest.files) == {"model.pt2"}
-    program = torch_export.ProgramRunner(torch_export_artifact.directory, manifest)
+    program = open_exported(torch_export_artifact)
     for batch in (1, 3):
         images = tiny.images(batch)
         with torch.inference_mode():
@@ -56,7 +57,7 @@ def test_tokens_are_low_and_scores_and_logits_are_float32(small, tmp_path, preci
     assert types_of(program, "aten.conv2d.default") == []  # patches are multiplied
     assert types_of(program, "ztp.zero_tprune.default") == [low]  # a stage by name: `zero_tprune_op`
     assert types_of(program, "aten.div.Tensor")[0] == torch.float32  # pixels / 255
-    runner = torch_export.ProgramRunner(artifact.directory, artifact.manifest)
+    runner = open_exported(artifact)
     pixels = InferenceGraph(small, "uint8").example(2)
     with torch.inference_mode():
         logits = InferenceGraph(small, "uint8").audited(pixels)[0]
