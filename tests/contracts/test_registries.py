@@ -179,7 +179,7 @@ def test_every_back_end_passes_the_gate_on_a_gpu(backend, precision, settings, m
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_every_method_can_be_replayed_from_a_cuda_graph(name, model):
     from ztp_deploy import environment
-    from ztp_deploy.backends.cuda_graph import Replay
+    from ztp_deploy.backends.cuda_graph import Recorder
 
     if not environment.gpus():
         pytest.skip("needs an NVIDIA GPU and its driver; none was found on this machine")
@@ -187,6 +187,6 @@ def test_every_method_can_be_replayed_from_a_cuda_graph(name, model):
     pruned = ztp.prune(model, plan).to("cuda")
     one, two = torch.from_numpy(tiny.images(4)).to("cuda").chunk(2)
     with torch.inference_mode():
-        replay = Replay(pruned)
+        replay = Recorder(pruned)
         replay(one)
         torch.testing.assert_close(replay(two), pruned(two), rtol=1e-4, atol=1e-4)
