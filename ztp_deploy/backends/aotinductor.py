@@ -316,5 +316,6 @@ def _scratch(directory: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=beside, prefix="compile-") as folder, fresh_cache(dir=folder):
         try:
             yield Path(folder)
-        finally:
-            shutdown_compile_workers()  # after a failure some still write there
+        except BaseException:
+            shutdown_compile_workers()  # some may still write there
+            raise
