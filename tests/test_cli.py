@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from tests.commands import typed
 from ztp_deploy import backends, cli
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence import parity
@@ -28,11 +29,7 @@ def ztp(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ztp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
+        return typed(monkeypatch, capsys, *arguments)
 
     return run
 

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.commands import typed
 from tests.pictures import write_pictures
-from ztp_deploy import cli, ending, evaluate
+from ztp_deploy import ending, evaluate
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
@@ -283,11 +284,7 @@ def command(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ztp", "eval", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
+        return typed(monkeypatch, capsys, "eval", *arguments)
 
     return run
 

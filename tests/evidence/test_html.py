@@ -17,6 +17,7 @@ from PIL import Image
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.commands import typed
 from ztp_deploy import environment
 from ztp_deploy.evidence import latency
 from ztp_deploy.evidence.accuracy import AccuracyReport, Speed, accuracy, class_rows, compare
@@ -540,16 +541,9 @@ def test_speed_ups_stand_against_the_limit():
 @pytest.fixture
 def ztp_command(monkeypatch, capsys):
     """Runs a command line; returns exit code, stdout, stderr."""
-    import sys
-
-    from ztp_deploy import cli
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ztp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
+        return typed(monkeypatch, capsys, *arguments)
 
     return run
 

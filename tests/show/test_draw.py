@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests import tiny
+from tests.commands import typed
 from ztp_deploy import backends, cli, models
 from ztp_deploy.errors import BadRequest, WriteFailed
 from ztp_deploy.evidence.images import photograph_crops
@@ -29,11 +30,7 @@ def ztp(monkeypatch, capsys, tmp_path):
         crop.save(name)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["ztp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
+        return typed(monkeypatch, capsys, *arguments)
 
     return run
 

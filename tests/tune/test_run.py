@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 
-from ztp_deploy import cli
+from tests.commands import typed
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.evidence.accuracy import image_kl, mean_kl
 from ztp_deploy.options import plan_request
@@ -283,11 +282,7 @@ def test_recipes_make_the_plan_again(request_for, tmp_path):
 
 def test_the_command_line(weights, photographs, tmp_path, monkeypatch, capsys):
     def ztp(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ztp", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return int(ended.value.code or 0), printed.out, printed.err
+        return typed(monkeypatch, capsys, *arguments)
 
     monkeypatch.chdir(tmp_path)
     asked = ["tune", "--model", NAME, "--weights", weights, "--images", photographs, "--budget", "flops=0.65"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.backends.tensorrt import needs_modelopt, needs_rtx
-from ztp_deploy import cli, environment
+from tests.commands import typed
+from ztp_deploy import environment
 from ztp_deploy.backends.tensorrt import quantise
 from ztp_deploy.evidence.images import photograph_crops
 
@@ -27,11 +27,7 @@ def ztp(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("commands"))
 
         def run(capsys, *arguments: object) -> tuple[int, str, str]:
-            patch.setattr(sys, "argv", ["ztp", *map(str, arguments)])
-            with pytest.raises(SystemExit) as exit_:
-                cli.main()
-            captured = capsys.readouterr()
-            return int(exit_.value.code or 0), captured.out, captured.err
+            return typed(patch, capsys, *arguments)
 
         yield run
 
