@@ -17,7 +17,8 @@ from PIL import Image
 
 from tests import tiny
 from tests.commands import typed
-from ztp_deploy import backends, cli
+from ztp_deploy import backends
+from ztp_deploy.cli.app import app
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence import parity
 from ztp_deploy.evidence.images import photograph_crops
@@ -317,13 +318,16 @@ def test_defaults_are_those_of_the_python_calls():
 
     from typer.main import get_command
 
-    from ztp_deploy import workflow
-    from ztp_deploy.gpu_report.measure import Grid, measure_gpu
+    from ztp_deploy.gpu_report.grid import Grid
+    from ztp_deploy.gpu_report.measure import measure_gpu
     from ztp_deploy.plan import make_plan
     from ztp_deploy.reference import canvases, demo
     from ztp_deploy.tune.run import TuneRequest
+    from ztp_deploy.workflow.make import make_engine
+    from ztp_deploy.workflow.requests import PlanRequest
+    from ztp_deploy.workflow.steps import check
 
-    commands = get_command(cli.app).commands
+    commands = get_command(app).commands
 
     def default(command, name):
         [found] = [parameter.default for parameter in commands[command].params if parameter.name == name]
@@ -334,7 +338,7 @@ def test_defaults_are_those_of_the_python_calls():
 
     assert [default("tune", name) for name in ("trials", "count", "seconds", "seed")] == [60, 256, 10.0, 0]
     assert [getattr(TuneRequest, name) for name in ("trials", "count", "seconds", "seed")] == [60, 256, 10.0, 0]
-    assert default("check", "count") == of(workflow.check, "count") == 64
+    assert default("check", "count") == of(check, "count") == 64
     assert default("demo", "count") == of(demo.demonstrate, "count") == 2 * canvases.TEST_DIGITS
     assert default("demo", "directory") == of(demo.demonstrate, "directory") == Path("pictures")
     assert default("gpu-report", "minutes") == of(measure_gpu, "minutes") == 9
@@ -345,8 +349,8 @@ def test_defaults_are_those_of_the_python_calls():
         == ["fp32", "fp16", "bf16", "int8", "fp8"]
     )
     assert [int(size) for size in default("gpu-report", "batches").split(",")] == list(Grid.batches) == [1, 8, 64, 256]
-    assert default("engine", "seconds") == of(workflow.make_engine, "seconds") == 12.0
-    assert TuneRequest.method == workflow.PlanRequest.method == of(make_plan, "method") == "zero_tprune"
+    assert default("engine", "seconds") == of(make_engine, "seconds") == 12.0
+    assert TuneRequest.method == PlanRequest.model_fields["method"].default == of(make_plan, "method") == "zero_tprune"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -492,7 +496,7 @@ def requests(monkeypatch):
         asked.append((wanted, request, others))
         raise BadRequest("Asked.")
 
-    monkeypatch.setattr("ztp_deploy.workflow.make_engine", make_engine)
+    monkeypatch.setattr("ztp_deploy.workflow.make.make_engine", make_engine)
     return asked
 
 
@@ -544,7 +548,7 @@ def test_what_a_standing_engine_does_not_heed_is_refused(ztp, start, heeded):
     """Every option of the command is either listed here as heeded, or refused by its name, also at its default value."""
     from typer.main import get_command
 
-    parameters = {parameter.name: parameter for parameter in get_command(cli.app).commands[start[0]].params}
+    parameters = {parameter.name: parameter for parameter in get_command(app).commands[start[0]].params}
     assert heeded <= set(parameters)
     refused = set(parameters) - heeded - {"model", "recipe", "help"}
     assert {"method", "ratio", "flops", "keep", "sites", "option", "weights"} <= refused
@@ -608,7 +612,7 @@ __main__.main()
 
 
 def test_the_command_line_starts_without_engine_libraries():
-    script = "import sys, ztp_deploy, ztp_deploy.cli; print([m for m in ('torch', 'onnx', 'onnxruntime', 'timm') if m in sys.modules])"
+    script = "import sys, ztp_deploy, ztp_deploy.cli.app; print([m for m in ('torch', 'onnx', 'onnxruntime', 'timm') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 

@@ -29,7 +29,7 @@ from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.models import weights as weights_module
 from ztp_deploy.models.preprocessing import open_image, transform_for
-from ztp_deploy.workflow import PlanRequest
+from ztp_deploy.workflow.requests import PlanRequest
 
 
 class Silent:
@@ -170,7 +170,7 @@ def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda name, weights, clock: trained)
     monkeypatch.setattr(evaluate.models, "check_request", lambda name, weights: None)
     weights = trained.source.weights.origin
-    wanted = PlanRequest("deit_t", ratio=0.7, options={"rounds": 2}, weights=weights)
+    wanted = PlanRequest(model="deit_t", ratio=0.7, options={"rounds": 2}, weights=weights)
     report = evaluate_model(wanted, EvalRequest(pictures, device="cpu"), Silent(), record=tmp_path)
     [path] = tmp_path.iterdir()
     assert path.name == f"deit_t--{report.plan}--accuracy-{report.data_sha256[:6]}.json"
@@ -179,7 +179,7 @@ def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
     assert report.weights == "file: trained.safetensors"
     assert report.comparison is not None
     dense = evaluate_model(
-        PlanRequest("deit_t", "dense", weights=weights), EvalRequest(pictures, device="cpu"), Silent()
+        PlanRequest(model="deit_t", method="dense", weights=weights), EvalRequest(pictures, device="cpu"), Silent()
     )
     assert dense.comparison is None
     assert dense.accuracy == report.comparison.dense
@@ -190,7 +190,7 @@ def test_what_would_mean_nothing_is_refused(model, trained, pictures, tmp_path):
     with pytest.raises(BadRequest, match="weights of deit_t are random"):
         evaluate_engine(engine.directory, EvalRequest(pictures), Silent())
     with pytest.raises(BadRequest, match="are random"):
-        evaluate_model(PlanRequest("deit_t", ratio=0.7, weights="random"), EvalRequest(pictures), Silent())
+        evaluate_model(PlanRequest(model="deit_t", ratio=0.7, weights="random"), EvalRequest(pictures), Silent())
     plan = ztp.make_plan(trained, "dynamicvit", ratio=0.7, options={"weights": "random"})
     with pytest.raises(BadRequest, match="would mean nothing"):
         evaluate.refuse_meaningless(trained.source, plan)

@@ -129,12 +129,10 @@ def test_folder_names_tell_weights_and_settings_apart(artifact, tmp_path):
     assert folder_tags(source, "float32") == ["random"]
     assert folder_tags(own, "uint8") == ["uint8", f"w{source.weights.sha256[:6]}"]
     assert folder_tags(hub, "float32") == []
-    module = backends.get("onnxruntime")
-    device, span = module.resolve_device("cpu"), BatchRange.parse("1:2:4")
 
     def path(settings):
-        chosen = module.parse_settings(settings)
-        return backends.engine_directory(tmp_path, artifact.manifest, "onnxruntime", device, "fp32", span, chosen).name
+        target = backends.resolve("onnxruntime", device="cpu", batch="1:2:4", settings=settings)
+        return backends.engine_directory(tmp_path, artifact.manifest, target).name
 
     label = artifact.manifest.plan.label
     assert path({}) == f"deit_t--{label}--fp32--b1-2-4--random"
@@ -165,14 +163,11 @@ def test_the_hash_of_sources_follows_names_and_contents(tmp_path, monkeypatch):
 
 
 def test_folder_names_tell_calibrations_apart(artifact, tmp_path):
-    module = backends.get("openvino")
-    device, span = module.resolve_device("cpu"), BatchRange.parse("4")
     dark, light = np.zeros((2, 3, 4, 4), np.float32), np.ones((2, 3, 4, 4), np.float32)
 
     def path(precision, images, settings):
-        chosen = module.parse_settings(settings)
-        where = (tmp_path, artifact.manifest, "openvino", device, precision, span, chosen, images)
-        return backends.engine_directory(*where).name
+        target = backends.resolve("openvino", device="cpu", precision=precision, batch=4, settings=settings)
+        return backends.engine_directory(tmp_path, artifact.manifest, target, images).name
 
     # The tag is the start of the images' sha256, after that of the settings.
     digits = hashlib.sha256(bytes(2 * 3 * 4 * 4 * 4)).hexdigest()[:6]

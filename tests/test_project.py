@@ -13,7 +13,6 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -120,7 +119,7 @@ def test_the_readmes_python_runs(monkeypatch, tmp_path):
 def test_documented_commands_exist():
     from typer.main import get_command
 
-    from ztp_deploy.cli import app
+    from ztp_deploy.cli.app import app
 
     commands = get_command(app).commands
     used = documented(".venv/bin/ztp ")
@@ -441,7 +440,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("ztp_deploy-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"ztp_deploy/py.typed", "ztp_deploy/cli.py", "ztp_deploy/evidence/report/summary.py"} <= set(names)
+    assert {"ztp_deploy/py.typed", "ztp_deploy/cli/app.py", "ztp_deploy/evidence/report/summary.py"} <= set(names)
     assert {"ztp_deploy/evidence/report/report.html.jinja", "ztp_deploy/reference/vit_digits.safetensors"} <= set(names)
     assert {"ztp_deploy/cpp/CMakeLists.txt", "ztp_deploy/cpp/include/ztp/session.h"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ztp_deploy"}
@@ -458,13 +457,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     ],
 )
 def test_evidence_of_particular_engines_lies_in_files_of_its_own(engine, ending, tmp_path):
-    from ztp_deploy import console
+    from ztp_deploy.evidence.records import record_summary
 
     path = min(SUMMARIES)
     summary = Summary.model_validate_json(path.read_text(encoding="utf-8"))
     latency = LatencyReport.model_validate_json(path.with_suffix(".samples.json").read_text(encoding="utf-8"))
     summary = summary.model_copy(update={"engine": f"engines/somewhere/deit_s--dense--fp32--{engine}"})
-    console.record_result(SimpleNamespace(summary=summary, latency=latency), tmp_path)
+    record_summary(summary, latency, tmp_path)
     [written] = [file.name for file in tmp_path.glob("*.json") if ".samples" not in file.name]
     start, machine = f"{summary.model}--{summary.label}--{summary.backend.split()[0]}", path.name.split("--")[-1]
     assert written == f"{start}-{summary.precision}{ending}--{machine}"

@@ -13,7 +13,7 @@ from ztp_deploy.errors import INTERRUPTED
 def main() -> None:
     """Runs the command line; interrupted before it has begun, it exits with 130 and one sentence."""
     signal.signal(signal.SIGINT, _leave)
-    from ztp_deploy.cli import main as run
+    from ztp_deploy.cli.app import main as run
 
     run()
 

@@ -31,7 +31,9 @@ from ztp_deploy.models.preprocessing import transform_for
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.scratch import write_text
-from ztp_deploy.workflow import Clock, Monitor, PlanRequest, load
+from ztp_deploy.workflow.progress import Clock, Monitor
+from ztp_deploy.workflow.requests import PlanRequest
+from ztp_deploy.workflow.steps import load
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,16 @@ from PIL import Image
 import ztp_deploy as ztp
 from tests import tiny
 from tests.runs import Silent
-from ztp_deploy import environment, workflow
+from ztp_deploy import environment
 from ztp_deploy.backends import find_engine, particulars
 from ztp_deploy.backends import openvino as backend
 from ztp_deploy.backends import openvino_attention as attention
 from ztp_deploy.backends import openvino_ir as ir
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import load_images
+from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.requests import BuildRequest
+from ztp_deploy.workflow.steps import build_engine
 
 HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
@@ -181,11 +184,13 @@ def test_engines_calibrated_on_other_images_live_side_by_side(artifact, tmp_path
     for name, shade in (("dark", 20), ("light", 220)):
         (tmp_path / name).mkdir()
         Image.new("RGB", (96, 96), (shade, 90, 255 - shade)).save(tmp_path / name / "plain.png")
-    clock = workflow.Clock(Silent())
+    clock = Clock(Silent())
 
     def build(images, precision="int8"):
-        request = workflow.BuildRequest("openvino", "cpu", precision, "1:2:4", engines_root=tmp_path / "engines")
-        return workflow.build_engine(artifact, request, clock, tmp_path / images)
+        request = BuildRequest(
+            backend="openvino", device="cpu", precision=precision, batch="1:2:4", engines_root=tmp_path / "engines"
+        )
+        return build_engine(artifact, request, clock, tmp_path / images)
 
     dark = build("dark")
     assert re.search("--int8--b1-2-4--random--c[0-9a-f]{6}$", dark.directory.name)

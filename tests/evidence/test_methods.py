@@ -7,14 +7,16 @@ import pytest
 
 import ztp_deploy as ztp
 from tests.runs import Silent
-from ztp_deploy import workflow
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.evidence.latency import LatencyReport, Samples, paired_ratio
 from ztp_deploy.evidence.methods import MethodRow, MethodsReport, twin_role
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import make_plan
-from ztp_deploy.workflow import BuildRequest, PlanRequest, compare_methods, make_engine
+from ztp_deploy.workflow import compare, make, steps
+from ztp_deploy.workflow.compare import compare_methods
+from ztp_deploy.workflow.make import make_engine
+from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 
 MILLISECONDS = {"dense": 20.0, "tome": 12.5, "tome slice twin": 12.0, "evit": 12.25, "evit slice twin": 12.25}
 
@@ -80,7 +82,8 @@ def build(tmp_path, monkeypatch):
     from tests import tiny
     from ztp_deploy import models
 
-    monkeypatch.setattr(workflow, "load", lambda name, weights, clock: tiny.model())
+    for program in (make, compare):
+        monkeypatch.setattr(program, "load", lambda name, weights, clock: tiny.model())
     monkeypatch.setattr(PlanRequest, "plan", lambda self, model: make_plan(tiny.model(), "zero_tprune", ratio=0.6))
     assert models.source_of(tiny.model()).name == "deit_t"
     return BuildRequest(
@@ -88,7 +91,7 @@ def build(tmp_path, monkeypatch):
     )
 
 
-WANTED = PlanRequest("deit_t", "zero_tprune", ratio=0.6)
+WANTED = PlanRequest(model="deit_t", ratio=0.6)
 
 
 def test_every_engine_is_proved_and_measured(build):
@@ -121,8 +124,8 @@ def test_yardsticks_are_proved_once_and_again_when_they_changed(build, monkeypat
         [weight] = [one for one in graph.graph.initializer if one.name == node.input[1]]
         weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
 
-    monkeypatch.setattr(workflow, "check_parity", check_parity)
-    monkeypatch.setattr(workflow, "bench", lambda *others: pytest.fail(f"measured by {others[-1]}"))
+    monkeypatch.setattr(steps, "check_parity", check_parity)
+    monkeypatch.setattr(make, "bench", lambda *others: pytest.fail(f"measured by {others[-1]}"))
     fail = pytest.raises(pytest.fail.Exception, match=r"measured by ztp\.make_engine")
     with fail:
         make_engine(WANTED, build, Silent())

@@ -13,9 +13,10 @@ import pytest
 
 import ztp_deploy as ztp
 from tests import tiny
-from ztp_deploy import workflow
 from ztp_deploy.evidence import reproducer
 from ztp_deploy.evidence.images import load_images
+from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.steps import check
 
 
 class Monitor:
@@ -48,7 +49,7 @@ def test_polygraphy_sees_the_fault_that_the_gate_saw(artifact, model, tmp_path):
     tiny.damage_graph(engine.directory, flip)
     engine = ztp.backends.find_engine(engine.directory)
     monitor = Monitor()
-    report = workflow.check(engine, model, None, workflow.Clock(monitor), count=3)
+    report = check(engine, model, None, Clock(monitor), count=3)
     assert not report.passed
     script = engine.evidence / "polygraphy" / "run.sh"
     assert monitor.told == [f"To see the first fault with Polygraphy: sh {script}"]

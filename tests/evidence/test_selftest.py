@@ -9,9 +9,10 @@ from safetensors.numpy import load_file
 
 import ztp_deploy as ztp
 from tests import tiny
-from ztp_deploy import workflow
 from ztp_deploy.evidence import selftest
 from ztp_deploy.manifest import BatchRange, manifest_sha256
+from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.steps import check
 
 
 def test_the_record_is_the_engines_own_run(engine):
@@ -56,7 +57,7 @@ def test_a_check_records_it_only_where_parity_holds(engine, model):
             told.append(text)
 
     path = engine.evidence / selftest.SELFTEST_FILE
-    assert workflow.check(engine, model, None, workflow.Clock(Silent()), count=2).passed
+    assert check(engine, model, None, Clock(Silent()), count=2).passed
     assert path.is_file()
     assert told == []
     path.unlink()
@@ -67,7 +68,7 @@ def test_a_check_records_it_only_where_parity_holds(engine, model):
         graph.graph.initializer[last].raw_data = values.astype(np.float32).tobytes()
 
     tiny.damage_graph(engine.directory, shift)
-    assert not workflow.check(engine, model, None, workflow.Clock(Silent()), count=2).passed
+    assert not check(engine, model, None, Clock(Silent()), count=2).passed
     assert not path.exists()
     assert len(told) == 1
     assert "Polygraphy" in told[0]

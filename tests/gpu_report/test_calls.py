@@ -14,8 +14,9 @@ from ztp_deploy import backends, environment
 from ztp_deploy.backends.base import OnGpu
 from ztp_deploy.defaults import GPU_PRECISIONS
 from ztp_deploy.errors import MissingSoftware
-from ztp_deploy.gpu_report import measure, runtimes
-from ztp_deploy.gpu_report.measure import Grid, measure_gpu
+from ztp_deploy.gpu_report import cell, ledger, runtimes
+from ztp_deploy.gpu_report.grid import Grid
+from ztp_deploy.gpu_report.measure import measure_gpu
 from ztp_deploy.gpu_report.rows import GpuReport
 from ztp_deploy.gpu_report.runtimes import RUNTIMES, calibrated_on, unavailable
 from ztp_deploy.gpu_report.table import render_gpu_report
@@ -110,8 +111,8 @@ class Machine:
 def machine(tmp_path, monkeypatch):
     one = Machine(tmp_path / "r.json")
     clock = SimpleNamespace(monotonic=lambda: one.now, strftime=time.strftime, gmtime=time.gmtime)
-    monkeypatch.setattr(measure, "time", clock)
-    monkeypatch.setattr(measure, "interleave", one.interleave)
+    monkeypatch.setattr(ledger, "time", clock)
+    monkeypatch.setattr(cell, "interleave", one.interleave)
     monkeypatch.setattr(runtimes, "open_job", one.open)
     monkeypatch.setattr(runtimes, "version_of", lambda runtime: one.versions[runtime])
     monkeypatch.setattr(runtimes, "unavailable", lambda *wanted: one.unavailable.get(wanted))
@@ -251,7 +252,7 @@ def test_what_other_code_measured_is_measured_again(machine, monkeypatch):
     machine.call(("tensorrt",))
     machine.call(("tensorrt",))
     assert machine.opened == []
-    monkeypatch.setattr(measure, "sources_sha256", lambda *rooms: "of tomorrow")
+    monkeypatch.setattr(ledger, "sources_sha256", lambda *rooms: "of tomorrow")
     machine.faults = {"pruned": RuntimeError("out of memory")}
     machine.call(("tensorrt",))
     rows = GpuReport.model_validate_json(machine.path.read_bytes()).rows

@@ -18,7 +18,8 @@ from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftw
 from ztp_deploy.evidence import latency
 from ztp_deploy.evidence.images import load_images
 from ztp_deploy.gpu_report import measure, runtimes
-from ztp_deploy.gpu_report.measure import Grid, measure_gpu
+from ztp_deploy.gpu_report.grid import Grid
+from ztp_deploy.gpu_report.measure import measure_gpu
 from ztp_deploy.gpu_report.rows import GpuReport
 from ztp_deploy.gpu_report.runtimes import Job, open_job
 from ztp_deploy.gpu_report.table import render_gpu_report

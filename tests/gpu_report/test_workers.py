@@ -10,7 +10,8 @@ from tests import tiny
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.evidence.images import load_images
 from ztp_deploy.gpu_report import measure
-from ztp_deploy.gpu_report.measure import Grid, measure_gpu
+from ztp_deploy.gpu_report.grid import Grid
+from ztp_deploy.gpu_report.measure import measure_gpu
 from ztp_deploy.gpu_report.runtimes import Job
 from ztp_deploy.gpu_report.workers import side_by_side
 from ztp_deploy.methods.slice import twin_of

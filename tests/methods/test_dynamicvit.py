@@ -19,7 +19,7 @@ from ztp_deploy.models import describe, host_of, load_model
 from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import make_plan
 from ztp_deploy.pruning.prune import prune
-from ztp_deploy.workflow import PlanRequest
+from ztp_deploy.workflow.requests import PlanRequest
 
 BOUND = 1e-5
 WIDTH = 48
@@ -221,12 +221,14 @@ def test_random_predictors_are_seeded_and_say_what_they_are_worth(model):
 
 @pytest.mark.parametrize("weights", ["auto", "pretrained", "random"])
 def test_a_request_is_refused_before_weights_are_loaded(weights, tmp_path):
-    request = PlanRequest("deit_s", "dynamicvit", ratio=0.7, weights=weights)
+    request = PlanRequest(model="deit_s", method="dynamicvit", ratio=0.7, weights=weights)
     assert request.plan("deit_s").counts == [137, 96, 67]
     with pytest.raises(BadRequest, match="these weights have none"):
         request.check()
-    PlanRequest("deit_s", "dynamicvit", ratio=0.7, weights=weights, options={"weights": "random"}).check()
-    PlanRequest("deit_s", "dynamicvit", ratio=0.7, weights=str(tmp_path / "finetuned.pth")).check()  # may hold some
+    PlanRequest(model="deit_s", method="dynamicvit", ratio=0.7, weights=weights, options={"weights": "random"}).check()
+    PlanRequest(
+        model="deit_s", method="dynamicvit", ratio=0.7, weights=str(tmp_path / "finetuned.pth")
+    ).check()  # may hold some
 
 
 def test_plans_edited_by_hand_are_refused(trained):

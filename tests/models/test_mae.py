@@ -11,11 +11,13 @@ import torch
 import ztp_deploy as ztp
 from tests import golden, tiny
 from tests.models import readings
-from ztp_deploy import models, workflow
+from ztp_deploy import models
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.mae import NAMES
 from ztp_deploy.pruning.tokens import TokenState, initial_state
+from ztp_deploy.workflow import steps
+from ztp_deploy.workflow.progress import Clock
 
 GOLDEN_SIZE = ModelSize(embed_dim=96, depth=6, num_heads=3, num_classes=100)
 CASES = ["mae_tiny_gap", "mae_tiny_gap_eps"]
@@ -196,11 +198,11 @@ def test_a_file_carries_the_licence_and_says_so(mae, tmp_path, monkeypatch):
     load_model = models.load_model
     monkeypatch.setattr(models, "load_model", lambda name, weights: load_model(name, weights, tiny.SIZE))
     monitor = _Monitor()
-    model = workflow.load("mae_vit_b", str(path), workflow.Clock(monitor))
+    model = steps.load("mae_vit_b", str(path), Clock(monitor))
     assert model.source.weights.licence == "CC-BY-NC-4.0"
     assert monitor.warnings == ["The weights of mae_vit_b are licensed CC-BY-NC-4.0: no commercial use."]
     monitor = _Monitor()
-    model = workflow.load("deit_t", str(own), workflow.Clock(monitor))
+    model = steps.load("deit_t", str(own), Clock(monitor))
     assert model.source.weights.licence is None  # a file of one's own; the hub's licence says nothing about it
     assert monitor.warnings == []
 

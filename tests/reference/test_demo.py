@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from ztp_deploy import environment, models, workflow
+from ztp_deploy import environment, models
 from ztp_deploy.console import Bars
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.reference import demo, model
+from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 
 
 def test_vit_digits_is_a_model_like_any_other():
@@ -28,7 +29,7 @@ def test_weights_that_are_not_there_are_said_to_be_missing(monkeypatch, tmp_path
 
 def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    build = workflow.BuildRequest(backend="torchscript", device="cpu", batch="1:8:16")
+    build = BuildRequest(backend="torchscript", device="cpu", batch="1:8:16")
     made = demo.demonstrate(build, Bars(), count=24, seconds=1.0)
     assert made.result.summary.command == made.accuracy.command == "ztp.demonstrate"
     assert made.result.parity.passed
@@ -43,9 +44,9 @@ def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, mo
 @pytest.mark.parametrize("nothing", [{"ratio": 1.0}, {"method": "dense"}])
 def test_a_plan_that_prunes_nothing_is_refused_before_anything_is_made(nothing, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wanted = workflow.PlanRequest("vit_digits", weights="pretrained", **nothing)
+    wanted = PlanRequest(model="vit_digits", weights="pretrained", **nothing)
     with pytest.raises(BadRequest, match="prunes nothing"):
-        demo.demonstrate(workflow.BuildRequest(), Bars(), wanted=wanted)
+        demo.demonstrate(BuildRequest(), Bars(), wanted=wanted)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -53,11 +54,11 @@ def test_an_engine_that_cannot_run_here_is_refused_before_it_is_built(tmp_path, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "gpus", lambda: ())
     with pytest.raises(MissingSoftware, match="cannot be measured"):
-        demo.demonstrate(workflow.BuildRequest(backend="tensorrt_rtx"), Bars())
+        demo.demonstrate(BuildRequest(backend="tensorrt_rtx"), Bars())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_accuracy_needs_trained_weights():
-    wanted = workflow.PlanRequest("vit_digits", ratio=0.7, weights="random")
+    wanted = PlanRequest(model="vit_digits", ratio=0.7, weights="random")
     with pytest.raises(BadRequest, match="needs trained weights"):
-        demo.demonstrate(workflow.BuildRequest(), Bars(), wanted=wanted)
+        demo.demonstrate(BuildRequest(), Bars(), wanted=wanted)

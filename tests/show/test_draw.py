@@ -15,7 +15,7 @@ from ztp_deploy import backends, cli, models
 from ztp_deploy.errors import BadRequest, WriteFailed
 from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.show.draw import picture_paths, show
-from ztp_deploy.workflow import Clock
+from ztp_deploy.workflow.progress import Clock
 
 
 @pytest.fixture

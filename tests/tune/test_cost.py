@@ -9,7 +9,8 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import describe
 from ztp_deploy.plan import make_plan
 from ztp_deploy.tune.cost import Budget, Timing, engine_timer, flop_share, measure_blocks, take_apart
-from ztp_deploy.workflow import BuildRequest, Clock
+from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.requests import BuildRequest
 
 from .conftest import Silent
 
@@ -71,7 +72,9 @@ def test_noise_makes_no_block_faster_for_more_tokens():
 
 
 def test_plans_become_engines_that_are_timed(loaded, tmp_path):
-    build = BuildRequest("torchscript", "cpu", batch="2", export_root=tmp_path / "x", engines_root=tmp_path / "e")
+    build = BuildRequest(
+        backend="torchscript", device="cpu", batch="2", export_root=tmp_path / "x", engines_root=tmp_path / "e"
+    )
     plans = {"dense": make_plan(loaded, "dense"), "7": make_plan(loaded, "slice", keep=[7], sites=[1])}
     monitor = Silent()
     times = engine_timer(loaded, build, 2, 0.2, Clock(monitor), "ztp tune", tmp_path)(plans, "blocks")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.commands import typed
+from ztp_deploy.cli.options import plan_request
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.evidence.accuracy import image_kl, mean_kl
-from ztp_deploy.options import plan_request
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.recipes import Recipe, read_recipe
 from ztp_deploy.tune import rounds, run
@@ -19,7 +19,7 @@ from ztp_deploy.tune.cost import Budget, Timing
 from ztp_deploy.tune.damage import HeldOut, held_out, split
 from ztp_deploy.tune.report import TuneReport, recipe_of, recipe_toml
 from ztp_deploy.tune.run import _conclude, tune
-from ztp_deploy.workflow import BuildRequest
+from ztp_deploy.workflow.requests import BuildRequest
 
 from .conftest import NAME, Silent
 

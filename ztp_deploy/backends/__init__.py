@@ -86,15 +86,55 @@ def usable(name: str) -> Backend:
     return backend
 
 
-def engine_directory(
-    root: Path,
-    artifact: ArtifactManifest,
+@dataclass(frozen=True)
+class Target:
+    """What decides an engine besides its artifact, every "auto" resolved; the software to build it is here."""
+
+    name: str
+    backend: Backend
+    device: Device
+    precision: str
+    batch: BatchRange
+    settings: dict[str, Any]
+
+    @property
+    def graph_precision(self) -> str:
+        """The precision of the graph that it is built from."""
+        return self.backend.graph_precision(self.precision)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether engines of this precision are fitted to images."""
+        return self.precision in self.backend.CALIBRATED
+
+    @property
+    def unrunnable(self) -> str | None:
+        """Why this machine can build the engine and not run it; None where it can."""
+        return self.backend.unrunnable(self.device)
+
+
+def resolve(
     backend: str,
-    device: Device,
-    precision: str,
-    batch: BatchRange,
-    settings: dict[str, Any],
-    calibration: NDArray[Any] | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    batch: tuple[int, int, int] | str | int = BATCH,
+    settings: Mapping[str, Any] | None = None,
+) -> Target:
+    """The target that these words, those of `build`, mean on this machine. Raises BadRequest and MissingSoftware."""
+    name = choose(backend)
+    module = usable(name)
+    check_precision(name, precision)
+    span = BatchRange.parse(batch)
+    if not isinstance(settings or {}, Mapping):
+        raise BadRequest(f"settings={settings!r} are no settings.", "Give a dict, such as {'threads': 1}.")
+    return Target(
+        name, module, module.resolve_device(device), precision, span, module.parse_settings(dict(settings or {}))
+    )
+
+
+def engine_directory(
+    root: Path, artifact: ArtifactManifest, target: Target, calibration: NDArray[Any] | None = None
 ) -> Path:
     """`root/<backend>-<version>-<device>/<model>--<method>-<ratio>--<precision>--b<min>-<opt>-<max>[--tag…]`.
 
@@ -102,18 +142,18 @@ def engine_directory(
     that are not the back end's own choice, `c` and a hash of the images that a precision is fitted to:
     engines that differ never share a folder. `calibration`: those images, [M, 3, H, W].
     """
-    machine = f"{backend}-{get(backend).version()}-{device.slug}"
-    parts = [artifact.source.name, artifact.plan.label, precision, f"b{batch}", *artifact.tags]
-    if settings != get(backend).parse_settings({}):
-        parts.append(f"s{recipe_hash(settings=settings)[:6]}")
-    if images := _fitted_to(backend, precision, calibration):
+    machine = f"{target.name}-{target.backend.version()}-{target.device.slug}"
+    parts = [artifact.source.name, artifact.plan.label, target.precision, f"b{target.batch}", *artifact.tags]
+    if target.settings != target.backend.parse_settings({}):
+        parts.append(f"s{recipe_hash(settings=target.settings)[:6]}")
+    if images := _fitted_to(target, calibration):
         parts.append(f"c{images[:6]}")
     return root / machine / "--".join(parts)
 
 
-def _fitted_to(backend: str, precision: str, calibration: NDArray[Any] | None) -> str | None:
-    """The sha256 of the images that this precision is fitted to; None where it is fitted to none."""
-    if calibration is None or precision not in get(backend).CALIBRATED:
+def _fitted_to(target: Target, calibration: NDArray[Any] | None) -> str | None:
+    """The sha256 of the images that the target's precision is fitted to; None where it is fitted to none."""
+    if calibration is None or not target.calibrated:
         return None
     return hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest()
 
@@ -159,66 +199,78 @@ def build(
     Raises BadRequest, MissingSoftware, DamagedFiles, WriteFailed, and GateFailed where what came out is not
     what was asked for.
     """
-    name = choose(backend)
-    module = usable(name)
+    target = resolve(backend, device=device, precision=precision, batch=batch, settings=settings)
     if not isinstance(artifact, Artifact):
         artifact = load_artifact(artifact)
-    source = artifact.manifest
+    if directory is None:
+        directory = engine_directory(ENGINES_ROOT, artifact.manifest, target, calibration)
+    return build_target(artifact, target, Path(directory), calibration=calibration, progress=progress)
+
+
+def build_target(
+    artifact: Artifact,
+    target: Target,
+    directory: Path,
+    *,
+    calibration: NDArray[Any] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Engine:
+    """What `build` does once its words are resolved. Raises what it raises."""
+    name, module, source = target.name, target.backend, artifact.manifest
     if source.format != module.FORMAT:
         raise BadRequest(
             f"Back end {name} is built from {module.FORMAT}; the artifact is {source.format}.",
             f"Export it with format={module.FORMAT!r}.",
         )
-    check_precision(name, precision)
-    graph_precision = module.graph_precision(precision)
+    graph_precision = target.graph_precision
     if graph_precision != source.precision:
         raise BadRequest(
-            f"A {precision} engine of {name} is built from a {graph_precision} graph; the artifact holds {source.precision}.",
+            f"A {target.precision} engine of {name} is built from a {graph_precision} graph; the artifact holds {source.precision}.",
             f"Precision is written into the graph: export with precision={graph_precision!r}.",
         )
-    span = BatchRange.parse(batch)
-    if precision in module.CALIBRATED and calibration is None:
+    if target.calibrated and calibration is None:
         raise BadRequest(
-            f"A {precision} engine is calibrated on images and none were given.",
+            f"A {target.precision} engine is calibrated on images and none were given.",
             "Give calibration=images [M, 3, H, W].",
         )
-    target = module.resolve_device(device)
-    if not isinstance(settings or {}, Mapping):
-        raise BadRequest(f"settings={settings!r} are no settings.", "Give a dict, such as {'threads': 1}.")
-    chosen = module.parse_settings(dict(settings or {}))
-    final = (
-        Path(directory)
-        if directory is not None
-        else engine_directory(ENGINES_ROOT, source, name, target, precision, span, chosen, calibration)
-    )
-    check_replaceable(final, EngineManifest)
-    sweep(final.parent)
+    check_replaceable(directory, EngineManifest)
+    sweep(directory.parent)
     artifact_sha256 = manifest_sha256(artifact.directory)
     recipe = recipe_hash(
         artifact=source.recipe,
         sources=sources_sha256(*SOURCES),
         backend=name,
         version=module.version(),
-        instructions=module.instructions(chosen),
-        device=target.slug,
-        precision=precision,
-        batch=span.model_dump(),
-        settings=chosen,
-        calibration=_fitted_to(name, precision, calibration),
+        instructions=module.instructions(target.settings),
+        device=target.device.slug,
+        precision=target.precision,
+        batch=target.batch.model_dump(),
+        settings=target.settings,
+        calibration=_fitted_to(target, calibration),
     )
-    standing = _standing(final, recipe, artifact_sha256)
+    standing = _standing(directory, recipe, artifact_sha256)
     if standing is not None:
         return standing
     verify_files(artifact.directory, source)
-    with new_directory(final) as scratch:
-        advance = progress or (lambda share: None)
-        built = module.build(BuildJob(artifact, scratch, target, precision, span, chosen, calibration, advance))
-        if calibration is not None and precision in module.CALIBRATED:
+    with new_directory(directory) as scratch:
+        built = module.build(
+            BuildJob(
+                artifact,
+                scratch,
+                target.device,
+                target.precision,
+                target.batch,
+                target.settings,
+                calibration,
+                progress or (lambda share: None),
+            )
+        )
+        if calibration is not None and target.calibrated:
             built["calibration_images"] = len(calibration)
         manifest = EngineManifest(
             source=source.source,
             plan=source.plan,
-            precision=precision,
+            precision=target.precision,
             input=source.input,
             outputs=source.outputs,
             audit=source.audit,
@@ -227,22 +279,22 @@ def build(
             files=hash_files(scratch),
             backend=name,
             backend_version=module.version(),
-            device=target.name,
-            provider=built.pop("provider", target.provider),
-            batch=span,
-            settings=chosen,
+            device=target.device.name,
+            provider=built.pop("provider", target.device.provider),
+            batch=target.batch,
+            settings=target.settings,
             built=built,
-            unproved=module.unrunnable(target),
+            unproved=target.unrunnable,
             format=source.format,
             # Links resolved as whoever follows it will: `engines/` may be one.
-            artifact=os.path.relpath(artifact.directory.resolve(), final.parent.resolve() / final.name),
+            artifact=os.path.relpath(artifact.directory.resolve(), directory.parent.resolve() / directory.name),
             artifact_sha256=artifact_sha256,
         )
         # Opening it once proves that the device takes it before anything is called built.
         if manifest.unproved is None:
             module.open_runner(scratch, manifest).close()
         manifest = write_manifest(manifest, scratch)
-    return Engine(final, manifest)
+    return Engine(directory, manifest)
 
 
 def check_precision(backend: str, precision: str) -> None:

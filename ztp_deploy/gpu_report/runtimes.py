@@ -25,7 +25,9 @@ from ztp_deploy.exporters.lower import join_stages, lower
 from ztp_deploy.exporters.precision import PRECISIONS as FLOATING
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
-from ztp_deploy.workflow import BuildRequest, Clock, build_engine, export_model
+from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.requests import BuildRequest
+from ztp_deploy.workflow.steps import engine_for
 
 IN_PROCESS = ("eager", "torch_compile")
 RUNTIMES = (*IN_PROCESS, *(name for name in backends.BACKENDS if backends.get(name).GPU_REPORT))
@@ -213,7 +215,6 @@ class _Engine:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        module = backends.usable(job.runtime)
         request = BuildRequest(
             backend=job.runtime,
             device=job.device,
@@ -222,10 +223,7 @@ class _Engine:
             export_root=job.export_root,
             engines_root=job.engines_root,
         )
-        clock = Clock(_Silent())
-        graph_precision = module.graph_precision(job.precision)
-        artifact = export_model(job.model, job.plan, request, module.FORMAT, graph_precision, clock)
-        self._engine = build_engine(artifact, request, clock)
+        self._engine = engine_for(job.model, job.plan, request, Clock(_Silent()))
         self.calibration = calibrated_on(self._engine.manifest.built)
         self._session = backends.load_engine(self._engine.directory)
         self._recording: Session | None = None

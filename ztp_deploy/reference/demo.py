@@ -5,32 +5,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztp_deploy import evaluate, models, workflow
+from ztp_deploy import evaluate, models
 from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.reference import canvases
 from ztp_deploy.show.draw import Shown, show
+from ztp_deploy.workflow.make import Result, make_engine
+from ztp_deploy.workflow.progress import Clock, Monitor
+from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
+from ztp_deploy.workflow.steps import check_runnable
 
 MODEL, RATIO = "vit_digits", 0.7
 SHOWN, SECONDS = 4, 8.0
-DEFAULT = workflow.PlanRequest(MODEL, ratio=RATIO, weights="pretrained")
+DEFAULT = PlanRequest(model=MODEL, ratio=RATIO, weights="pretrained")
 
 
 @dataclass(frozen=True)
 class Demo:
     """What the demonstration made and found."""
 
-    result: workflow.Result
+    result: Result
     accuracy: AccuracyReport
     pictures: Shown
 
 
 def demonstrate(
-    build: workflow.BuildRequest,
-    monitor: workflow.Monitor,
+    build: BuildRequest,
+    monitor: Monitor,
     *,
-    wanted: workflow.PlanRequest = DEFAULT,
+    wanted: PlanRequest = DEFAULT,
     directory: Path = PICTURES_ROOT,
     count: int = DEMO_CANVASES,
     seconds: float = SECONDS,
@@ -40,10 +44,10 @@ def demonstrate(
 
     Raises what `make_engine` and `evaluate_engine` raise.
     """
-    clock = workflow.Clock(monitor)
+    clock = Clock(monitor)
     if wanted.weights in ("auto", "random"):
         raise BadRequest("The demonstration shows accuracy: it needs trained weights.", "Give pretrained, or a path.")
-    workflow.check_runnable(build)
+    check_runnable(build)
     model = models.load_model(wanted.model, wanted.weights)  # what cannot be had is refused before anything is drawn
     if not wanted.plan(model).stages:
         raise BadRequest(
@@ -52,7 +56,7 @@ def demonstrate(
     folder = directory / "canvases"
     with clock.step(f"draw {count} test canvases"):
         paths = list(canvases.write(folder, "test", count, by_class=True))
-    result = workflow.make_engine(wanted, build, monitor, images=folder, seconds=seconds, command=command)
+    result = make_engine(wanted, build, monitor, images=folder, seconds=seconds, command=command)
     data = evaluate.EvalRequest(data=folder, command=command)
     dense = result.yardsticks["dense"].directory
     accuracy = evaluate.evaluate_engine(result.engine.directory, data, monitor, dense_engine=dense)

@@ -24,7 +24,9 @@ from ztp_deploy.scratch import write_bytes, write_text
 from ztp_deploy.show.painting import StagePicture, photograph, render_strip
 from ztp_deploy.show.seen import Seen, seen_by_engine, seen_by_model
 from ztp_deploy.show.stages import parted, stage_pictures
-from ztp_deploy.workflow import Clock, PlanRequest, load
+from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.requests import PlanRequest
+from ztp_deploy.workflow.steps import load
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from ztp_deploy import backends, models
+from ztp_deploy import models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.latency import LatencyReport, bootstrap_median
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Geometry, Plan, Stage, count_flops, make_plan
-from ztp_deploy.workflow import BuildRequest, Clock, bench, build_engine, export_model
+from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.requests import BuildRequest
+from ztp_deploy.workflow.steps import bench, engine_for
 
 GRID = (0.75, 0.5, 0.3, 0.15)
 """Shares of the patch tokens at which blocks are measured, beside the dense model."""
@@ -158,14 +160,9 @@ def engine_timer(
     model: nn.Module, build: BuildRequest, batch: int, seconds: float, clock: Clock, command: str, images: Path | str
 ) -> Timer:
     """Exports and builds every plan for the back end and measures the engines interleaved."""
-    module = backends.usable(backends.choose(build.backend))
-    format, precision = module.FORMAT, module.graph_precision(build.precision)
 
     def measure(plans: Mapping[str, Plan], purpose: str) -> dict[str, Timing]:
-        engines = {
-            role: build_engine(export_model(model, plan, build, format, precision, clock), build, clock, images)
-            for role, plan in plans.items()
-        }
+        engines = {role: engine_for(model, plan, build, clock, images) for role, plan in plans.items()}
         return timings(bench(engines, [batch], seconds, clock, command), batch)
 
     return measure

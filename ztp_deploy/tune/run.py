@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ from ztp_deploy.tune.report import (
 )
 from ztp_deploy.tune.search import Trial, finalists, open_study, run_trials
 from ztp_deploy.tune.space import Cost, Space
-from ztp_deploy.workflow import BuildRequest, Clock, Monitor, check_runnable, load
+from ztp_deploy.workflow.progress import Clock, Monitor
+from ztp_deploy.workflow.requests import BuildRequest
+from ztp_deploy.workflow.steps import check_runnable, load
 
 ATTEMPTS = 3
 """Plans that are built and measured, at most, until one meets a latency budget."""
@@ -296,14 +298,12 @@ def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str
     }
     rooms: tuple[str, ...] = exporters.SOURCES
     if budget.kind == "latency":
-        build = request.build
-        name = backends.choose(build.backend)
-        module = backends.usable(name)
-        settings = module.parse_settings(build.settings)
+        target = request.build.target()
         found["engine"] = (
-            f"{name} {module.version()} on {module.resolve_device(build.device).slug}, {build.precision}, {build.input} images"
+            f"{target.name} {target.backend.version()} on {target.device.slug}, {target.precision}, "
+            f"{request.build.input} images"
         )
-        found |= {"settings": settings, "instructions": module.instructions(settings)}
+        found |= {"settings": target.settings, "instructions": target.backend.instructions(target.settings)}
         rooms = backends.SOURCES
     return found | {"code": sources_sha256(*rooms)[:12]}
 
@@ -312,12 +312,8 @@ def _timer(job: _Job) -> Timer:
     """Builds and measures engines of the budget's batch, in the search's own folder."""
     request, batch = job.request, job.budget.batch
     assert batch is not None
-    build = replace(
-        request.build,
-        batch=str(batch),
-        export_root=request.folder / "export",
-        engines_root=request.folder / "engines",
-    )
+    placed = {"export_root": request.folder / "export", "engines_root": request.folder / "engines"}
+    build = request.build.model_copy(update={"batch": str(batch), **placed})
     return engine_timer(job.model, build, batch, request.seconds, job.clock, request.command, request.images)
 
 

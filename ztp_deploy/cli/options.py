@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shlex
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT, EXPORT_ROOT, METHOD
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, write_failed
 
 if TYPE_CHECKING:
-    from ztp_deploy.workflow import BuildRequest, PlanRequest
+    from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 
 _MODEL = "Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`)"
 Model = Annotated[str, typer.Option("--model", "-m", help=f"{_MODEL}.")]
@@ -89,30 +93,23 @@ def plan_request(
     Raises BadRequest for options that cannot be read, for no model, and for another model than the recipe's.
     """
     from ztp_deploy.recipes import read_recipe
-    from ztp_deploy.workflow import PlanRequest
+    from ztp_deploy.workflow.requests import PlanRequest
 
-    base = read_recipe(recipe) if recipe else None
-    options = dict(base.options) if base else {}
-    options.update(_option(text) for text in option or ())
-    numbers: dict[str, Any] = {"ratio": ratio, "flops": flops, "keep": _numbers(keep)}
-    if base and all(value is None for value in numbers.values()):
-        numbers = {"ratio": base.ratio, "flops": base.flops, "keep": base.keep}
-    if base and model and base.model != model:
+    asked = dict(read_recipe(recipe)) if recipe else {}
+    if model and asked.get("model", model) != model:
         raise BadRequest(
-            f"The recipe {recipe} is for {base.model}, and --model {model} was given.",
+            f"The recipe {recipe} is for {asked['model']}, and --model {model} was given.",
             f"Leave --model out to follow the recipe, or --recipe to plan for {model}.",
         )
-    chosen = model or (base.model if base else None)
-    if not chosen:
+    amounts = {"ratio": ratio, "flops": flops, "keep": _numbers(keep)}
+    if any(value is not None for value in amounts.values()):
+        asked |= amounts  # one of them replaces whichever the recipe has
+    asked["options"] = asked.get("options", {}) | dict(_option(text) for text in option or ())
+    given = {"model": model, "method": method, "sites": None if sites is None else integers("sites", sites)}
+    asked |= {name: value for name, value in given.items() if value is not None}
+    if not asked.get("model"):
         raise BadRequest("No model was named.", "Give --model, such as --model deit_s, or a --recipe, which names one.")
-    return PlanRequest(
-        model=chosen,
-        method=method or (base.method if base else METHOD),
-        sites=integers("sites", sites) if sites is not None else (base.sites if base else None),
-        options=options,
-        weights=weights,
-        **numbers,
-    )
+    return PlanRequest(**asked, weights=weights)
 
 
 def build_request(
@@ -132,26 +129,23 @@ def build_request(
     """
     from ztp_deploy import backends
     from ztp_deploy.manifest import BatchRange
-    from ztp_deploy.recipes import Profile as BuildProfile
     from ztp_deploy.recipes import read_profile
-    from ztp_deploy.workflow import BuildRequest
+    from ztp_deploy.workflow.requests import BuildRequest
 
-    base = read_profile(profile) if profile else BuildProfile()
-    chosen: Literal["float32", "uint8"] = input or base.input  # type: ignore[assignment]
-    if chosen not in ("float32", "uint8"):
-        raise BadRequest(f"--input {chosen} is unknown.", "Use float32 or uint8.")
-    BatchRange.parse(base.batch if batch is None else batch)
-    backends.get(backends.choose(backend or base.backend))
-    return BuildRequest(
-        backend=backend or base.backend,
-        device=device or base.device,
-        precision=precision or base.precision,
-        batch=batch or base.batch,
-        input=chosen,
-        settings=dict(base.settings),
-        export_root=export_root,
-        engines_root=engines_root,
-    )
+    if input not in (None, "float32", "uint8"):
+        raise BadRequest(f"--input {input} is unknown.", "Use float32 or uint8.")
+    given = {"backend": backend, "device": device, "precision": precision, "batch": batch, "input": input}
+    asked = dict(read_profile(profile)) if profile else {}
+    asked |= {name: value for name, value in given.items() if value is not None}
+    request = BuildRequest(**asked, export_root=export_root, engines_root=engines_root)
+    BatchRange.parse(request.batch)
+    backends.get(backends.choose(request.backend))
+    return request
+
+
+def command_line() -> str:
+    """The command as typed, without the interpreter's and the machine's paths."""
+    return shlex.join(["ztp", *sys.argv[1:]])
 
 
 def engine_or_model(engine: object, model: str | None, recipe: str | None, example: str) -> None:
@@ -170,6 +164,17 @@ def _numbers(text: str | None) -> list[int | float] | None:
         return [float(part) if "." in part else int(part) for part in text.replace(" ", "").split(",")]
     except ValueError as error:
         raise BadRequest(f"--keep {text!r} is no list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
+
+
+def check_record(folder: Path | None) -> None:
+    """Raises WriteFailed where a record could not be written: before anything is measured for it."""
+    if folder is None:
+        return
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise write_failed(str(folder), NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise write_failed(str(folder), PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def refuse_idle(context: typer.Context, names: Iterable[str], beside: str, fix: str) -> None:

@@ -1,0 +1,60 @@
+"""The command line: its commands in the order of `ztp --help`, and how it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from ztp_deploy.cli.bench import bench
+from ztp_deploy.cli.build import build
+from ztp_deploy.cli.check import check
+from ztp_deploy.cli.classify import classify
+from ztp_deploy.cli.compare import compare
+from ztp_deploy.cli.demo import demo
+from ztp_deploy.cli.doctor import doctor
+from ztp_deploy.cli.engine import engine
+from ztp_deploy.cli.eval import eval_
+from ztp_deploy.cli.export import export
+from ztp_deploy.cli.gpu_report import gpu_report
+from ztp_deploy.cli.list import list_
+from ztp_deploy.cli.plan import plan
+from ztp_deploy.cli.report import report
+from ztp_deploy.cli.show import show
+from ztp_deploy.cli.tune import tune
+from ztp_deploy.ending import end
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
+    "export": export,
+    "build": build,
+    "check": check,
+    "bench": bench,
+    "compare": compare,
+    "engine": engine,
+    "demo": demo,
+    "eval": eval_,
+    "report": report,
+    "tune": tune,
+    "gpu-report": gpu_report,
+    "classify": classify,
+    "show": show,
+    "list": list_,
+    "doctor": doctor,
+}
+
+app = typer.Typer(
+    name="ztp",
+    help="Token-pruned Vision Transformers in production: plan, export, build, prove, measure, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """Entry point: runs a command, turns every refusal into one sentence and its exit code."""
+    end(lambda: app(standalone_mode=False))

@@ -1,0 +1,161 @@
+"""`ztp bench`: latency, engines interleaved."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ztp_deploy.cli.options import (
+    BUILD_OPTIONS,
+    PLAN_OPTIONS,
+    AsJson,
+    BackendName,
+    Batch,
+    Batches,
+    DeviceName,
+    FlopShare,
+    Images,
+    Keep,
+    Method,
+    Option,
+    Precision,
+    Profile,
+    Ratio,
+    Recipe,
+    Seconds,
+    Sites,
+    Weights,
+    batch_sizes,
+    build_request,
+    check_record,
+    command_line,
+    engine_or_model,
+    plan_request,
+    refuse_idle,
+)
+from ztp_deploy.console import Bars, print_json, recorded, show_result, show_rows, warn
+from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
+from ztp_deploy.errors import BadRequest, GateFailed
+
+if TYPE_CHECKING:
+    from ztp_deploy.workflow.requests import BuildRequest
+
+
+def bench(
+    context: typer.Context,
+    engine: Annotated[
+        list[Path] | None,
+        typer.Option("--engine", "-e", help="An engine folder; repeatable, the first is the reference."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Or a model: dense, pruned and slice twin are built and compared."),
+    ] = None,
+    method: Method = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Weights = "auto",
+    recipe: Recipe = None,
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    batch: Batch = None,
+    images: Images = None,
+    batches: Batches = None,
+    seconds: Seconds = BENCH_SECONDS,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Build everything anew in a scratch folder, so that its time counts.")
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the report's JSON and Markdown into this folder, named after what was measured and the machine."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer."""
+    from ztp_deploy.evidence.records import record_summary
+    from ztp_deploy.workflow.make import make_engine
+    from ztp_deploy.workflow.steps import check_runnable
+
+    sizes = batch_sizes(batches)
+    check_record(record)
+    engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
+    if engine:
+        idle = PLAN_OPTIONS | BUILD_OPTIONS | {"images", "fresh"}
+        refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
+        _bench_engines(engine, sizes, seconds, record, as_json)
+        return
+    wanted = plan_request(
+        model=model,
+        method=method,
+        ratio=ratio,
+        flops=flops,
+        keep=keep,
+        sites=sites,
+        option=option,
+        weights=weights,
+        recipe=recipe,
+    )
+    request = build_request(profile=profile, backend=backend, device=device, precision=precision, batch=batch)
+    check_runnable(request)
+    with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
+        result = make_engine(
+            wanted, placed, Bars(), images=images, batches=sizes, seconds=seconds, command=command_line()
+        )
+    if record is not None:
+        assert result.latency is not None  # only what runs here is measured
+        recorded(record_summary(result.summary, result.latency, record))
+    show_result(result, as_json, kept=not fresh)
+
+
+@contextlib.contextmanager
+def _fresh_roots(request: BuildRequest) -> Iterator[BuildRequest]:
+    """The request with nothing built yet: its folders lie in a scratch folder while the block runs."""
+    scratch = Path(tempfile.mkdtemp(prefix="ztp-bench-"))
+    export_root, engines_root = (scratch / root.name for root in (EXPORT_ROOT, ENGINES_ROOT))
+    try:
+        yield request.model_copy(update={"export_root": export_root, "engines_root": engines_root})
+    except GateFailed:
+        warn(f"What failed is left in {scratch}, for you to look at and remove.")
+        raise
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _bench_engines(
+    engine: list[Path], sizes: list[int] | None, seconds: float, record: Path | None, as_json: bool
+) -> None:
+    """Measures engine folders against the first of them."""
+    from ztp_deploy.backends import find_engine
+    from ztp_deploy.evidence.records import record_comparison
+    from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
+    from ztp_deploy.workflow.progress import Clock
+    from ztp_deploy.workflow.steps import bench as measure
+
+    if len(set(engine)) < len(engine):
+        raise BadRequest("The same engine twice makes no sense with --engine.", "Give each folder once.")
+    # The folder above names back end, version and device.
+    named = {f"{path.resolve().parent.name}/{path.resolve().name}": find_engine(path) for path in engine}
+    if len(named) < len(engine):
+        named = {str(path): find_engine(path) for path in engine}
+    report = measure(named, sizes, seconds, Clock(Bars()), command_line())
+    if record is not None:
+        recorded(record_comparison(report, next(iter(named.values())).manifest.source.name, record))
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    show_rows(comparison_head(report), comparison_rows(report), report)

@@ -1,0 +1,61 @@
+"""`ztp build`: an artifact into an engine."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import (
+    AsJson,
+    BackendName,
+    Batch,
+    DeviceName,
+    EnginesRoot,
+    Images,
+    Precision,
+    Profile,
+    build_request,
+    refuse_idle,
+)
+from ztp_deploy.console import Bars, out, print_json
+from ztp_deploy.defaults import ENGINES_ROOT
+
+
+def build(
+    context: typer.Context,
+    artifact: Annotated[Path, typer.Option("--artifact", "-a", help="An artifact folder that `ztp export` made.")],
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    batch: Batch = None,
+    profile: Profile = None,
+    images: Images = None,
+    directory: EnginesRoot = ENGINES_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Build an engine folder from an artifact; int8 and fp8 are calibrated on images."""
+    from ztp_deploy import backends, exporters
+    from ztp_deploy.workflow.progress import Clock
+    from ztp_deploy.workflow.steps import build_engine
+
+    request = build_request(
+        profile=profile, backend=backend, device=device, precision=precision, batch=batch, engines_root=directory
+    )
+    if request.precision not in backends.get(backends.choose(request.backend)).CALIBRATED:
+        beside = f"precision {request.precision}, which is fitted to no images"
+        refuse_idle(context, ["images"], beside, "Leave it out; `ztp check` takes images for the proof.")
+    engine = build_engine(exporters.load_artifact(artifact), request, Clock(Bars()), images)
+    if as_json:
+        print_json(
+            {"engine": str(engine.directory), "manifest": engine.manifest.model_dump(mode="json", by_alias=True)}
+        )
+        return
+    only = ", not run" if engine.manifest.unproved else ""
+    out.print(
+        f"Built{only} for {engine.manifest.backend} {engine.manifest.backend_version} on {engine.manifest.device}."
+    )
+    out.print(f"Engine: {engine.directory}", soft_wrap=True)
+    out.print(f"Next: ztp check --engine {shlex.quote(str(engine.directory))}", soft_wrap=True)

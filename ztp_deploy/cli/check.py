@@ -1,0 +1,36 @@
+"""`ztp check`: the parity gate."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import AsJson, EngineDir, Images
+from ztp_deploy.console import Bars, print_json, show_parity
+from ztp_deploy.defaults import CHECK_IMAGES
+
+
+def check(
+    engine: EngineDir,
+    images: Images = None,
+    count: Annotated[int, typer.Option(help="How many images.")] = CHECK_IMAGES,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
+    from ztp_deploy import models
+    from ztp_deploy.backends import find_engine, require_runnable
+    from ztp_deploy.workflow.progress import Clock
+    from ztp_deploy.workflow.steps import check as prove
+
+    found = find_engine(engine)
+    require_runnable(found)
+    clock = Clock(Bars())
+    with clock.step(f"load {found.manifest.source.name}"):
+        model = models.reload_model(found.manifest.source)
+    report = prove(found, model, images, clock, count)
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        show_parity(report)
+    report.require()

@@ -1,0 +1,55 @@
+"""`ztp classify`: images by an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ztp_deploy.cli.options import AsJson, EngineDir
+from ztp_deploy.console import out, print_json, warn
+
+
+def classify(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE…")],
+    engine: EngineDir,
+    top: Annotated[int, typer.Option(min=1, help="How many classes.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Classify images with an engine: the best classes and their probabilities."""
+    import numpy as np
+
+    from ztp_deploy.backends import load_engine
+    from ztp_deploy.backends.batches import filled_batches
+
+    with load_engine(engine) as session:
+        manifest = session.manifest
+        pixels = session.preprocess(list(images))
+        batches = filled_batches(pixels, manifest.batch.max, manifest.batch.min)
+        parts = [session.run(chunk)[:count] for chunk, count in batches]
+    logits = np.concatenate(parts).astype(np.float64)
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    labels = manifest.source.labels
+    found: list[dict[str, Any]] = [
+        {
+            "image": str(path),
+            "top": [
+                {"class": int(index), "name": labels[index] if labels else None, "probability": float(row[index])}
+                for index in np.argsort(-row, kind="stable")[:top]
+            ],
+        }
+        for path, row in zip(images, probabilities, strict=True)
+    ]
+    if as_json:
+        print_json({"engine": str(engine), "random_weights": manifest.random_weights, "images": found})
+        return
+    if manifest.random_weights:
+        warn("This engine has random weights: the names below mean nothing.")
+    for entry in found:
+        table = Table(title=str(entry["image"]), title_justify="left", title_style="bold", show_header=False, box=None)
+        for guess in entry["top"]:
+            table.add_row(f"{guess['probability'] * 100:6.2f} %", guess["name"] or f"class {guess['class']}")
+        out.print(table)

@@ -1,0 +1,102 @@
+"""`ztp compare`: methods against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import (
+    AsJson,
+    BackendName,
+    Batch,
+    Batches,
+    DeviceName,
+    FlopShare,
+    Images,
+    Model,
+    Precision,
+    Profile,
+    Ratio,
+    Seconds,
+    Weights,
+    batch_sizes,
+    build_request,
+    check_record,
+    command_line,
+    plan_request,
+)
+from ztp_deploy.console import Bars, print_json, recorded, show_rows
+from ztp_deploy.defaults import BENCH_SECONDS
+from ztp_deploy.errors import BadRequest
+
+
+def compare(
+    model: Model,
+    methods: Annotated[
+        str, typer.Option(help="Methods to compare, such as zero_tprune,tome.")
+    ] = "zero_tprune,tome,ats,evit",
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", help="A method's option as method.name=value (JSON value); repeatable."),
+    ] = None,
+    weights: Weights = "auto",
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    batch: Batch = None,
+    batches: Batches = None,
+    seconds: Seconds = BENCH_SECONDS,
+    images: Images = None,
+    record: Annotated[Path | None, typer.Option(help="Also write JSON and Markdown into this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure pruning methods against each other, each with its slice twin, at one ratio or FLOP share."""
+    check_record(record)
+    from ztp_deploy.evidence.records import record_methods
+    from ztp_deploy.evidence.report.methods import HEAD, methods_rows
+    from ztp_deploy.workflow.compare import compare_methods
+
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    if len(set(names)) < len(names) or not names or (ratio is None) == (flops is None):
+        raise BadRequest(
+            f"compare takes each method once and one of --ratio and --flops; --methods {methods!r} came.",
+            "For example: ztp compare --model deit_s --flops 0.65 --methods zero_tprune,tome.",
+        )
+    options = _options_by_method(option, names)
+    wanted = [
+        plan_request(model=model, method=name, ratio=ratio, flops=flops, option=options[name], weights=weights)
+        for name in names
+    ]
+    request = build_request(profile=profile, backend=backend, device=device, precision=precision, batch=batch)
+    report = compare_methods(
+        model,
+        wanted,
+        request,
+        Bars(),
+        images=images,
+        batches=batch_sizes(batches),
+        seconds=seconds,
+        command=command_line(),
+    )
+    if record is not None:
+        recorded(record_methods(report, record))
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    show_rows(HEAD, methods_rows(report), report.latency)
+
+
+def _options_by_method(option: list[str] | None, names: list[str]) -> dict[str, list[str] | None]:
+    """`method.name=value` sorted by method."""
+    found: dict[str, list[str] | None] = dict.fromkeys(names)
+    for text in option or []:
+        method, dot, rest = text.partition(".")
+        if not dot or method not in found:
+            raise BadRequest(f"--option {text!r} names no method of this comparison.", "Write method.name=value.")
+        found[method] = [*(found[method] or []), rest]
+    return found

@@ -1,0 +1,64 @@
+"""`ztp demo`: the reference classifier from start to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import (
+    AsJson,
+    BackendName,
+    DeviceName,
+    FlopShare,
+    Method,
+    Precision,
+    Profile,
+    Ratio,
+    build_request,
+    command_line,
+    plan_request,
+)
+from ztp_deploy.console import Bars, out, print_json, show_result
+from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
+
+
+def demo(
+    weights: Annotated[
+        str, typer.Option(help="pretrained, or the path of weights that the training wrote.")
+    ] = "pretrained",
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    method: Method = None,
+    count: Annotated[int, typer.Option("--canvases", min=4, help="Test canvases to classify.")] = DEMO_CANVASES,
+    directory: Annotated[Path, typer.Option(help="Where canvases and pictures go.")] = PICTURES_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """The reference classifier from start to end, offline: its engine, parity, speed-up, accuracy and pictures."""
+    from ztp_deploy.evidence.report.accuracy import show_accuracy
+    from ztp_deploy.reference.demo import MODEL, RATIO, demonstrate
+
+    if ratio is None and flops is None:
+        ratio = RATIO
+    wanted = plan_request(model=MODEL, method=method, ratio=ratio, flops=flops, weights=weights)
+    request = build_request(profile=profile, backend=backend, device=device, precision=precision)
+    made = demonstrate(request, Bars(), wanted=wanted, directory=directory, count=count, command=command_line())
+    if as_json:
+        print_json(
+            {
+                "summary": made.result.summary.model_dump(mode="json"),
+                "accuracy": made.accuracy.model_dump(mode="json"),
+                "pictures": made.pictures.to_json(),
+            }
+        )
+        return
+    show_result(made.result, False)
+    show_accuracy(made.accuracy, out)
+    out.print("Pictures of what the engine kept:")
+    for one in made.pictures.drawn:
+        out.print(str(one.picture), soft_wrap=True)

@@ -1,0 +1,112 @@
+"""`ztp eval`: accuracy on labelled pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import (
+    PLAN_OPTIONS,
+    AsJson,
+    FlopShare,
+    Keep,
+    Method,
+    Option,
+    Ratio,
+    Recipe,
+    Sites,
+    check_record,
+    command_line,
+    engine_or_model,
+    plan_request,
+    refuse_idle,
+)
+from ztp_deploy.console import Bars, err, out, print_json
+from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
+
+
+def eval_(
+    context: typer.Context,
+    data: Annotated[
+        Path,
+        typer.Option("--data", help="Labelled pictures: a folder with a sub-folder a class, or a CSV file file,label."),
+    ],
+    engine: Annotated[Path | None, typer.Option("--engine", "-e", help="An engine folder.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Or a model: pruned against dense, both in eager PyTorch.")
+    ] = None,
+    method: Method = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Annotated[
+        str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
+    ] = "auto",
+    recipe: Recipe = None,
+    dense_engine: Annotated[
+        Path | None,
+        typer.Option(help="With --engine: an engine of the dense model as the reference, instead of eager PyTorch."),
+    ] = None,
+    no_dense: Annotated[bool, typer.Option("--no-dense", help="Without the dense model: accuracy alone.")] = False,
+    batch: Annotated[
+        int | None,
+        typer.Option(help=f"Images a run.  \\[default: an engine's optimum; {EAGER_BATCH} in eager PyTorch]"),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help=f"Threads that decode images.  \\[default: one a core, at most {MAX_DECODERS}]"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where eager PyTorch runs: auto, cpu or cuda.")] = "auto",
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --model: write the report, and what an interrupted run goes on from, into this folder."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What pruning costs in accuracy, on labelled pictures; interrupted, the same command goes on."""
+    from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
+    from ztp_deploy.evidence.report.accuracy import show_accuracy
+    from ztp_deploy.evidence.report.html import HTML_FILE
+
+    engine_or_model(engine, model, recipe, "ztp eval --engine engines/… --data imagenet/val")
+    fix = "Leave one of them out."
+    if engine is None:
+        refuse_idle(context, ["dense_engine"], "--model", fix)
+    else:
+        refuse_idle(context, PLAN_OPTIONS | {"record"}, "--engine", fix)
+    check_record(record)
+    if no_dense:
+        refuse_idle(context, ["dense_engine"], "--no-dense", fix)
+    request = EvalRequest(data, not no_dense, batch, workers, device, command_line())
+    try:
+        if engine is not None:
+            report = evaluate_engine(engine, request, Bars(), dense_engine=dense_engine)
+        else:
+            wanted = plan_request(
+                model=model,
+                method=method,
+                ratio=ratio,
+                flops=flops,
+                keep=keep,
+                sites=sites,
+                option=option,
+                weights=weights,
+                recipe=recipe,
+            )
+            report = evaluate_model(wanted, request, Bars(), record=record)
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            err.print(f"{interrupt}.", soft_wrap=True)
+        raise
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    show_accuracy(report, out)
+    if engine is not None:
+        out.print(f"Report: {engine}/evidence/{HTML_FILE}", soft_wrap=True)

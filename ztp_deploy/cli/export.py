@@ -1,0 +1,79 @@
+"""`ztp export`: a pruned model as a graph file."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import (
+    AsJson,
+    ExportRoot,
+    FlopShare,
+    InputType,
+    Keep,
+    Method,
+    ModelOrRecipe,
+    Option,
+    Precision,
+    Ratio,
+    Recipe,
+    Sites,
+    Weights,
+    build_request,
+    plan_request,
+)
+from ztp_deploy.console import Bars, out, print_json
+from ztp_deploy.defaults import EXPORT_ROOT
+
+
+def export(
+    model: ModelOrRecipe = None,
+    method: Method = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Weights = "auto",
+    recipe: Recipe = None,
+    format: Annotated[str, typer.Option(help="onnx, torch_export or torchscript.")] = "onnx",
+    precision: Precision = None,
+    input: InputType = None,
+    directory: ExportRoot = EXPORT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Export a pruned model to a folder with its graph and manifest."""
+    from ztp_deploy import exporters, models
+    from ztp_deploy.workflow.progress import Clock
+    from ztp_deploy.workflow.steps import export_model, load
+
+    exporters.get(format)
+    wanted = plan_request(
+        model=model,
+        method=method,
+        ratio=ratio,
+        flops=flops,
+        keep=keep,
+        sites=sites,
+        option=option,
+        weights=weights,
+        recipe=recipe,
+    )
+    request = build_request(precision=precision, input=input, export_root=directory)
+    exporters.check_precision(format, request.precision)
+    models.check_request(wanted.model, wanted.weights)
+    wanted.check()
+    clock = Clock(Bars())
+    module = load(wanted.model, wanted.weights, clock)
+    artifact = export_model(module, wanted.plan(module), request, format, request.precision, clock)
+    if as_json:
+        print_json(
+            {"artifact": str(artifact.directory), "manifest": artifact.manifest.model_dump(mode="json", by_alias=True)}
+        )
+        return
+    size = sum(record.bytes for record in artifact.manifest.files.values())
+    out.print(f"Exported {wanted.model} {artifact.manifest.plan.label} as {format}, {size / 2**20:.1f} MiB.")
+    out.print(f"Artifact: {artifact.directory}", soft_wrap=True)
+    out.print(f"Next: ztp build --artifact {shlex.quote(str(artifact.directory))}", soft_wrap=True)

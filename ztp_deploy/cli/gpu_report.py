@@ -1,0 +1,86 @@
+"""`ztp gpu-report`: everything a GPU can run, measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import AsJson, Weights, command_line, integers
+from ztp_deploy.console import err, out, print_json
+from ztp_deploy.defaults import (
+    ENGINES_ROOT,
+    GPU_BATCHES,
+    GPU_MINUTES,
+    GPU_MODELS,
+    GPU_PRECISIONS,
+    GPU_SECONDS,
+    GPU_WORKERS,
+)
+
+
+def gpu_report(
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help=f"Models; repeatable.  \\[default: {', '.join(GPU_MODELS)}]"),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option("--runtime", help="Only these runtimes; repeatable.  \\[default: all]")
+    ] = None,
+    precisions: Annotated[str, typer.Option(help="Precisions; int8 and fp8 of TensorRT only.")] = ",".join(
+        GPU_PRECISIONS
+    ),
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = ",".join(map(str, GPU_BATCHES)),
+    weights: Weights = "auto",
+    minutes: Annotated[
+        float, typer.Option(help="Begin nothing that would end later; the next call goes on.")
+    ] = GPU_MINUTES,
+    retry: Annotated[bool, typer.Option("--retry", help="Try again what failed in earlier calls.")] = False,
+    seconds: Annotated[float, typer.Option(help="Seconds of measuring a cell.")] = GPU_SECONDS,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Processes that build engines side by side.  \\[default: half the cores, at most {GPU_WORKERS}]"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(hidden=True, help="cuda, or cpu to try the report out.")] = "cuda",
+    directory: Annotated[Path, typer.Option(help="Where reports lie.")] = ENGINES_ROOT / "evidence",
+    as_json: AsJson = False,
+) -> None:
+    """Measure everything this machine's GPU can run: runtimes × precisions × batches × plans × models, resumable.
+
+    What cannot be measured is a row that says why.
+    """
+    from ztp_deploy.environment import usable_cores
+    from ztp_deploy.evidence.latency import check_seconds
+    from ztp_deploy.gpu_report.grid import Grid
+    from ztp_deploy.gpu_report.measure import measure_gpu, report_path
+    from ztp_deploy.gpu_report.runtimes import RUNTIMES
+    from ztp_deploy.gpu_report.table import render_gpu_report
+    from ztp_deploy.scratch import write_text
+
+    check_seconds(seconds)
+    check_seconds(minutes * 60)
+    if workers is None:
+        workers = max(1, min(usable_cores() // 2, GPU_WORKERS))
+    grid = Grid(
+        models=model or GPU_MODELS,
+        runtimes=runtime or RUNTIMES,
+        precisions=precisions.replace(" ", "").split(","),
+        batches=integers("batches", batches),
+        device=device,
+        weights=weights,
+        seconds=seconds,
+        workers=workers,
+    )
+    path = report_path(directory, device)
+    progress = measure_gpu(grid, path, minutes=minutes, retry=retry, command=command_line(), advance=err.print)
+    table = render_gpu_report(progress.report)
+    write_text(path.with_suffix(".md"), table)
+    if as_json:
+        print_json(progress.report.model_dump(mode="json"))
+        return
+    out.print(table, soft_wrap=True)
+    for line in (*progress.lines(), f"Report: {path}"):
+        out.print(line, soft_wrap=True)

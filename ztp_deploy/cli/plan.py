@@ -1,0 +1,48 @@
+"""`ztp plan`: token counts of every stage, nothing built."""
+
+from __future__ import annotations
+
+import json
+
+from rich.table import Table
+
+from ztp_deploy.cli.options import AsJson, FlopShare, Keep, Method, Model, Option, Ratio, Sites, plan_request
+from ztp_deploy.console import out, print_json
+
+
+def plan(
+    model: Model,
+    method: Method = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fix the token count of every stage, and count multiply-accumulates. Nothing is built."""
+    from ztp_deploy.evidence.report.markdown import giga, percent
+
+    wanted = plan_request(model=model, method=method, ratio=ratio, flops=flops, keep=keep, sites=sites, option=option)
+    made = wanted.plan(wanted.model)
+    if as_json:
+        print_json(json.loads(made.to_json()))
+        return
+    table = Table(title=f"{made.model} · {made.label}", title_justify="left", title_style="bold")
+    for name in ("stage", "block", "acts", "tokens in", "tokens out", "fixed numbers"):
+        table.add_column(name, justify="left" if name in ("acts", "fixed numbers") else "right")
+    for index, stage in enumerate(made.stages, start=1):
+        static = ", ".join(f"{key} {value}" for key, value in stage.static.items())
+        table.add_row(
+            str(index),
+            str(stage.block),
+            stage.place.replace("_", " "),
+            str(stage.tokens_in),
+            str(stage.tokens_out),
+            static,
+        )
+    out.print(table if made.stages else f"{made.model}: the dense model, {made.patch_tokens} patch tokens throughout.")
+    out.print(
+        f"Multiply-accumulates an image: {giga(made.flops.dense)} G dense, {giga(made.flops.planned)} G planned "
+        f"({percent(made.flops.share)}), {giga(made.flops.executed)} G executed: FLOP limit × {made.flops.speedup_limit:.2f}."
+    )

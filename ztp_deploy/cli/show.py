@@ -1,0 +1,74 @@
+"""`ztp show`: what pruning did, drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import (
+    PLAN_OPTIONS,
+    AsJson,
+    FlopShare,
+    Keep,
+    Method,
+    Option,
+    Ratio,
+    Recipe,
+    Sites,
+    Weights,
+    engine_or_model,
+    plan_request,
+    refuse_idle,
+)
+from ztp_deploy.console import Bars, out, print_json
+from ztp_deploy.defaults import PICTURES_ROOT
+
+
+def show(
+    context: typer.Context,
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE…")],
+    engine: Annotated[
+        Path | None, typer.Option("--engine", "-e", help="An engine folder, whose tokens are drawn.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Or a model, pruned as the options say, in eager PyTorch.")
+    ] = None,
+    method: Method = None,
+    ratio: Ratio = None,
+    flops: FlopShare = None,
+    keep: Keep = None,
+    sites: Sites = None,
+    option: Option = None,
+    weights: Weights = "auto",
+    recipe: Recipe = None,
+    directory: Annotated[Path, typer.Option(help="Where pictures go.")] = PICTURES_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Draw what pruning did: per image one picture with the patches each stage dropped, why, and the scores behind it."""
+    engine_or_model(engine, model, recipe, "ztp show photo.jpg --model deit_s --ratio 0.7")
+    wanted = None
+    if engine:
+        refuse_idle(context, PLAN_OPTIONS, "--engine", "The engine has its plan; or give --model.")
+    else:
+        wanted = plan_request(
+            model=model,
+            method=method,
+            ratio=ratio,
+            flops=flops,
+            keep=keep,
+            sites=sites,
+            option=option,
+            weights=weights,
+            recipe=recipe,
+        )
+    from ztp_deploy.show.draw import show as draw
+    from ztp_deploy.workflow.progress import Clock
+
+    shown = draw(images, directory, Clock(Bars()), engine=engine, wanted=wanted)
+    if as_json:
+        print_json(shown.to_json())
+        return
+    for one in shown.drawn:
+        out.print(str(one.picture), soft_wrap=True)

@@ -1,0 +1,85 @@
+"""`ztp tune`: the search for a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ztp_deploy.cli.options import (
+    BUILD_OPTIONS,
+    AsJson,
+    BackendName,
+    DeviceName,
+    Method,
+    Model,
+    Precision,
+    Profile,
+    build_request,
+    command_line,
+    refuse_idle,
+)
+from ztp_deploy.console import Bars, out, print_json
+from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
+
+
+def tune(
+    context: typer.Context,
+    model: Model,
+    budget: Annotated[
+        str, typer.Option(help="flops=0.65 (share of dense), or latency=12ms@batch8 (time of one run of 8 images).")
+    ],
+    images: Annotated[Path, typer.Option(help="Folder of your own pictures; no labels are needed.")],
+    method: Method = None,
+    weights: Annotated[
+        str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
+    ] = "auto",
+    profile: Profile = None,
+    backend: BackendName = None,
+    device: DeviceName = None,
+    precision: Precision = None,
+    trials: Annotated[
+        int, typer.Option(help="Plans to try; a larger number goes on where a smaller one ended.")
+    ] = TUNE_TRIALS,
+    count: Annotated[int, typer.Option(help="How many images; half of them only judge the outcome.")] = TUNE_IMAGES,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seconds: Annotated[float, typer.Option(help="With a latency budget: seconds of a measurement.")] = TUNE_SECONDS,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where the search and its outcome go.  \\[default: tuned/model--method--budget]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search for the plan that changes predictions least within a budget, on pictures without labels; resumable."""
+    from ztp_deploy.tune.report import show_tune
+    from ztp_deploy.tune.run import TuneRequest
+    from ztp_deploy.tune.run import tune as search
+
+    if budget.startswith("flops"):
+        refuse_idle(
+            context,
+            BUILD_OPTIONS - {"device"} | {"seconds"},  # the device is where eager PyTorch runs, too
+            f"--budget {budget}: multiply-accumulates are counted, nothing is built",
+            "Leave it out, or give a latency budget.",
+        )
+    request = TuneRequest(
+        model=model,
+        images=images,
+        budget=budget,
+        method=method or METHOD,
+        weights=weights,
+        build=build_request(profile=profile, backend=backend, device=device, precision=precision),
+        trials=trials,
+        count=count,
+        seed=seed,
+        seconds=seconds,
+        device=device or "auto",
+        directory=directory,
+        command=command_line(),
+    )
+    report = search(request, Bars())
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        show_tune(report, request.folder, out)
+    report.require()

@@ -1,0 +1,108 @@
+"""`make engine`: from a model's name to a checked, measured engine, one step after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ztp_deploy import environment, exporters, models
+from ztp_deploy.backends import Engine
+from ztp_deploy.defaults import ENGINE_SECONDS
+from ztp_deploy.evidence.images import image_files
+from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport, check_seconds
+from ztp_deploy.evidence.parity import ParityReport
+from ztp_deploy.evidence.report.html import write_report
+from ztp_deploy.evidence.report.summary import Summary, summarise
+from ztp_deploy.manifest import manifest_sha256
+from ztp_deploy.methods.slice import twin_of
+from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.scratch import write_text
+from ztp_deploy.workflow.progress import Clock, Monitor
+from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
+from ztp_deploy.workflow.steps import (
+    bench,
+    check,
+    engine_for,
+    load,
+    measured_batches,
+    prove,
+    require_parity,
+    write_summary,
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished `make engine`: the engine, its yardsticks by role, and the evidence (none for an engine not run)."""
+
+    engine: Engine
+    yardsticks: dict[str, Engine]
+    parity: ParityReport | None
+    latency: LatencyReport | None
+    summary: Summary
+
+
+def make_engine(
+    wanted: PlanRequest,
+    build: BuildRequest,
+    monitor: Monitor,
+    *,
+    images: Path | str | None = None,
+    batches: Sequence[int] | None = None,
+    seconds: float = ENGINE_SECONDS,
+    measure: bool = True,
+    command: str = "ztp.make_engine",
+) -> Result:
+    """Everything from a name to a shippable engine: plan, export, build, parity gate, latency, summary.
+
+    The dense model and the slice twin are built and proved as well, as yardsticks, where latency is measured. An engine that
+    this machine cannot run is built and left at that; the summary says so.
+    Raises GateFailed after the evidence is written where parity does not hold.
+    """
+    clock = Clock(monitor)
+    measured: Sequence[int] = ()
+    if measure:
+        measured = measured_batches(batches, build)
+        check_seconds(seconds)
+    target = build.target()
+    runs_here = target.unrunnable is None
+    measure = measure and runs_here
+    # Whatever can be refused is refused before anything heavy is loaded.
+    exporters.check_precision(target.backend.FORMAT, target.graph_precision)
+    models.check_request(wanted.model, wanted.weights)
+    wanted.check()
+    if images is not None:
+        image_files(Path(images))
+    model = load(wanted.model, wanted.weights, clock)
+    plan = wanted.plan(model)
+    plans: dict[str, Plan] = {"pruned": plan}
+    if measure and plan.stages:
+        plans |= {"dense": make_plan(model, "dense"), "slice": twin_of(plan)}
+    engines = {role: engine_for(model, chosen, build, clock, images) for role, chosen in plans.items()}
+    parity = None
+    if runs_here:
+        parity = check(engines["pruned"], model, images, clock)
+        require_parity(engines["pruned"], parity)
+        prove([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
+    del model
+    latency = None
+    if measure:
+        roles: dict[str, Engine] = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
+        latency = bench(roles, measured, seconds, clock, command)
+        write_text(engines["pruned"].evidence / LATENCY_FILE, latency.to_json())
+    summary = summarise(
+        engines["pruned"].manifest,
+        engines["pruned"].directory,
+        parity,
+        latency,
+        command=command,
+        steps=[step.model_dump() for step in clock.steps],
+        peak_gib=round(clock.peak_gib(), 2),
+        machine=environment.snapshot(),
+        manifest_sha256=manifest_sha256(engines["pruned"].directory),
+    )
+    write_summary(engines["pruned"], summary)
+    write_report(engines["pruned"].directory)
+    engine = engines.pop("pruned")
+    return Result(engine, engines, parity, latency, summary)

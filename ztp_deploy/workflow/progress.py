@@ -1,0 +1,57 @@
+"""How far a command is: the monitor that shows it, the clock that remembers it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+
+class Monitor(Protocol):
+    """Where the workflow tells how far it is; the command line draws bars from it."""
+
+    def step(self, title: str, total: float | None) -> AbstractContextManager[Any]:
+        """A step with `total` units of work (None: unknown); yields `advance(units)`."""
+
+    def warn(self, text: str) -> None:
+        """Something the user must not miss."""
+
+
+class StepTime(BaseModel):
+    """Wall time of one step."""
+
+    step: str
+    seconds: float
+
+
+@dataclass
+class Clock:
+    """Times the steps of a run and remembers its largest memory use."""
+
+    monitor: Monitor
+    steps: list[StepTime] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, title: str, total: float | None = None) -> Iterator[Any]:
+        """Times and shows one step."""
+        begin = time.perf_counter()
+        with self.monitor.step(title, total) as advance:
+            yield advance
+        self.steps.append(StepTime(step=title, seconds=round(time.perf_counter() - begin, 2)))
+
+    @property
+    def seconds(self) -> float:
+        """All steps together."""
+        return sum(step.seconds for step in self.steps)
+
+    @staticmethod
+    def peak_gib() -> float:
+        """The process's largest resident memory so far, in GiB."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,51 @@
+"""What may be asked of a plan and of a build: a recipe or a profile, and what belongs to one run of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from ztp_deploy import backends, models
+from ztp_deploy.backends import Target
+from ztp_deploy.defaults import ENGINES_ROOT, EXPORT_ROOT
+from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.pruning.prune import build_stages
+from ztp_deploy.recipes import Profile, Recipe
+
+
+class PlanRequest(Recipe):
+    """What is asked of a plan; exactly one of ratio, flops, keep, unless the method is dense."""
+
+    weights: str = "auto"
+
+    def plan(self, model: nn.Module | str) -> Plan:
+        """The plan for a model or, without its weights, for its name."""
+        return make_plan(
+            model,
+            self.method,
+            ratio=self.ratio,
+            flops=self.flops,
+            keep=self.keep,
+            sites=self.sites,
+            options=self.options,
+        )
+
+    def check(self) -> None:
+        """Refuses what cannot be done, as far as that can be said before weights are loaded."""
+        plan = self.plan(self.model)
+        if self.weights in models.NAMED_WEIGHTS:
+            build_stages(plan, models.describe(self.model)[1], weights={})
+
+
+class BuildRequest(Profile):
+    """What is asked of builds, and where artifacts and engines go."""
+
+    export_root: Path = EXPORT_ROOT
+    engines_root: Path = ENGINES_ROOT
+
+    def target(self) -> Target:
+        """What it means on this machine. Raises BadRequest and MissingSoftware."""
+        return backends.resolve(
+            self.backend, device=self.device, precision=self.precision, batch=self.batch, settings=self.settings
+        )

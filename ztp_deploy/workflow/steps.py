@@ -1,0 +1,202 @@
+"""The steps that commands are made of: load, export, build, check, measure; each timed and shown."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ztp_deploy import backends, exporters, models
+from ztp_deploy.backends import Engine
+from ztp_deploy.defaults import CHECK_IMAGES
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.evidence.images import ImageSet, load_images
+from ztp_deploy.evidence.latency import LatencyReport, measure_latency, usual_batches
+from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps, proof_of
+from ztp_deploy.evidence.report.html import write_report
+from ztp_deploy.evidence.report.markdown import render_markdown
+from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, unproved_line, with_parity
+from ztp_deploy.evidence.reproducer import write_reproducer
+from ztp_deploy.evidence.schema import stored
+from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
+from ztp_deploy.exporters import Artifact
+from ztp_deploy.manifest import BatchRange, folder_tags
+from ztp_deploy.models import RandomWeightsWarning
+from ztp_deploy.plan import Plan
+from ztp_deploy.pruning.prune import prune
+from ztp_deploy.scratch import write_text
+from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.requests import BuildRequest
+
+REPORT_FILE = "report.md"
+YARDSTICK_IMAGES = 8
+
+
+def load(name: str, weights: str, clock: Clock) -> nn.Module:
+    """The model with its weights; random ones are announced loudly."""
+    with clock.step(f"load {name}"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RandomWeightsWarning)
+        model = models.load_model(name, weights)
+    for warning in caught:
+        if issubclass(warning.category, RandomWeightsWarning):
+            clock.monitor.warn(str(warning.message))
+    if weights == "random":
+        clock.monitor.warn("Random weights, as asked: latency is real, predictions mean nothing.")
+    licence = models.source_of(model).weights.licence
+    if licence and any(word in licence.lower() for word in ("nc", "non-commercial", "noncommercial")):
+        clock.monitor.warn(f"The weights of {name} are licensed {licence}: no commercial use.")
+    return model
+
+
+def export_model(
+    model: nn.Module, plan: Plan, request: BuildRequest, format: str, precision: str, clock: Clock
+) -> Artifact:
+    """Exports one plan of a model into its canonical folder; a lower precision is derived from the fp32 graph."""
+    source = models.source_of(model)
+
+    def folder(precision: str) -> Path:
+        parts = [source.name, plan.label, format, precision, *folder_tags(source, request.input)]
+        return request.export_root / "--".join(parts)
+
+    derived = precision != "fp32" and exporters.derives(format)
+    with clock.step(f"export {plan.label} as {format}"):
+        traced = "fp32" if derived else precision
+        artifact = exporters.export(prune(model, plan), format, folder(traced), precision=traced, input=request.input)
+    if not derived:
+        return artifact
+    with clock.step(f"write {plan.label} in {precision}"):
+        return exporters.convert(artifact, precision, folder(precision))
+
+
+def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images: Path | str | None = None) -> Engine:
+    """Builds one artifact into its canonical folder; `images`, or default ones, fit precisions that need some."""
+    target = request.target()
+    manifest = artifact.manifest
+    calibration = None
+    if target.calibrated:
+        with clock.step("prepare images for calibration"):
+            source, dtype = manifest.source.preprocessing, manifest.input.dtype
+            pictures = load_images(images, source, dtype, purpose="calibration")
+        calibration = pictures.pixels
+        if pictures.shared:
+            clock.monitor.warn(
+                f"{len(pictures.names)} images calibrate the engine, and the check uses {pictures.shared} of them too: "
+                f"give {2 * CHECK_IMAGES} or more for a proof on others."
+            )
+    directory = backends.engine_directory(request.engines_root, manifest, target, calibration)
+    with clock.step(f"build {manifest.plan.label} for {target.name} on {target.device.name}", 1.0) as advance:
+        engine = backends.build_target(artifact, target, directory, calibration=calibration, progress=advance)
+    if reason := target.unrunnable:
+        clock.monitor.warn(unproved_line(reason))
+    for note in engine.manifest.built.get("notes", ()):
+        clock.monitor.warn(note)
+    return engine
+
+
+def engine_for(
+    model: nn.Module, plan: Plan, request: BuildRequest, clock: Clock, images: Path | str | None = None
+) -> Engine:
+    """The engine of one plan: exported as the request's back end takes it, then built."""
+    target = request.target()
+    artifact = export_model(model, plan, request, target.backend.FORMAT, target.graph_precision, clock)
+    return build_engine(artifact, request, clock, images)
+
+
+def check_runnable(request: BuildRequest) -> None:
+    """Raises MissingSoftware where an engine could be built here but not run."""
+    target = request.target()
+    if reason := target.unrunnable:
+        raise MissingSoftware(
+            f"{target.name} engines cannot be measured on this machine: {reason}.",
+            "`ztp engine` builds one without running it.",
+        )
+
+
+def check(
+    engine: Engine, model: nn.Module, images: Path | str | None, clock: Clock, count: int = CHECK_IMAGES
+) -> ParityReport:
+    """The parity gate on photographs; its report is written, passed or not, and others that quote it anew.
+
+    Where it passed the self-test joins it, else a case for Polygraphy.
+    """
+    with clock.step("prepare images"):
+        pictures = load_images(images, engine.manifest.source.preprocessing, engine.manifest.input.dtype, count)
+    return check_on(pictures, engine, model, clock)
+
+
+def check_on(pictures: ImageSet, engine: Engine, model: nn.Module, clock: Clock) -> ParityReport:
+    """The parity gate on images that are loaded."""
+    total = expected_steps(len(pictures.names), engine.manifest.format)
+    title = f"check parity of {engine.manifest.plan.label} on {len(pictures.names)} images"
+    with clock.step(title, total) as advance:
+        report = check_parity(engine, model, pictures, progress=advance)
+    if report.passed:
+        write_selftest(engine.directory, pictures.pixels)
+    else:
+        (engine.evidence / SELFTEST_FILE).unlink(missing_ok=True)
+        if script := write_reproducer(engine, model, pictures, report):
+            clock.monitor.warn(f"To see the first fault with Polygraphy: sh {script}")
+    _quote_anew(engine, report)
+    return report
+
+
+def _quote_anew(engine: Engine, report: ParityReport) -> None:
+    """Reports of the engine that stand say what this check found; none goes on saying the contrary."""
+    summary = stored(engine.evidence / SUMMARY_FILE, Summary)
+    if summary is not None and summary.manifest_sha256 == report.manifest_sha256:
+        write_summary(engine, with_parity(summary, report))
+    write_report(engine.directory)
+
+
+def write_summary(engine: Engine, summary: Summary) -> None:
+    """Writes an engine's summary, as JSON and as Markdown."""
+    write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
+    write_text(engine.evidence / REPORT_FILE, render_markdown(summary))
+
+
+def require_parity(engine: Engine, report: ParityReport) -> None:
+    """Raises GateFailed, which names the engine, where the gate is not passed."""
+    try:
+        report.require()
+    except GateFailed as error:
+        raise GateFailed(f"{engine.directory.name}: {error.problem}", error.fix) from error
+
+
+def prove(engines: Sequence[Engine], model: nn.Module, images: Path | str | None, clock: Clock) -> None:
+    """The gate, on fewer images, for what is only measured: a wrong yardstick makes every ratio wrong.
+
+    One that this gate has passed as it stands keeps its proof. Raises GateFailed for the first that fails.
+    """
+    fresh = [engine for engine in engines if proof_of(engine) is None]
+    if not fresh:
+        return
+    manifest = fresh[0].manifest
+    with clock.step("prepare images for what is compared"):
+        pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, YARDSTICK_IMAGES)
+    for engine in fresh:
+        require_parity(engine, check_on(pictures, engine, model, clock))
+
+
+def bench(
+    engines: dict[str, Engine], batches: Sequence[int] | None, seconds: float, clock: Clock, command: str
+) -> LatencyReport:
+    """Interleaved latency of the engines by role, by default at `usual_batches`."""
+    if batches is None:
+        batches = usual_batches([engine.manifest.batch for engine in engines.values()])
+    gc.collect()
+    with clock.step(f"{MEASURING} at batch {', '.join(map(str, batches))}", float(len(batches))) as advance:
+        return measure_latency(engines, batches, seconds=seconds, command=command, progress=advance)
+
+
+def measured_batches(asked: Sequence[int] | None, build: BuildRequest) -> Sequence[int]:
+    """What to measure, before anything is built. Raises BadRequest for batches that the engine will not take."""
+    span = BatchRange.parse(build.batch)
+    if outside := [batch for batch in asked or () if not span.min <= batch <= span.max]:
+        raise BadRequest(
+            f"Latency at batch {outside[0]} was asked for, but the engine's range is {build.batch}.",
+            "Widen BATCH or measure other batches.",
+        )
+    return usual_batches([span]) if asked is None else asked
