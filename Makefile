@@ -89,7 +89,7 @@ eval: $(READY)  ## What pruning costs in accuracy: make eval ENGINE=engines/… 
 tune: $(READY)  ## Search the plan that changes predictions least: make tune IMAGES=photos/ BUDGET=flops=0.65
 	@$(ZTP) tune $(call pass,$(TAKES_tune)) $(if $(BUDGET),,--budget "flops=0.65")
 
-gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes a call; the next call goes on
+gpu-report: $(READY)  ## Measure what this machine's GPU can run, nine minutes per call; the next call goes on
 	@$(ZTP) gpu-report $(call pass,$(filter-out PRECISION,$(filter $(ASKED),$(TAKES_gpu-report)))) $(if $(PRECISION),--precisions "$(PRECISION)")
 
 classify: $(READY)  ## Classify pictures: make classify ENGINE=engines/… IMAGES="cat.jpg dog.png"

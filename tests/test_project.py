@@ -229,6 +229,42 @@ def test_the_page_on_gpus_shows_the_recorded_reports():
         assert not re.search(r"/(home|root|work|tmp|Users)/", text)
 
 
+def test_the_page_on_openvino_shows_the_recorded_figures():
+    """Both tables by hand, each cell one recorded ratio: what selection costs, and pruned over dense."""
+    recorded = {
+        ("held back" if "held-to" in path.name else path.name.partition("--intel")[0]): path for path in SUMMARIES
+    }
+    pruned = "deit_s--zero_tprune-0.7--openvino"
+    one = "deit_s--zero_tprune-flops0.623-24e2c3--openvino-bf16"
+    names = {
+        ("fp32", "batch 1 to 64"): [f"{pruned}-fp32"] * 2,
+        ("bf16, by AMX", "batch 1 to 64"): [f"{pruned}-bf16"] * 2,
+        ("bf16, by AMX", "batch 1 to 64, compiled stages"): [f"{pruned}-bf16-s8a5515"] * 2,
+        ("bf16, by AMX", "fixed batch"): [f"{pruned}-bf16-b{batch}" for batch in (1, 8)],
+        ("bf16, by AMX", "fixed batch, compiled stages"): [f"{pruned}-bf16-b{batch}-s8a5515" for batch in (1, 8)],
+        ("bf16, by AMX", "fixed batch, one stage"): [f"{one}-b{batch}" for batch in (1, 8)],
+        ("bf16, AMX held back", "batch 1 to 64"): ["held back"] * 2,
+    }
+    page = (ROOT / "docs" / "openvino.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    costs = {(row[0], row[1]): row[2:] for row in rows if len(row) == 4 and row[0] in {key[0] for key in names}}
+    gains = {row[0]: row[1:] for row in rows if len(row) == 3 and row[0] in {key[1] for key in names}}
+    assert set(costs) == set(names)
+    assert set(gains) == {engine for precision, engine in names if precision == "bf16, by AMX"}
+    for (precision, engine), places in names.items():
+        for column, (name, batch) in enumerate(zip(places, (1, 8), strict=True)):
+            text = recorded[name].with_suffix(".md").read_text(encoding="utf-8")
+            [cost] = re.findall(
+                rf"Selection costs (.*) of the pruned engine's time at batch {batch} \(interval (.*)\)", text
+            )
+            assert costs[precision, engine][column] == "{} ({})".format(*cost)
+            if precision == "bf16, by AMX":
+                [gain, unsure] = re.search(
+                    rf"\| {batch} \| pruned .*\*\*(\S+ ×)\*\* \(\S+\)( inconclusive)?", text
+                ).groups()
+                assert gains[engine][column] == gain + (" (inconclusive)" if unsure else "")
+
+
 def test_the_studies_on_the_page_of_accuracies_are_the_recorded_ones():
     page = "".join((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("accuracy", "vit_digits"))
     shown = dict(re.findall(r"<!-- (vit_digits--\S+) -->\n(.*?)<!-- / -->", page, flags=re.DOTALL))

@@ -40,8 +40,8 @@ from ztp_deploy.workflow.steps import load
 class EvalRequest:
     """What was asked of an evaluation.
 
-    `data` is a folder with a sub-folder a class or a CSV file; `dense` False leaves the reference out; `batch` is the
-    number of images a run (None: an engine's optimal, `EAGER_BATCH` in eager PyTorch); `workers` is the number of threads that
+    `data` is a folder with a sub-folder per class or a CSV file; `dense` False leaves the reference out; `batch` is the
+    number of images per run (None: an engine's optimal, `EAGER_BATCH` in eager PyTorch); `workers` is the number of threads that
     decode (None: a core each, at most `MAX_DECODERS`); `device` is where eager PyTorch runs.
     """
 

@@ -101,7 +101,7 @@ def test_scores_are_marked_to_stay_in_float32(openvino_engine):
         assert set(scores) <= marked
     attentions = ("SoftMax", "ScaledDotProductAttention")  # computed openly where a stage reads it, fused elsewhere
     softmaxes = {identity for identity, layer in layers.items() if layer.get("type") in attentions}
-    assert len(softmaxes) == 4  # one a block
+    assert len(softmaxes) == 4  # one per block
     assert not softmaxes & marked
     products = {identity for identity in marked if layers[identity].get("type") == "MatMul"}
     assert len(products) == sum(openvino_engine.manifest.built["score_precisions"].values())

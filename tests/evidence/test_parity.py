@@ -183,7 +183,7 @@ def test_plain_arrays_are_images_too(shared_engine, pruned):
 
 
 def kl(dense: np.ndarray, pruned: np.ndarray) -> float:
-    """KL(dense ‖ pruned) in nats an image, by the definition."""
+    """KL(dense ‖ pruned) in nats per image, by the definition."""
     one, other = (torch.from_numpy(logits).double().softmax(-1) for logits in (dense, pruned))
     return float((one * (one / other).log()).sum(-1).mean())
 

@@ -102,9 +102,10 @@ def test_the_kernels_give_ties_to_the_lower_index(interpreted):
     given = arguments(*CASES["deit_s"])
     alike = [torch.ones_like(part) for part in given[:3]]
     found = interpreted((*alike, *given[3:]))
-    assert_same(found, in_float32((*alike, *given[3:])), similar=29)
-    # All alike: I′ ranks by index, S drops the first of the later half.
-    assert found.kept[0].tolist() == [*range(98), *range(127, 166)]
+    # All alike: I′ ranks by index, S drops the first of the later half. (A processor's own products of equal numbers
+    # need not be equal: what torch keeps of them says nothing.)
+    assert found.kept.tolist() == [[*range(98), *range(127, 166)]] * 2
+    torch.testing.assert_close(found.pre_score, in_float32((*alike, *given[3:])).pre_score, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("renormalise", [False, True])

@@ -184,7 +184,7 @@ def test_plans_that_miss_when_measured_are_said_to(request_):
     assert len(report.attempts) == min(run.ATTEMPTS, len(report.finalists))
     assert not any(attempt.meets for attempt in report.attempts)
     assert not (request.directory / "plan.json").exists()
-    with pytest.raises(GateFailed, match=r"ms a run when measured: latency=7ms@batch2"):
+    with pytest.raises(GateFailed, match=r"ms per run when measured: latency=7ms@batch2"):
         report.require()
 
 

@@ -133,6 +133,19 @@ def resolve(
     )
 
 
+def here(name: str) -> tuple[str, str]:
+    """What this machine can do with a back end: `OK`, `builds only` or `missing`, and the particulars."""
+    module = get(name)
+    if missing := module.missing():
+        return "missing", f"pip install {missing}"
+    try:
+        device = module.resolve_device("auto")
+    except MissingSoftware as error:  # a library that is here and a device that is not
+        return "missing", error.problem
+    place = f"{module.version()} on {device.slug}"
+    return ("builds only", f"{place}: {reason}") if (reason := module.unrunnable(device)) else ("OK", place)
+
+
 def engine_directory(
     root: Path, artifact: ArtifactManifest, target: Target, calibration: NDArray[Any] | None = None
 ) -> Path:

@@ -24,7 +24,7 @@ from ztp_deploy.scratch import ask_for_room
 if TYPE_CHECKING:
     from torch import Tensor
 
-SUMMARY = "OpenVINO: the fastest on CPUs, with bf16 and int8 where the processor has them"
+SUMMARY = "OpenVINO: CPUs, with bf16 and int8 where the processor has them"
 FORMAT = "onnx"
 DEVICES: tuple[str, ...] = ("cpu",)
 PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "int8")

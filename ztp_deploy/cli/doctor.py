@@ -6,7 +6,6 @@ from rich.table import Table
 
 from ztp_deploy.cli.options import AsJson
 from ztp_deploy.console import out, print_json, warn
-from ztp_deploy.errors import MissingSoftware
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -14,30 +13,24 @@ def doctor(as_json: AsJson = False) -> None:
     from ztp_deploy import backends, environment
 
     machine = environment.snapshot()
-    uses: dict[str, str] = {}
-    for name in backends.BACKENDS:
-        module = backends.get(name)
-        missing = module.missing()
-        try:
-            uses[name] = (
-                f"missing: pip install {missing}"
-                if missing
-                else f"{module.version()} on {module.resolve_device('auto').slug}"
-            )
-        except MissingSoftware as error:  # a library that is here and a device that is not
-            uses[name] = error.problem
+    uses = {
+        name: particulars if status == "OK" else f"{status}: {particulars}"
+        for name in backends.BACKENDS
+        for status, particulars in [backends.here(name)]
+    }
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if environment.installed(name)]
     problems = []
     if len(both) == 2:
         problems.append(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: pip uninstall both, install one."
         )
+    gpu = ", ".join(one.name for one in environment.gpus()) or "none found"
     busy = environment.busy_share()
     if busy > 0.1:
-        problems.append(f"The machine is busy ({busy:.0%} of its processor time): latency figures will not be quiet.")
+        problems.append(f"The machine is busy ({busy:.0%} of its processor time): latency figures will be unreliable.")
     facts = {
         "machine": machine,
-        "gpu": environment.gpu_line(),
+        "gpu": gpu,
         "would use": uses,
         "auto": backends.choose("auto"),
         "problems": problems,
@@ -48,13 +41,13 @@ def doctor(as_json: AsJson = False) -> None:
     table = Table(show_header=False, box=None)
     table.add_row("processor", f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['cpu_features'])})")
     table.add_row("memory", f"{machine['memory_gib']} GiB")
-    table.add_row("gpu", environment.gpu_line().removeprefix("GPU: "))
+    table.add_row("gpu", gpu)
     table.add_row("system", f"{machine['system']}, Python {machine['python']}")
     for name, version in machine["packages"].items():
         table.add_row(name, version)
     for name, use in uses.items():
         table.add_row(f"back end {name}", use)
-    table.add_row("BACKEND=auto takes", backends.choose("auto"))
+    table.add_row("--backend auto takes", backends.choose("auto"))
     out.print(table)
     for problem in problems:
         warn(problem)

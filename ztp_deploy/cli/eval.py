@@ -31,7 +31,9 @@ def eval_(
     context: typer.Context,
     data: Annotated[
         Path,
-        typer.Option("--data", help="Labelled pictures: a folder with a sub-folder a class, or a CSV file file,label."),
+        typer.Option(
+            "--data", help="Labelled pictures: a folder with a sub-folder per class, or a CSV file file,label."
+        ),
     ],
     engine: Annotated[Path | None, typer.Option("--engine", "-e", help="An engine folder.")] = None,
     model: Annotated[
@@ -58,7 +60,7 @@ def eval_(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help=f"Threads that decode images.  \\[default: one a core, at most {MAX_DECODERS}]"),
+        typer.Option(help=f"Threads that decode images.  \\[default: one per core, at most {MAX_DECODERS}]"),
     ] = None,
     device: Annotated[str, typer.Option(help="Where eager PyTorch runs: auto, cpu or cuda.")] = "auto",
     record: Annotated[

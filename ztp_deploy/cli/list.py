@@ -30,9 +30,10 @@ def list_(as_json: AsJson = False) -> None:
                 "name": name,
                 "about": backends.get(name).SUMMARY,
                 "built from": backends.get(name).FORMAT,
-                "status": "OK" if not (missing := backends.get(name).missing()) else f"missing: pip install {missing}",
+                "status": status if status != "missing" else f"missing: {particulars}",
             }
             for name in backends.BACKENDS
+            for status, particulars in [backends.here(name)]
         ],
         "pairs": [
             {"method": method, "model": model, "status": "refused" if reason else "OK", "because": reason}
@@ -75,5 +76,6 @@ def _print_pairs(pairs: dict[str, dict[str, str | None]], examples: dict[str, st
         cells = (f"no ({reasons.index(why) + 1})" if (why := row[model]) else "OK" for model in examples.values())
         table.add_row(method, *cells)
     out.print(table)
+    out.print(f"Asked of one model per family: {', '.join(examples.values())}. `ztp plan` asks for any other.")
     for number, reason in enumerate(reasons, start=1):
         out.print(f"({number}) {reason}")

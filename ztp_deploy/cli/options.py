@@ -25,7 +25,10 @@ ModelOrRecipe = Annotated[str | None, typer.Option("--model", "-m", help=f"{_MOD
 Method = Annotated[
     str | None, typer.Option(help=f"Pruning method (`ztp list`), or dense for none.  \\[default: {METHOD}]")
 ]
-Ratio = Annotated[float | None, typer.Option("--ratio", "-r", help="Share of tokens each stage keeps, in (0, 1].")]
+Ratio = Annotated[
+    float | None,
+    typer.Option("--ratio", "-r", help="Share that each stage keeps of the tokens that reach it, in (0, 1]."),
+]
 FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
 Keep = Annotated[str | None, typer.Option(help="Per stage a count or a share, such as 137,95,66 or 0.9,0.8,0.7.")]
 Sites = Annotated[str | None, typer.Option(help="Blocks that carry the stages, counted from 1, such as 3,6,9.")]
@@ -48,7 +51,7 @@ DeviceName = Annotated[
     str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, as far as the back end has it.  \\[default: fp32]")
+    str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, where the back end has it.  \\[default: fp32]")
 ]
 Batch = Annotated[str | None, typer.Option(help=f"Batch range min:opt:max, or one number.  \\[default: {BATCH}]")]
 InputType = Annotated[
@@ -61,7 +64,10 @@ ExportRoot = Annotated[Path, typer.Option(help="Where artifacts go.")]
 EnginesRoot = Annotated[Path, typer.Option(help="Where engines go.")]
 EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="An engine folder.")]
 Images = Annotated[
-    str | None, typer.Option(help="Folder of photographs for the proof; by default crops that scikit-learn ships.")
+    str | None,
+    typer.Option(
+        help="Folder of pictures for the proof, and to calibrate int8 and fp8; by default crops of scikit-learn's photographs."
+    ),
 ]
 Batches = Annotated[
     str | None,

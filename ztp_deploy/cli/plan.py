@@ -43,6 +43,6 @@ def plan(
         )
     out.print(table if made.stages else f"{made.model}: the dense model, {made.patch_tokens} patch tokens throughout.")
     out.print(
-        f"Multiply-accumulates an image: {giga(made.flops.dense)} G dense, {giga(made.flops.planned)} G planned "
+        f"Multiply-accumulates per image: {giga(made.flops.dense)} G dense, {giga(made.flops.planned)} G planned "
         f"({percent(made.flops.share)}), {giga(made.flops.executed)} G executed: FLOP limit × {made.flops.speedup_limit:.2f}."
     )

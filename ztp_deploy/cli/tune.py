@@ -43,7 +43,7 @@ def tune(
         int, typer.Option(help="Plans to try; a larger number goes on where a smaller one ended.")
     ] = TUNE_TRIALS,
     count: Annotated[int, typer.Option(help="How many images; half of them only judge the outcome.")] = TUNE_IMAGES,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the search.")] = 0,
     seconds: Annotated[float, typer.Option(help="With a latency budget: seconds of a measurement.")] = TUNE_SECONDS,
     directory: Annotated[
         Path | None, typer.Option(help="Where the search and its outcome go.  \\[default: tuned/model--method--budget]")

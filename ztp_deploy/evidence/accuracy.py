@@ -80,7 +80,7 @@ class Comparison(_Record):
     """Two models on the same images.
 
     `agreement` counts equal best classes, right or wrong; `mean_kl` is KL(dense ‖ pruned) of their probabilities, in
-    nats an image.
+    nats per image.
     """
 
     images: int
@@ -173,7 +173,7 @@ def paired_bootstrap(
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or draws < 1:
         raise BadRequest(
             f"A bootstrap takes finite differences [n] and at least one draw; {list(values.shape)} and {draws} came.",
-            "Give one number an image.",
+            "Give one number per image.",
         )
     sums, sizes = _cluster_sums(values, clusters)
     # Resampling groups one by one is a multinomial draw of how often each comes; groups of equal sum and size are
@@ -250,7 +250,7 @@ def class_rows(
 
 
 def mean_kl(reference_logits: NDArray[Any], logits: NDArray[Any]) -> float:
-    """KL(reference ‖ other) of the probabilities behind two arrays of logits [n, classes], in nats an image."""
+    """KL(reference ‖ other) of the probabilities behind two arrays of logits [n, classes], in nats per image."""
     return float(image_kl(reference_logits, logits).mean())
 
 

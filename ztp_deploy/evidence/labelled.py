@@ -1,4 +1,4 @@
-"""Labelled pictures: a folder with one sub-folder a class, or a CSV file; and how labels become class indices."""
+"""Labelled pictures: a folder with one sub-folder per class, or a CSV file; and how labels become class indices."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Labelled:
 
 
 def read_labelled(data: Path | str, classes: int, labels: Sequence[str] | None) -> Labelled:
-    """The pictures of a folder with a sub-folder a class, or of a CSV file with the columns file,label.
+    """The pictures of a folder with a sub-folder per class, or of a CSV file with the columns file,label.
 
     `classes` and `labels` are the model's: how many, and their names where it has any. Paths in a CSV file are
     relative to its folder; a first line `file,label` is its header, and optional. Raises BadRequest for what is
@@ -59,7 +59,7 @@ def read_labelled(data: Path | str, classes: int, labels: Sequence[str] | None) 
     else:
         raise BadRequest(
             f"--data {str(path)!r} is neither a folder nor a file.",
-            "Give a folder with one sub-folder a class, or a CSV file with the columns file,label.",
+            "Give a folder with one sub-folder per class, or a CSV file with the columns file,label.",
         )
     index, mapping = class_indices(sorted(set(given)), classes, labels)
     root = path if path.is_dir() else path.parent
@@ -84,10 +84,10 @@ def _from_folder(root: Path) -> tuple[list[Path], list[str]]:
     if loose:
         raise BadRequest(
             f"{_first(loose)} in --data belong{'s' if len(loose) == 1 else ''} to no class: only sub-folders do.",
-            "Put pictures into one sub-folder a class, and other files elsewhere.",
+            "Put pictures into one sub-folder per class, and other files elsewhere.",
         )
     if not entries:
-        raise BadRequest(f"--data {str(root)!r} holds no sub-folders.", "Give a folder with one sub-folder a class.")
+        raise BadRequest(f"--data {str(root)!r} holds no sub-folders.", "Give a folder with one sub-folder per class.")
     files: list[Path] = []
     given: list[str] = []
     for folder in entries:

@@ -53,7 +53,7 @@ class Runs(Protocol):
 
 
 class Samples(EvidencePart):
-    """Wall times of one engine at one batch, in milliseconds a batch, one list a sitting.
+    """Wall times of one engine at one batch, in milliseconds per batch, one list a sitting.
 
     `p99` only from 100 samples on.
     """

@@ -26,7 +26,7 @@ def render_gpu_report(report: GpuReport) -> str:
         ),
     )
     plans = list(dict.fromkeys(row.plan for row in latest if row.plan != "dense"))
-    head = ["model", "runtime", "precision", "batch", "dense: ms an image", *(f"{plan} over dense" for plan in plans)]
+    head = ["model", "runtime", "precision", "batch", "dense: ms per image", *(f"{plan} over dense" for plan in plans)]
     lines = [f"| {' | '.join(head)} |", "|---|---|---|---:|---:|" + "---|" * len(plans)]
     for cell in dict.fromkeys(map(_cell, measured)):
         rows = {row.plan: row for row in measured if _cell(row) == cell}
@@ -70,7 +70,7 @@ def _machine(report: GpuReport, measured: list[Row]) -> list[str]:
     lines = [f"- GPU: {report.gpu}. Timed with {report.clock}, inputs on the device, outputs left there."]
     if any(row.of_twin for row in measured):
         lines.append(
-            "- Its twin has the same token counts, tokens cut off unseen: what is missing to 100 % is selection."
+            "- Its twin has the same token counts and merely cuts tokens off: what is missing to 100 % is selection."
         )
     if versions:
         lines.append(f"- {', '.join(versions)}.")

@@ -26,7 +26,7 @@ from ztp_deploy.plan import default_sites as default_sites
 from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of
 
 PLACES: tuple[Place, ...] = ("after_block", "before_block", "attention_rows", "after_attention", "read_out")
-SUMMARY = "cuts the last tokens off unseen; the yardstick for what selection costs"
+SUMMARY = "cuts the last tokens off without looking; the yardstick for what selection costs"
 SEARCH = "it selects nothing: it is the yardstick for what selection costs"
 refuses = any_backbone
 merges = only_drops

@@ -175,7 +175,7 @@ class Row(BaseModel):
     """One entry at one FLOP share, held against the dense model and against another entry at that share.
 
     `ahead` is the share of right answers less the other's, with its interval; `closer` the other's KL less this one's,
-    in nats an image: positive is better in both. The first entry is held against itself.
+    in nats per image: positive is better in both. The first entry is held against itself.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -445,7 +445,7 @@ def picture(study: Study) -> bytes:
     # Losses of tenths of a point and of tens of points both matter: evenly spaced up to one point, logarithmic beyond.
     axes.set_yscale("symlog", linthresh=1)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"GMACs an image (dense: {study.dense_gmacs:.3f})")
+    axes.set_xlabel(f"GMACs per image (dense: {study.dense_gmacs:.3f})")
     axes.set_ylabel(f"top-1, percentage points against dense ({study.dense_top1.share:.1%})")
     axes.set_title(f"{study.model}, {study.images} {study.part} canvases; bars: 95 % intervals over scans", fontsize=10)
     axes.grid(alpha=0.3)

@@ -57,7 +57,7 @@ class Budget(BaseModel):
 
     def shown(self, cost: float) -> str:
         """A cost in this budget's unit."""
-        return f"{cost * 100:.2f} % of dense MACs" if self.kind == "flops" else f"{cost:.3f} ms a run"
+        return f"{cost * 100:.2f} % of dense MACs" if self.kind == "flops" else f"{cost:.3f} ms per run"
 
 
 class Timing(BaseModel):
@@ -169,7 +169,7 @@ def engine_timer(
 
 
 def timings(report: LatencyReport, batch: int) -> dict[str, Timing]:
-    """Every role's milliseconds a run at a batch, and its speed-up over "dense"."""
+    """Every role's milliseconds per run at a batch, and its speed-up over "dense"."""
     found = {}
     for sample in report.samples:
         if sample.batch != batch:

@@ -23,7 +23,7 @@ SUBSET_SHARE = 4
 
 
 class Damage(BaseModel):
-    """Pruned against dense on the same images: mean KL(dense ‖ pruned) in nats an image, and equal best classes."""
+    """Pruned against dense on the same images: mean KL(dense ‖ pruned) in nats per image, and equal best classes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

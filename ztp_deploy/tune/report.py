@@ -53,7 +53,7 @@ class Chosen(BaseModel):
 
 
 class Attempt(BaseModel):
-    """One plan built and measured against its prediction, in milliseconds a run."""
+    """One plan built and measured against its prediction, in milliseconds per run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -138,7 +138,7 @@ def picture(report: TuneReport) -> bytes:
     scale, unit = (
         (100.0, "multiply-accumulates, % of dense")
         if report.budget.kind == "flops"
-        else (1.0, f"predicted milliseconds a run at batch {report.budget.batch}")
+        else (1.0, f"predicted milliseconds per run at batch {report.budget.batch}")
     )
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -192,10 +192,10 @@ def show_tune(report: TuneReport, directory: Path, out: Console) -> None:
                 f"{same.share:.1%} ({same.low:.1%} to {same.high:.1%})",
             )
         out.print(table)
-        out.print("KL is how far pruning moves the class probabilities, in nats an image; 0 is no change.")
+        out.print("KL is how far pruning moves the class probabilities, in nats per image; 0 is no change.")
     for attempt in report.attempts:
         out.print(
-            f"Measured, trial {attempt.trial}: {attempt.measured.median:.3f} ms a run ({attempt.measured.low:.3f} to "
+            f"Measured, trial {attempt.trial}: {attempt.measured.median:.3f} ms per run ({attempt.measured.low:.3f} to "
             f"{attempt.measured.high:.3f}), predicted {attempt.predicted:.3f}; dense {attempt.dense.median:.3f}. "
             f"{'Within' if attempt.meets else 'Misses'} the budget."
             + (f" Inconclusive: {attempt.measured.inconclusive}." if attempt.measured.inconclusive else ""),

@@ -332,7 +332,7 @@ def _hopeless(job: _Job, blocks: BlockTimes, cost: Cost) -> _Verdict | None:
     if blocks.dense.median <= job.budget.limit:
         return _Verdict(
             "pruning does not pay here",
-            f"The dense model already meets {job.budget}: it takes {blocks.dense.median:.3f} ms a run.",
+            f"The dense model already meets {job.budget}: it takes {blocks.dense.median:.3f} ms per run.",
         )
     space = Space(job.model, job.request.method, {})
     first = space.uniform_params()["site_1"]
@@ -341,7 +341,7 @@ def _hopeless(job: _Job, blocks: BlockTimes, cost: Cost) -> _Verdict | None:
         return _Verdict(
             "pruning does not pay here",
             f"Even one token of {space.geometry.patch_tokens} after block {first} is predicted to take "
-            f"{cost(least.stages):.3f} ms a run; the dense model takes {blocks.dense.median:.3f}.",
+            f"{cost(least.stages):.3f} ms per run; the dense model takes {blocks.dense.median:.3f}.",
         )
     return None
 
@@ -395,7 +395,7 @@ def _conclude(budget: Budget, winner: Chosen | None, compared: HeldOut | None, a
     if winner is None or compared is None:
         measured = ", ".join(f"{attempt.measured.median:.3f}" for attempt in attempts)
         return _Verdict(
-            "misses the budget", f"The best {len(attempts)} plans take {measured} ms a run when measured: {budget}."
+            "misses the budget", f"The best {len(attempts)} plans take {measured} ms per run when measured: {budget}."
         )
     if attempts and attempts[-1].measured.over_dense_low <= 1:
         last = attempts[-1].measured
@@ -404,7 +404,7 @@ def _conclude(budget: Budget, winner: Chosen | None, compared: HeldOut | None, a
             f"The winner is not measurably faster than the dense model: × {last.over_dense:.2f} "
             f"({last.over_dense_low:.2f} to {last.over_dense_high:.2f}).",
         )
-    numbers = f"{compared.difference:.4g} nats an image ({compared.low:.4g} to {compared.high:.4g}, 95 % interval)"
+    numbers = f"{compared.difference:.4g} nats per image ({compared.low:.4g} to {compared.high:.4g}, 95 % interval)"
     if winner.trial == 0:
         return _Verdict("no better than uniform", "No plan that was tried beats the uniform one on the search images.")
     if compared.low > 0:

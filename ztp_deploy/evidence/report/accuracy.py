@@ -45,7 +45,7 @@ def accuracy_lines(report: AccuracyReport) -> list[str]:
             f"The difference is in percentage points. {top1.lost} images are right in the dense model alone, "
             f"{top1.gained} in the other alone: p = {top1.p_value:.2g} (McNemar's exact test).",
             f"Both say the same best class, right or wrong, on {share_text(agreement)}; "
-            f"KL(dense ‖ pruned) is {report.comparison.mean_kl:.4f} nats an image.",
+            f"KL(dense ‖ pruned) is {report.comparison.mean_kl:.4f} nats per image.",
         ]
         if losers := _losers(report):
             lines.append(f"Classes that lost most: {losers}.")

@@ -25,7 +25,7 @@ def render_comparison(report: LatencyReport) -> str:
 def comparison_head(report: LatencyReport) -> list[str]:
     """The columns' names."""
     over = f"over {_names(report)[report.samples[0].role]} (95 % interval)"
-    return ["batch", "engine", "ms an image: median", "p90", "images/s", over]
+    return ["batch", "engine", "ms per image: median", "p90", "images/s", over]
 
 
 def comparison_rows(report: LatencyReport) -> list[list[str]]:

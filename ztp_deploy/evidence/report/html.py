@@ -43,7 +43,7 @@ _LISTED = 50
 """Faults and near-ties that are listed one by one; parity.json holds all."""
 
 LATENCY_HEAD = (
-    *("batch", "engine", "ms an image: median", "p90", "p95", "p99", "images/s"),
+    *("batch", "engine", "ms per image: median", "p90", "p95", "p99", "images/s"),
     *("speed-up over dense (95 % interval)", "of the FLOP limit"),
 )
 

@@ -26,7 +26,7 @@ _TEMPLATE = """\
 """
 
 _TABLES = """\
-| batch | engine | ms an image: median | p90 | images/s | speed-up over dense (95 % interval) | of the FLOP limit |
+| batch | engine | ms per image: median | p90 | images/s | speed-up over dense (95 % interval) | of the FLOP limit |
 |---:|---|---:|---:|---:|---|---:|
 {% for row in rows %}| {{ row | join(' | ') }} |
 {% endfor %}
@@ -87,7 +87,7 @@ def selection_lines(summary: Summary) -> list[str]:
 def macs_line(summary: Summary) -> str:
     """The multiply-accumulates and the speed-up that they would allow."""
     return (
-        f"Multiply-accumulates an image: dense {giga(summary.dense_macs)} G, plan {giga(summary.planned_macs)} G "
+        f"Multiply-accumulates per image: dense {giga(summary.dense_macs)} G, plan {giga(summary.planned_macs)} G "
         f"({percent(summary.flop_share)}), executed {giga(summary.executed_macs)} G: "
         f"the FLOP limit is {limit_text(summary.flop_limit)}."
     )

@@ -10,7 +10,7 @@ HEAD = (
     "method",
     "MACs planned",
     "executed",
-    "ms an image",
+    "ms per image",
     "over dense",
     "behind the fastest",
     "selection costs",
@@ -24,8 +24,8 @@ def render_methods(report: MethodsReport) -> str:
     machine = report.latency.environment
     lines += [
         "",
-        f"- {report.model} in {report.backend}, {report.precision}. Brackets hold 95 % intervals. Selection costs the "
-        "share of a method's time by which its slice twin, the same counts with tokens cut off unseen, is faster.",
+        f'- {report.model} in {report.backend}, {report.precision}. Brackets hold 95 % intervals. "Selection costs" is '
+        "the share of a method's time by which its slice twin is faster, which has the same counts and merely cuts tokens off.",
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['system']}. {report.latency.gpu}.",
     ]
     unsure = sorted(

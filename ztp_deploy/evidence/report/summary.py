@@ -18,7 +18,7 @@ MEASURING = "measure latency"
 
 
 class Timing(EvidencePart):
-    """One engine at one batch; times in milliseconds an image."""
+    """One engine at one batch; times in milliseconds per image."""
 
     role: str
     batch: int
