@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +89,18 @@ def artifact(pruned: PrunedModel, tmp_path_factory: pytest.TempPathFactory) -> A
 def torchscript_artifact(pruned: PrunedModel, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """Its TorchScript artifact; tests must not change it."""
     return ztp.export(pruned, "torchscript", tmp_path_factory.mktemp("artifacts") / "torchscript")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
+    """`exported(pruned, **options)`: the ONNX artifact of any small pruned model; made once, tests must not change it."""
+    root = tmp_path_factory.mktemp("exported")
+
+    def export(pruned: PrunedModel, **options: Any) -> Artifact:
+        what = f"{pruned.source.model_dump_json()} {pruned.plan.to_json()} {options}"
+        return ztp.export(pruned, "onnx", root / hashlib.sha256(what.encode()).hexdigest()[:16], **options)
+
+    return export
 
 
 @pytest.fixture

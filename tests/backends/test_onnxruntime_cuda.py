@@ -35,16 +35,16 @@ CASES = {
 }
 
 
-def exported(tmp_path, name="deit_t", method="zero_tprune", **options):
+def copied(exported, tmp_path, name="deit_t", method="zero_tprune", **options):
     model = tiny.model(name)
     plan = ztp.make_plan(model, method=method, **({} if method == "dense" else {"ratio": 0.7}))
-    artifact = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a", **options)
+    artifact = exported(ztp.prune(model, plan), **options)
     return artifact, shutil.copyfile(artifact.directory / "model.onnx", tmp_path / "model.onnx")
 
 
 @pytest.mark.parametrize("name, method, done", CASES.values(), ids=CASES)
-def test_the_function_stays_and_the_operators_change(name, method, done, tmp_path):
-    artifact, path = exported(tmp_path, name, method)
+def test_the_function_stays_and_the_operators_change(name, method, done, exported, tmp_path):
+    artifact, path = copied(exported, tmp_path, name, method)
     before = kinds(path)
     assert tuple(fit(path).values()) == done
     after = kinds(path)
@@ -59,8 +59,8 @@ def test_the_function_stays_and_the_operators_change(name, method, done, tmp_pat
     assert not unused(path, artifact.manifest.audit)
 
 
-def test_biases_go_where_they_cost_nothing(tmp_path):
-    _, path = exported(tmp_path, method="dense")
+def test_biases_go_where_they_cost_nothing(exported, tmp_path):
+    _, path = copied(exported, tmp_path, method="dense")
     before = kinds(path)
     fit(path)
     # Of a block: three projections, the one behind them and its residual, two in the MLP, its residual, a sum in GELU.
@@ -71,8 +71,8 @@ def test_biases_go_where_they_cost_nothing(tmp_path):
     assert [len(node.input) for node in nodes] == [3] * 4
 
 
-def test_audited_scores_keep_their_names_and_values(tmp_path):
-    artifact, path = exported(tmp_path)
+def test_audited_scores_keep_their_names_and_values(exported, tmp_path):
+    artifact, path = copied(exported, tmp_path)
     names = artifact.manifest.audit
     found = {}
     for key, source in (("before", artifact.directory / "model.onnx"), ("after", path)):
@@ -86,8 +86,8 @@ def test_audited_scores_keep_their_names_and_values(tmp_path):
 
 
 @pytest.mark.parametrize("pixels", ["float32", "uint8"])
-def test_half_precision_stays_half_precision(pixels, tmp_path):
-    artifact, _ = exported(tmp_path, precision="fp16", input=pixels)
+def test_half_precision_stays_half_precision(pixels, exported, tmp_path):
+    artifact, _ = copied(exported, tmp_path, precision="fp16", input=pixels)
     path = shutil.copyfile(artifact.directory / "model.onnx", tmp_path / "half.onnx")
     assert tuple(fit(path).values()) == CASES["a stage reads three of four"][2]
     model = onnx.load(str(path))
@@ -129,8 +129,8 @@ def smaller_kernels(model, node, name, value):
         (smaller_kernels, "", 14),
     ],
 )
-def test_a_convolution_that_does_not_read_every_pixel_once_stays(change, name, value, tmp_path):
-    _, path = exported(tmp_path, method="dense")
+def test_a_convolution_that_does_not_read_every_pixel_once_stays(change, name, value, exported, tmp_path):
+    _, path = copied(exported, tmp_path, method="dense")
     model = onnx.load(str(path))
     change(model, next(node for node in model.graph.node if node.op_type == "Conv"), name, value)
     del model.graph.value_info[:]
@@ -156,8 +156,8 @@ def test_only_lengths_whose_squares_fit_are_summed(axis, kind, summed, tmp_path)
     assert kinds(tmp_path / "model.onnx") == (["Mul", "ReduceSum", "Sqrt"] if summed else ["ReduceL2"])
 
 
-def test_norms_are_left_alone_where_the_library_sums_in_half_precision(tmp_path, monkeypatch):
-    _, path = exported(tmp_path, method="dense")
+def test_norms_are_left_alone_where_the_library_sums_in_half_precision(exported, tmp_path, monkeypatch):
+    _, path = copied(exported, tmp_path, method="dense")
     monkeypatch.setattr(environment, "installed", lambda package: "1.30.2")
     assert fit(path)["norms_joined"] == 0
     assert kinds(path).count("LayerNormalization") == 9

@@ -54,10 +54,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name, method, fused", CASES.values(), ids=CASES)
-def test_what_no_stage_reads_is_fused(name, method, fused, tmp_path):
+def test_what_no_stage_reads_is_fused(name, method, fused, exported, tmp_path):
     model = tiny.model(name)
     plan = ztp.make_plan(model, method=method, **({} if method == "dense" else {"ratio": 0.7}))
-    artifact = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a")
+    artifact = exported(ztp.prune(model, plan))
     path = shutil.copyfile(artifact.directory / "model.onnx", tmp_path / "model.onnx")
     assert fuse_attention(path) == fused
     assert kinds(path).count(FUSED) == fused[0]
@@ -69,10 +69,10 @@ def test_what_no_stage_reads_is_fused(name, method, fused, tmp_path):
 @pytest.mark.parametrize(
     "method, options, last", [("avit", {}, "halting_"), ("ats", {"form": "masked"}, "significance_")]
 )
-def test_scores_that_only_an_audit_reads_stay(method, options, last, model, tmp_path):
+def test_scores_that_only_an_audit_reads_stay(method, options, last, model, exported, tmp_path):
     options = {**tiny.OPTIONS.get(method, {}), **options}
     pruned = ztp.prune(model, ztp.make_plan(model, method=method, ratio=0.7, options=options))
-    artifact = ztp.export(pruned, "onnx", tmp_path / "a")
+    artifact = exported(pruned)
     graph = onnx.load(str(artifact.directory / "model.onnx"), load_external_data=False).graph
     read = {name for node in graph.node for name in node.input}
     assert any(name.startswith(last) and name not in read for name in artifact.manifest.audit)

@@ -139,8 +139,8 @@ def test_quantising_leaves_the_scores_as_they_were(int8_engine, openvino_engine)
     assert more == ["Add", "Add", "Add", "Convert", "Slice"]
 
 
-def test_what_int8_leaves_can_be_computed_in_bf16(calibration, model, tmp_path):
-    artifact = ztp.export(ztp.prune(model, ztp.make_plan(model, ratio=0.7)), "onnx", tmp_path / "a")
+def test_what_int8_leaves_can_be_computed_in_bf16(calibration, model, exported, tmp_path):
+    artifact = exported(ztp.prune(model, ztp.make_plan(model, ratio=0.7)))
     settings = {"float_precision": "bf16"}
     job = {"precision": "int8", "calibration": calibration[:8], "settings": settings, "directory": tmp_path / "e"}
     if not HAS_BF16:
@@ -285,9 +285,10 @@ READ_AS_THEY_ARE = {
 
 
 @pytest.mark.parametrize("method, options, products", READ_AS_THEY_ARE.values(), ids=READ_AS_THEY_ARE)
-def test_scores_read_bf16_where_it_holds_what_they_read(method, options, products, model, tmp_path):
+def test_scores_read_bf16_where_it_holds_what_they_read(method, options, products, model, exported):
     plan = ztp.make_plan(model, method=method, ratio=0.7, options=options)
-    graph = ir_model(ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a"))
+    artifact = exported(ztp.prune(model, plan))
+    graph = ir_model(artifact)
     marked = ir.outside_the_tokens_way(graph)
     kinds = {op.get_friendly_name(): op.get_type_name() for op in graph.get_ops()}
     freed = ir.read_bf16(graph, marked)
@@ -297,7 +298,7 @@ def test_scores_read_bf16_where_it_holds_what_they_read(method, options, product
     added = {name for name in ir.outside_the_tokens_way(graph) - marked if name.endswith("_in_float32")}
     assert len(added) == products
     # In float32 nothing has changed: what is added is too small, and the outputs keep their names.
-    assert_same_results(graph, tmp_path / "a")
+    assert_same_results(graph, artifact.directory)
 
 
 def test_attention_that_a_stage_reads_is_summed_in_pairs(artifact):
@@ -326,15 +327,16 @@ DIVIDED_LATE = {
 
 @pytest.mark.parametrize("fixed", [True, False])
 @pytest.mark.parametrize("method, options, stages", DIVIDED_LATE.values(), ids=DIVIDED_LATE)
-def test_attention_is_divided_late_where_it_is_read_row_by_row(method, options, stages, fixed, model, tmp_path):
+def test_attention_is_divided_late_where_it_is_read_row_by_row(method, options, stages, fixed, model, exported):
     plan = ztp.make_plan(model, method=method, ratio=0.7, options=options)
-    graph = ir_model(ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a"))
+    artifact = exported(ztp.prune(model, plan))
+    graph = ir_model(artifact)
     softmaxes = sum(op.get_type_name() == "Softmax" for op in graph.get_ops())
     attention.divide_late(graph, fixed)
     kinds = [op.get_type_name() for op in graph.get_ops()]
     assert kinds.count("Softmax") == softmaxes - stages
     assert kinds.count("Exp" if fixed else "Sigmoid") == stages
-    assert_same_results(graph, tmp_path / "a")
+    assert_same_results(graph, artifact.directory)
 
 
 def softmax_of(queries, keys, fixed, late=True):
@@ -376,14 +378,13 @@ def test_no_row_of_logits_overflows_when_divided_late(count, fixed):
 
 
 @pytest.mark.parametrize("batch", [(1, 8, 64), (4, 4, 4)], ids=["dynamic", "fixed"])
-def test_bf16_scores_are_summed_in_float32(batch, model, tmp_path):
+def test_bf16_scores_are_summed_in_float32(batch, model, exported, tmp_path):
     """Also where shapes are known: no start vector became a constant, which would copy attention into float32."""
     if not HAS_BF16:
         with pytest.raises(MissingSoftware):
             backend._check_processor("bf16", backend.Settings())
         return
-    pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
-    artifact = ztp.export(pruned, "onnx", tmp_path / "a")
+    artifact = exported(ztp.prune(model, ztp.make_plan(model, ratio=0.7)))
     try:
         engine = ztp.build(artifact, "openvino", precision="bf16", batch=batch, directory=tmp_path / "e")
     except GateFailed as refusal:

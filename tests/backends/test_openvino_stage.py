@@ -299,10 +299,10 @@ def test_the_compilers_reason_is_told(tmp_path, monkeypatch):
         stages.compile_library(tmp_path)
 
 
-def test_other_methods_are_told_that_nothing_was_compiled(model, tmp_path, monkeypatch):
+def test_other_methods_are_told_that_nothing_was_compiled(model, exported, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     plan = ztp.make_plan(model, "evit", ratio=0.7)
-    other = ztp.export(ztp.prune(model, plan), "onnx", tmp_path / "a")
+    other = exported(ztp.prune(model, plan))
     engine = ztp.build(other, "openvino", settings={"stage": "compiled"}, directory=tmp_path / "e")
     assert engine.manifest.built["compiled_stages"] == f"0 of {len(plan.stages)}"
     assert "the operator knows Zero-TPrune alone" in engine.manifest.built["notes"][-1]
@@ -333,9 +333,9 @@ def test_what_does_not_go_together_is_refused(artifact, tmp_path):
     backend._check_stage("bf16", backend.Settings(stage="compiled"))
 
 
-def test_without_a_stage_nothing_is_compiled(model, tmp_path, monkeypatch):
+def test_without_a_stage_nothing_is_compiled(model, exported, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    dense = ztp.export(ztp.prune(model, ztp.make_plan(model, "dense")), "onnx", tmp_path / "a")
+    dense = exported(ztp.prune(model, ztp.make_plan(model, "dense")))
     engine = ztp.build(dense, "openvino", settings={"stage": "compiled"}, directory=tmp_path / "e")
     assert set(engine.manifest.files) == {"model.bin", "model.xml"}
     assert "cpu_flags" not in engine.manifest.built

@@ -429,10 +429,10 @@ def test_images_are_asked_for(artifact, tmp_path, monkeypatch):
 @needs_modelopt
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", sorted(QUANTISED))
-def test_deit_s_is_quantised_whole(precision, tmp_path, no_gpu):
+def test_deit_s_is_quantised_whole(precision, exported, tmp_path, no_gpu):
     model = ztp.load_model("deit_s", weights="random")
     pruned = ztp.prune(model, ztp.make_plan(model, ratio=0.7))
-    artifact = ztp.export(pruned, "onnx", tmp_path / "a")
+    artifact = exported(pruned)
     images: ImageSet = load_images(None, pruned.source.preprocessing, "float32", 8, purpose="calibration")
     engine = build(artifact, tmp_path / "e", precision, images.pixels)
     built = engine.manifest.built
