@@ -55,13 +55,13 @@ class _Manifest(BaseModel):
     outputs: tuple[str, ...]
     audit: tuple[str, ...]
     versions: dict[str, str]
-    recipe: str
+    fingerprint: str
     files: dict[str, FileRecord]
     seal: str = ""
 
     def sealed(self) -> str:
         """sha256 over everything but the seal: shows an edit; it is no signature."""
-        return recipe_hash(manifest=self.model_dump(mode="json", by_alias=True, exclude={"seal"}))
+        return hash_of(manifest=self.model_dump(mode="json", by_alias=True, exclude={"seal"}))
 
     @property
     def tags(self) -> list[str]:
@@ -75,7 +75,7 @@ class _Manifest(BaseModel):
 
 
 class ArtifactManifest(_Manifest):
-    """What an export wrote. `audit` names the score tensors of the stages; `recipe` hashes all that decided it."""
+    """What an export wrote. `audit` names the score tensors of the stages; `fingerprint` hashes all that decided it."""
 
     schema_: Literal["ztp.artifact/1"] = Field(default="ztp.artifact/1", alias="schema")
     format: str
@@ -151,7 +151,7 @@ def hash_files(directory: Path) -> dict[str, FileRecord]:
     }
 
 
-def recipe_hash(**ingredients: object) -> str:
+def hash_of(**ingredients: object) -> str:
     """One hash over everything that decides a result, for finding a finished one again."""
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -177,14 +177,14 @@ def test_an_engine_is_found_again_and_rebuilt_for_other_settings(artifact, tmp_p
 
 def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeypatch):
     """Else an engine that this processor refuses would stand in the way of the one it can run."""
-    module, recipes = backends.get("onnxruntime"), set()
+    module, fingerprints = backends.get("onnxruntime"), set()
     for sources, instructions in (("today", ["avx2"]), ("today", ["avx2", "amx"]), ("tomorrow", ["avx2"])):
         monkeypatch.setattr(backends, "sources_sha256", lambda *rooms, now=sources: now)
         monkeypatch.setattr(module, "instructions", lambda settings, now=instructions: now)
         engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
         assert ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e").manifest == engine.manifest
-        recipes.add(engine.manifest.recipe)
-    assert len(recipes) == 3
+        fingerprints.add(engine.manifest.fingerprint)
+    assert len(fingerprints) == 3
 
 
 SAY_NOTHING_OF_AN_ENGINE = {"errors", "quiet", "scratch", "manifest", "defaults"}
@@ -218,7 +218,7 @@ def test_an_engine_is_built_from_the_path_of_an_artifact_as_from_the_artifact(ar
     for number, path in enumerate((folder, str(folder))):
         engine = ztp.build(path, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=tmp_path / str(number))
         assert isinstance(engine, ztp.Engine)
-        assert engine.manifest.recipe == shared_engine.manifest.recipe
+        assert engine.manifest.fingerprint == shared_engine.manifest.fingerprint
         assert engine.manifest.artifact == "../artifact"
     with (folder / "model.onnx").open("ab") as graph:
         graph.write(b"more")
@@ -273,7 +273,7 @@ def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
         ({"backend": "torchscript"}, BadRequest, "built from torchscript; the artifact is onnx"),
         ({"backend": "onnxruntime", "precision": "fp16"}, BadRequest, "the artifact holds fp32"),
         ({"backend": "onnxruntime", "precision": "fp8"}, BadRequest, "builds fp32, fp16, bf16; precision='fp8'"),
-        ({"backend": "torchscript", "precision": "bf16"}, BadRequest, "the artifact is onnx"),
+        ({"backend": "torchscript", "precision": "bf16"}, BadRequest, "builds fp32; precision='bf16'"),
         ({"backend": "openvino", "precision": "int8"}, BadRequest, "calibrated on images and none were given"),
         ({"backend": "openvino", "settings": {"hint": "fast"}}, BadRequest, "hint"),
         ({"backend": "onnxruntime", "batch": "8:1:4"}, BadRequest, "no range"),

@@ -90,14 +90,14 @@ def test_an_engine_says_how_many_and_keeps_its_scores(artifact, tmp_path):
     assert set(artifact.manifest.audit) <= set(found)
 
 
-def test_left_open_it_is_the_exported_graph(artifact, tmp_path):
+def test_left_as_it_is_it_is_the_exported_graph(artifact, tmp_path):
     engine = ztp.build(
-        artifact, "onnxruntime", device="cpu", settings={"attention": "open"}, directory=tmp_path / "open"
+        artifact, "onnxruntime", device="cpu", settings={"operators": "exported"}, directory=tmp_path / "exported"
     )
     assert engine.manifest.built == {}
     assert hash_files(engine.directory)["model.onnx"] == artifact.manifest.files["model.onnx"]
-    with pytest.raises(BadRequest, match="attention"):
-        ztp.build(artifact, "onnxruntime", device="cpu", settings={"attention": "maybe"}, directory=tmp_path / "e")
+    with pytest.raises(BadRequest, match="operators"):
+        ztp.build(artifact, "onnxruntime", device="cpu", settings={"operators": "maybe"}, directory=tmp_path / "e")
 
 
 def test_weights_beside_the_graph_stay_there(artifact, tmp_path):

@@ -176,7 +176,7 @@ def test_another_calibration_is_another_engine(int8_engine, artifact, calibratio
     again = ztp.build(artifact, "openvino", calibration=calibration, **same)
     assert again.manifest == int8_engine.manifest
     other = ztp.build(artifact, "openvino", calibration=calibration[:8], **same)
-    assert other.manifest.recipe != int8_engine.manifest.recipe
+    assert other.manifest.fingerprint != int8_engine.manifest.fingerprint
 
 
 def test_engines_calibrated_on_other_images_live_side_by_side(artifact, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import ztp_deploy as ztp
-from ztp_deploy.manifest import EngineManifest, hash_files, read_manifest, recipe_hash
+from ztp_deploy.manifest import EngineManifest, hash_files, hash_of, read_manifest
 
 HERE = Path(__file__).parent
 SOURCE = Path(ztp.__file__).parent / "cpp"
@@ -142,7 +142,7 @@ def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path
     manifest = json.loads(((like or directory) / "manifest.json").read_text(encoding="utf-8")) | changes
     manifest["files"] = {name: record.model_dump() for name, record in hash_files(directory).items()}
     del manifest["seal"]
-    manifest["seal"] = recipe_hash(manifest=manifest)
+    manifest["seal"] = hash_of(manifest=manifest)
     text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (directory / "manifest.json").write_text(text + "\n", encoding="utf-8")
     return directory

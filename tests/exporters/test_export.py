@@ -55,7 +55,7 @@ def test_a_finished_artifact_is_found_again_and_a_damaged_one_made_anew(pruned, 
     graph = tmp_path / "a" / "model.ts"
     graph.write_bytes(graph.read_bytes()[:-100])
     ztp.export(pruned, "torchscript", tmp_path / "a")
-    assert exporters.load_artifact(tmp_path / "a").manifest.recipe == first.manifest.recipe
+    assert exporters.load_artifact(tmp_path / "a").manifest.fingerprint == first.manifest.fingerprint
 
 
 def test_another_version_of_the_code_exports_anew(pruned, tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_another_version_of_the_code_exports_anew(pruned, tmp_path, monkeypatch)
     first = ztp.export(pruned, "torchscript", tmp_path / "a")
     monkeypatch.setattr(exporters, "sources_sha256", lambda *rooms: f"other {rooms}")
     second = ztp.export(pruned, "torchscript", tmp_path / "a")
-    assert second.manifest.recipe != first.manifest.recipe
+    assert second.manifest.fingerprint != first.manifest.fingerprint
     assert ztp.export(pruned, "torchscript", tmp_path / "a").manifest == second.manifest
 
 

@@ -90,7 +90,7 @@ def test_bf16_computes_the_same_function_less_exactly(artifact, pruned, tmp_path
 def test_converting_gives_what_exporting_gives(artifact, pruned, tmp_path):
     converted = exporters.convert(artifact, "fp16", tmp_path / "converted")
     exported = ztp.export(pruned, "onnx", tmp_path / "exported", precision="fp16")
-    assert converted.manifest.recipe == exported.manifest.recipe
+    assert converted.manifest.fingerprint == exported.manifest.fingerprint
     assert converted.manifest.files == exported.manifest.files
 
 

@@ -26,9 +26,9 @@ from ztp_deploy.manifest import (
     EngineManifest,
     check_replaceable,
     hash_files,
+    hash_of,
     manifest_sha256,
     read_manifest,
-    recipe_hash,
     sources_sha256,
     verify_files,
     write_manifest,
@@ -158,7 +158,7 @@ def engine_directory(
     machine = f"{target.name}-{target.backend.version()}-{target.device.slug}"
     parts = [artifact.source.name, artifact.plan.label, target.precision, f"b{target.batch}", *artifact.tags]
     if target.settings != target.backend.parse_settings({}):
-        parts.append(f"s{recipe_hash(settings=target.settings)[:6]}")
+        parts.append(f"s{hash_of(settings=target.settings)[:6]}")
     if images := _fitted_to(target, calibration):
         parts.append(f"c{images[:6]}")
     return root / machine / "--".join(parts)
@@ -249,8 +249,8 @@ def build_target(
     check_replaceable(directory, EngineManifest)
     sweep(directory.parent)
     artifact_sha256 = manifest_sha256(artifact.directory)
-    recipe = recipe_hash(
-        artifact=source.recipe,
+    fingerprint = hash_of(
+        artifact=source.fingerprint,
         sources=sources_sha256(*SOURCES),
         backend=name,
         version=module.version(),
@@ -261,7 +261,7 @@ def build_target(
         settings=target.settings,
         calibration=_fitted_to(target, calibration),
     )
-    standing = _standing(directory, recipe, artifact_sha256)
+    standing = _standing(directory, fingerprint, artifact_sha256)
     if standing is not None:
         return standing
     verify_files(artifact.directory, source)
@@ -288,7 +288,7 @@ def build_target(
             outputs=source.outputs,
             audit=source.audit,
             versions=source.versions,
-            recipe=recipe,
+            fingerprint=fingerprint,
             files=hash_files(scratch),
             backend=name,
             backend_version=module.version(),
@@ -360,13 +360,13 @@ def load_engine(directory: Path | str) -> Session:
     return Session(engine.directory, manifest, runner)
 
 
-def _standing(directory: Path, recipe: str, artifact_sha256: str) -> Engine | None:
-    """The finished engine of the same recipe, if it is there and whole."""
+def _standing(directory: Path, fingerprint: str, artifact_sha256: str) -> Engine | None:
+    """The finished engine of the same fingerprint, if it is there and whole."""
     from ztp_deploy.errors import ZtpError
 
     try:
         engine = find_engine(directory)
     except ZtpError:
         return None
-    same = engine.manifest.recipe == recipe and engine.manifest.artifact_sha256 == artifact_sha256
+    same = engine.manifest.fingerprint == fingerprint and engine.manifest.artifact_sha256 == artifact_sha256
     return engine if same else None

@@ -42,9 +42,9 @@ _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}
 class Settings(BaseModel):
     """`threads` 0: one per core. `spin_between_runs`: idle threads keep a core busy for a faster wake-up.
 
-    `provider`: the device's own (CPU or CUDA), or on RTX GPUs NVIDIA's plugin for TensorRT-RTX. `attention`: fused into
-    the library's own operator where no stage reads it (fp32 on the CPU, fp16 on CUDA), or left as it was exported; in
-    fp16 on CUDA "fused" stands for more, see `onnxruntime_cuda`. `cuda_graph`: on a GPU, record one CUDA graph per batch
+    `provider`: the device's own (CPU or CUDA), or on RTX GPUs NVIDIA's plugin for TensorRT-RTX. `operators`: "fused"
+    makes attention that no stage reads the library's own operator (fp32 on the CPU) and rewrites more for CUDA's kernels
+    (fp16, see `onnxruntime_cuda`); "exported" leaves the graph as it was exported. `cuda_graph`: on a GPU, record one CUDA graph per batch
     size when it first comes and replay it; the library keeps them by thread, so serve from one.
     """
 
@@ -53,7 +53,7 @@ class Settings(BaseModel):
     threads: int = Field(default=0, ge=0, le=1024)
     spin_between_runs: bool = False
     provider: Literal["auto", "tensorrt_rtx"] = "auto"
-    attention: Literal["fused", "open"] = "fused"
+    operators: Literal["fused", "exported"] = "fused"
     cuda_graph: bool = False
 
 
@@ -123,7 +123,7 @@ def build(job: BuildJob) -> dict[str, Any]:
         )
     job.copy_graph()
     # On CUDA its float32 may be TF32 whatever is asked, and its bf16 is younger than the releases that are supported.
-    if settings.attention == "open" or job.precision != {"cpu": "fp32", "cuda": "fp16"}[job.device.name]:
+    if settings.operators == "exported" or job.precision != {"cpu": "fp32", "cuda": "fp16"}[job.device.name]:
         return {}
     if job.device.name == "cuda":
         return onnxruntime_cuda.fit(job.directory / GRAPH_FILE)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed
 from ztp_deploy.evidence.accuracy import Speed
 from ztp_deploy.evidence.labelled import Labelled, batches
-from ztp_deploy.manifest import recipe_hash
+from ztp_deploy.manifest import hash_of
 from ztp_deploy.models.preprocessing import Transform
 from ztp_deploy.scratch import write_bytes
 
@@ -45,7 +45,7 @@ def partial_file(folder: Path, predictor: Predictor, data: Labelled) -> Path:
 
 
 def _key(predictor: Predictor, data: Labelled) -> str:
-    return recipe_hash(identity=predictor.identity, batch=predictor.batch, data=data.sha256)
+    return hash_of(identity=predictor.identity, batch=predictor.batch, data=data.sha256)
 
 
 def predict(

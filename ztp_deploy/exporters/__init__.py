@@ -15,8 +15,8 @@ from ztp_deploy.manifest import (
     ImageInput,
     check_replaceable,
     hash_files,
+    hash_of,
     read_manifest,
-    recipe_hash,
     sources_sha256,
     verify_files,
     write_manifest,
@@ -97,8 +97,8 @@ def export(
     check_replaceable(final, ArtifactManifest)
     sweep(final.parent)
     versions = {package: version(package) for package in ("ztp_deploy", "torch", "timm", *exporter.PACKAGES)}
-    recipe = _recipe(format, precision, input, pruned.source, pruned.plan, versions)
-    standing = _standing(final, recipe)
+    fingerprint = _fingerprint(format, precision, input, pruned.source, pruned.plan, versions)
+    standing = _standing(final, fingerprint)
     if standing is not None:
         return standing
     graph = InferenceGraph(pruned, input)
@@ -114,7 +114,7 @@ def export(
             audit=graph.audit_names,
             opset=exporter.OPSET,
             versions=versions,
-            recipe=recipe,
+            fingerprint=fingerprint,
             files=hash_files(scratch),
         )
         manifest = write_manifest(manifest, scratch)
@@ -140,20 +140,22 @@ def convert(artifact: Artifact, precision: str, directory: Path | str) -> Artifa
     final = Path(directory)
     check_replaceable(final, ArtifactManifest)
     sweep(final.parent)
-    recipe = _recipe(source.format, precision, source.input.dtype, source.source, source.plan, source.versions)
-    standing = _standing(final, recipe)
+    fingerprint = _fingerprint(
+        source.format, precision, source.input.dtype, source.source, source.plan, source.versions
+    )
+    standing = _standing(final, fingerprint)
     if standing is not None:
         return standing
     verify_files(artifact.directory, source)
     with new_directory(final) as scratch:
         get(source.format).convert(artifact.directory, source.plan, scratch, precision)  # type: ignore[attr-defined]
-        changes = {"precision": precision, "recipe": recipe, "files": hash_files(scratch), "seal": ""}
+        changes = {"precision": precision, "fingerprint": fingerprint, "files": hash_files(scratch), "seal": ""}
         manifest = write_manifest(source.model_copy(update=changes), scratch)
     return Artifact(final, manifest)
 
 
-def _recipe(format: str, precision: str, input: str, source: Source, plan: Plan, versions: dict[str, str]) -> str:
-    return recipe_hash(
+def _fingerprint(format: str, precision: str, input: str, source: Source, plan: Plan, versions: dict[str, str]) -> str:
+    return hash_of(
         sources=sources_sha256(*SOURCES),
         format=format,
         precision=precision,
@@ -182,12 +184,12 @@ def load_artifact(directory: Path | str) -> Artifact:
     return Artifact(folder, manifest)
 
 
-def _standing(directory: Path, recipe: str) -> Artifact | None:
-    """The finished artifact of the same recipe, if it is there and whole."""
+def _standing(directory: Path, fingerprint: str) -> Artifact | None:
+    """The finished artifact of the same fingerprint, if it is there and whole."""
     from ztp_deploy.errors import ZtpError
 
     try:
         artifact = load_artifact(directory)
     except ZtpError:
         return None
-    return artifact if artifact.manifest.recipe == recipe else None
+    return artifact if artifact.manifest.fingerprint == fingerprint else None
