@@ -35,7 +35,7 @@ from tests.cpp.conftest import (
     reseal,
 )
 from ztp_deploy import environment
-from ztp_deploy.errors import ZtpError
+from ztp_deploy.errors import DamagedFiles, ZtpError
 from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
 from ztp_deploy.models.preprocessing import transform_for
@@ -421,6 +421,9 @@ def test_a_half_written_graph_is_named(runtime, openvino_engine, tmp_path):
     (engine / "model.xml").write_bytes((engine / "model.xml").read_bytes()[:1000])
     reseal(engine)
     problem, code = refusal(runtime.run(engine, "--selftest", "--json"))
+    with pytest.raises(DamagedFiles) as told:
+        ztp.load_engine(engine)
+    assert problem == told.value.problem
     assert problem.startswith(f"OpenVINO cannot open {engine}/model.xml: ")
     assert code == 2
     shutil.copy(openvino_engine / "model.xml", engine / "model.xml")

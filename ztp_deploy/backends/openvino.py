@@ -334,4 +334,4 @@ def _reason(error: Exception) -> str:
     """The last line of OpenVINO's nested messages: those before it name source files and the check that failed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith("Exception from")]
-    return (told or lines or ["no reason given"])[-1].rstrip(".!")
+    return (told or lines or ["no reason was given"])[-1].rstrip(".!")

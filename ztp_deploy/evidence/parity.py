@@ -302,7 +302,7 @@ def _observed_sides(
     with load_engine(engine.directory) as session:
         if exported is not None:
             join("exported", *exported, batch=8)
-        join("engine", session._runner, TOLERANCES[manifest.precision], manifest.batch.opt)
+        join("engine", session.runner, TOLERANCES[manifest.precision], manifest.batch.opt)
         yield sides
 
 

@@ -67,7 +67,7 @@ class OpenVinoRunner final : public Runner {
     try {
       return core.compile_model(core.read_model(graph, weights), device, properties);
     } catch (const std::exception& error) {
-      throw DamagedFiles("OpenVINO cannot open " + graph + ": " + reason_in(error.what()) + ".", "Build it again.");
+      throw DamagedFiles("OpenVINO cannot open " + graph + ": " + innermost_reason_in(error.what()) + ".", "Build it again.");
     }
   }
 

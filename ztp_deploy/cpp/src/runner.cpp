@@ -49,18 +49,33 @@ Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector
   return outputs;
 }
 
-std::string reason_in(const std::string& message) {
+namespace {
+
+/// The lines of a message, trimmed and without full stops; those that only name a source file if there are no others.
+std::vector<std::string> telling_lines(const std::string& message) {
   std::istringstream lines(message);
-  std::string first;
+  std::vector<std::string> told;
+  std::vector<std::string> places;
   for (std::string line; std::getline(lines, line);) {
-    const std::size_t end = line.find_last_not_of(" \t\r.");
+    const std::size_t end = line.find_last_not_of(" \t\r.!");
     if (end == std::string::npos) continue;
     line.resize(end + 1);
     line.erase(0, line.find_first_not_of(" \t"));
-    if (line.rfind("Exception from", 0) != 0) return line;
-    if (first.empty()) first = line;
+    (line.rfind("Exception from", 0) == 0 ? places : told).push_back(line);
   }
-  return first.empty() ? "no reason was given" : first;
+  return told.empty() ? places : told;
+}
+
+}  // namespace
+
+std::string reason_in(const std::string& message) {
+  const std::vector<std::string> lines = telling_lines(message);
+  return lines.empty() ? "no reason was given" : lines.front();
+}
+
+std::string innermost_reason_in(const std::string& message) {
+  const std::vector<std::string> lines = telling_lines(message);
+  return lines.empty() ? "no reason was given" : lines.back();
 }
 
 }  // namespace ztp

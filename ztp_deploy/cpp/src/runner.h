@@ -37,6 +37,9 @@ Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector
 /// The first line that says something of a library's message, which may hold pages of its sources' names; no full stop.
 std::string reason_in(const std::string& message);
 
+/// The last such line, for nested messages as OpenVINO's: those before it name the checks that failed on the way.
+std::string innermost_reason_in(const std::string& message);
+
 // One a back end; each exists where that back end is compiled in. They throw DamagedFiles and MissingSoftware.
 std::unique_ptr<Runner> open_aotinductor(const EngineFolder& folder);
 std::unique_ptr<Runner> open_onnxruntime(const EngineFolder& folder);
