@@ -257,7 +257,7 @@ def test_list_and_doctor(ztp):
 
 
 def test_missing_software_is_named_with_its_command(ztp, monkeypatch):
-    monkeypatch.setattr("ztp_deploy.backends.onnxruntime.missing", lambda: "onnxruntime-gpu")
+    monkeypatch.setattr("ztp_deploy.backends.onnxruntime.backend.missing", lambda: "onnxruntime-gpu")
     code, out, _ = ztp("list")
     assert (code, "pip install onnxruntime-gpu" in out) == (0, True)
     code, out, err = ztp("engine", "-m", "deit_t", "-r", 0.7)

@@ -305,7 +305,7 @@ def test_a_gpu_that_is_not_there_is_not_replaced(backend, monkeypatch):
 
 def test_a_silent_fall_back_of_the_provider_is_an_error(shared_engine, monkeypatch):
     """ONNX Runtime opens a CPU session although CUDA was asked for; that must not pass."""
-    from ztp_deploy.backends import onnxruntime as backend
+    from ztp_deploy.backends.onnxruntime import backend
 
     monkeypatch.setattr(environment, "gpus", lambda: (environment.Gpu("NVIDIA Test", "9.0", 1.0),))
     monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None, raising=False)

@@ -12,7 +12,7 @@ from onnx import TensorProto
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import exporters
-from ztp_deploy.backends import onnxruntime as onnxruntime_backend
+from ztp_deploy.backends.onnxruntime import backend as onnxruntime_backend
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence import parity
 from ztp_deploy.exporters import precision, vocabulary

@@ -37,8 +37,8 @@ from ztp_deploy.scratch import new_directory, sweep
 
 BACKENDS: dict[str, str] = {
     "aotinductor": "ztp_deploy.backends.aotinductor",
-    "onnxruntime": "ztp_deploy.backends.onnxruntime",
-    "openvino": "ztp_deploy.backends.openvino",
+    "onnxruntime": "ztp_deploy.backends.onnxruntime.backend",
+    "openvino": "ztp_deploy.backends.openvino.backend",
     "torchscript": "ztp_deploy.backends.torchscript",
     "tensorrt": "ztp_deploy.backends.tensorrt:TENSORRT",
     "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",

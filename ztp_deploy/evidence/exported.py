@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ztp_deploy.backends import onnxruntime
 from ztp_deploy.backends.base import Runner
+from ztp_deploy.backends.onnxruntime import backend as onnxruntime
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters import Artifact, torch_export
 

@@ -15,7 +15,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from tests.backends.tensorrt import needs_modelopt, needs_rtx
 from ztp_deploy import backends, environment
-from ztp_deploy.backends import onnxruntime as onnxruntime_backend
+from ztp_deploy.backends.onnxruntime import backend as onnxruntime_backend
 from ztp_deploy.backends.tensorrt import quantise
 from ztp_deploy.backends.tensorrt.build import build_plan
 from ztp_deploy.backends.tensorrt.graph import low_products

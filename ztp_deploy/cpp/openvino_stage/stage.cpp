@@ -2,7 +2,7 @@
 ///
 /// The stage I′ → S → I of `methods/zero_tprune.py` in float32, in the names used there. Inputs are attention
 /// [B, H, N, M ≥ N] and keys [B, N, D], both float32 or both bf16, with axes of 1 before those where the graph has use
-/// for them. Attention comes as probabilities whose rows sum to 1, or as exponentials E (`openvino_attention`).
+/// for them. Attention comes as probabilities whose rows sum to 1, or as exponentials E (`backends/openvino/attention.py`).
 /// Outputs are row sums [B, H, N, 1] and a report [B, R, 1]: the audit scores pre_spread and spread, the kept slots, best
 /// first, pre_score, similarity and score; without an S-stage no pre_spread, pre_score and similarity. The CPU plugin calls `evaluate` from
 /// several threads at once, in the arena of the stream that it runs.

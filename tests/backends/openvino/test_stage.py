@@ -18,9 +18,8 @@ from openvino.utils.node_factory import NodeFactory
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import environment
-from ztp_deploy.backends import openvino as backend
-from ztp_deploy.backends import openvino_ir as ir
-from ztp_deploy.backends import openvino_stage as stages
+from ztp_deploy.backends.openvino import backend, ir
+from ztp_deploy.backends.openvino import stage as stages
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.methods import zero_tprune
 from ztp_deploy.plan import Stage

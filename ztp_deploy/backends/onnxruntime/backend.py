@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
-from ztp_deploy.backends import onnxruntime_cuda, torch_device
-from ztp_deploy.backends import onnxruntime_rtx as rtx
+from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
-from ztp_deploy.backends.onnxruntime_graph import fuse_attention
+from ztp_deploy.backends.onnxruntime import cuda, rtx
+from ztp_deploy.backends.onnxruntime.graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest
@@ -44,7 +44,7 @@ class Settings(BaseModel):
 
     `provider`: the device's own (CPU or CUDA), or on RTX GPUs NVIDIA's plugin for TensorRT-RTX. `operators`: "fused"
     makes attention that no stage reads the library's own operator (fp32 on the CPU) and rewrites more for CUDA's kernels
-    (fp16, see `onnxruntime_cuda`); "exported" leaves the graph as it was exported. `cuda_graph`: on a GPU, record one CUDA graph per batch
+    (fp16, see `cuda`); "exported" leaves the graph as it was exported. `cuda_graph`: on a GPU, record one CUDA graph per batch
     size when it first comes and replay it; the library keeps them by thread, so serve from one.
     """
 
@@ -126,7 +126,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     if settings.operators == "exported" or job.precision != {"cpu": "fp32", "cuda": "fp16"}[job.device.name]:
         return {}
     if job.device.name == "cuda":
-        return onnxruntime_cuda.fit(job.directory / GRAPH_FILE)
+        return cuda.fit(job.directory / GRAPH_FILE)
     fused, unread = fuse_attention(job.directory / GRAPH_FILE)
     return {"attention_fused": fused, "attention_expected": unread}
 

@@ -17,11 +17,11 @@ import torch
 
 import ztp_deploy as ztp
 from tests import tiny
-from tests.backends.test_onnxruntime_graph import assert_same, kinds, run, unused
+from tests.backends.onnxruntime.test_graph import assert_same, kinds, run, unused
 from ztp_deploy import environment
-from ztp_deploy.backends import onnxruntime as backend
 from ztp_deploy.backends.base import Device
-from ztp_deploy.backends.onnxruntime_cuda import fit
+from ztp_deploy.backends.onnxruntime import backend
+from ztp_deploy.backends.onnxruntime.cuda import fit
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters.onnx import with_audit
 

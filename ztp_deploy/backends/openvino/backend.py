@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
-from ztp_deploy.backends import openvino_attention as attention
-from ztp_deploy.backends import openvino_ir as ir
-from ztp_deploy.backends import openvino_stage as stages
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
+from ztp_deploy.backends.openvino import attention, ir
+from ztp_deploy.backends.openvino import stage as stages
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.manifest import EngineManifest

@@ -17,9 +17,7 @@ from tests import tiny
 from tests.runs import Silent
 from ztp_deploy import environment
 from ztp_deploy.backends import find_engine, particulars
-from ztp_deploy.backends import openvino as backend
-from ztp_deploy.backends import openvino_attention as attention
-from ztp_deploy.backends import openvino_ir as ir
+from ztp_deploy.backends.openvino import attention, backend, ir
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import load_images
 from ztp_deploy.workflow.progress import Clock
@@ -449,4 +447,4 @@ def test_a_reason_is_what_the_innermost_message_ends_with(tmp_path):
         openvino.Core().read_model(tmp_path / "model.onnx")
     assert backend._reason(unread.value).startswith("Unable to read the model: ")
     assert backend._reason(RuntimeError("Exception from a.cpp:1:\n")) == "Exception from a.cpp:1:"
-    assert backend._reason(RuntimeError("\n")) == "no reason given"
+    assert backend._reason(RuntimeError("\n")) == "no reason was given"

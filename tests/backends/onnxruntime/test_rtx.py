@@ -12,8 +12,7 @@ import pytest
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import environment, exporters
-from ztp_deploy.backends import onnxruntime as backend
-from ztp_deploy.backends import onnxruntime_rtx as rtx
+from ztp_deploy.backends.onnxruntime import backend, rtx
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 
 GPU = environment.Gpu("NVIDIA RTX 4090", "8.9", 24.0)

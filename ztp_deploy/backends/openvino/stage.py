@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ztp_deploy import environment, methods
-from ztp_deploy.backends.openvino_attention import is_attention
+from ztp_deploy.backends.openvino.attention import is_attention
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.methods import zero_tprune
 from ztp_deploy.plan import Plan, Stage
@@ -24,7 +24,7 @@ from ztp_deploy.scratch import ask_for_room
 
 METHOD = "zero_tprune"
 LIBRARY_FILE = "stage.so"
-SOURCE = Path(__file__).parents[1] / "cpp" / "openvino_stage" / "stage.cpp"
+SOURCE = Path(__file__).parents[2] / "cpp" / "openvino_stage" / "stage.cpp"
 OPERATOR = "ZeroTPruneStage"
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),

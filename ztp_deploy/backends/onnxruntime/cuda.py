@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ztp_deploy import environment
-from ztp_deploy.backends.onnxruntime_graph import DOMAIN, OpenAttention, drop, drop_unread, unread
+from ztp_deploy.backends.onnxruntime.graph import DOMAIN, OpenAttention, drop, drop_unread, unread
 from ztp_deploy.exporters.nodes import bias_of, constant, maker, only_reader, permutation
 
 if TYPE_CHECKING:

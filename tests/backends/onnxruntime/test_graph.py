@@ -11,7 +11,7 @@ import pytest
 
 import ztp_deploy as ztp
 from tests import tiny
-from ztp_deploy.backends.onnxruntime_graph import DOMAIN, FUSED, fuse_attention
+from ztp_deploy.backends.onnxruntime.graph import DOMAIN, FUSED, fuse_attention
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters.onnx import convert
 from ztp_deploy.manifest import hash_files

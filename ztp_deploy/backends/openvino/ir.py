@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ztp_deploy.backends.openvino_attention import is_attention
+from ztp_deploy.backends.openvino.attention import is_attention
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.quiet import quiet
 

@@ -1,0 +1,1 @@
+"""OpenVINO: the back end (`backend`), and what is done to a graph for it."""
