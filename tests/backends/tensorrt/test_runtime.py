@@ -15,7 +15,7 @@ from tests import tiny
 from tests.backends.tensorrt.fake_engine import FakeEngine
 from ztp_deploy import backends, environment
 from ztp_deploy.backends.base import Session
-from ztp_deploy.backends.tensorrt import runtime
+from ztp_deploy.backends.tensorrt import home, runtime
 from ztp_deploy.backends.tensorrt.library import STANDARD, Library, listening, logger
 from ztp_deploy.backends.tensorrt.runtime import Executor, TensorRTRunner
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
@@ -206,9 +206,10 @@ def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
     "here, version, settings, message",
     [
         ((), "11.4", {}, "needs an NVIDIA GPU, and none was found"),
-        ((H100,), "11.3", {}, r"was built with TensorRT 11\.4; this is 11\.3"),
+        ((H100,), "11.3", {}, r"was built with TensorRT 11\.4; this is 11\.3.*or build with version_compatible"),
+        ((H100,), "11.4.post1", {}, None),  # as the wheel names it
         ((H100,), "11.5", {"version_compatible": True}, None),
-        ((H100,), "11.3", {"version_compatible": True}, r"was built with TensorRT 11\.4; this is 11\.3"),
+        ((H100,), "11.3", {"version_compatible": True}, r"this is 11\.3\.\s+Build it again with this release"),
         ((H100,), "12.0", {"version_compatible": True}, r"was built with TensorRT 11\.4; this is 12\.0"),
         (
             (environment.Gpu("NVIDIA L4", "8.9", 24.0),),
@@ -217,6 +218,12 @@ def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
             r"built for NVIDIA H100 \(compute capability 9\.0\); this is NVIDIA L4",
         ),
         ((environment.Gpu("NVIDIA L4", "8.9", 24.0),), "11.4", {"hardware_compatible": "ampere_plus"}, None),
+        (
+            (environment.Gpu("NVIDIA T4", "7.5", 16.0),),
+            "11.4",
+            {"hardware_compatible": "ampere_plus"},
+            r"for GPUs of compute capability 8\.0 or newer; this is NVIDIA T4 \(7\.5\)",
+        ),
         ((environment.Gpu("NVIDIA H200", "9.0", 140.0),), "11.4", {}, "this is NVIDIA H200"),
         (
             (environment.Gpu("NVIDIA H200", "9.0", 140.0),),
@@ -239,6 +246,15 @@ def test_a_plan_stays_at_home(here, version, settings, message, shared_engine, m
     # What passes the gate meets the next one: this machine's torch sees no GPU.
     with pytest.raises(MissingSoftware, match=message or "torch sees no GPU"):
         backend.open_runner(tmp_path, manifest)
+
+
+def test_plans_of_10_open_in_11_where_built_for_later_ones():
+    """The one pair of major versions in TensorRT's support matrix that this project's releases can meet."""
+    assert home._opens("10.16.1.11", "11.4.0.106", True)
+    assert not home._opens("10.16.1.11", "11.4.0.106", False)
+    assert not home._opens("11.0", "10.16", True)
+    assert not home._opens("9.3", "10.0", True)
+    assert not home._opens("8.6", "11.0", True)
 
 
 def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeypatch, tmp_path):

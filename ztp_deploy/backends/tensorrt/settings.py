@@ -12,7 +12,7 @@ class Settings(BaseModel):
 
     `optimization_level`: 0 (quickest build) to 5 (most thorough search). `workspace_mib`: scratch memory that kernels
     may ask for, None for all. `timing_cache`: remember kernel timings per device and version.
-    `version_compatible`: the plan runs in later releases of the same major version.
+    `version_compatible`: the plan runs in later releases of the same major version, one of 10 also in 11.
     `hardware_compatible`: on other GPUs too (`ampere_plus`, `same_compute_capability`).
     `refit`: weights can be replaced; `strip_plan`: they are left out of the plan and put in from `model.onnx` at opening.
     `require_fusion`: an attention that did not fuse is an error, not a note.
