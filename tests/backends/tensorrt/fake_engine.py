@@ -44,6 +44,8 @@ class FakeContext:
         return {"images": self.shape, "logits": (self.shape[0], 10), "kept_1": (self.shape[0], 4)}[name]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        if name == self.engine.takes_no:
+            return False
         self.addresses[name] = address
         return True
 
@@ -73,6 +75,7 @@ class FakeEngine:
         self.shapes_told = self.executions = 0
         self.busy = threading.Lock()
         self.fails = self.full = False
+        self.takes_no = ""
 
     def get_tensor_name(self, index: int) -> str:
         return ("images", "logits", "kept_1")[index]

@@ -68,11 +68,51 @@ def test_outputs_belong_to_the_caller():
     assert torch.equal(first, before)
 
 
+def placed(images, offset):
+    """The images so many bytes behind a multiple of 256."""
+    memory = torch.empty(images.nelement() * 4 + 512, dtype=torch.uint8)
+    start = -memory.data_ptr() % 256 + offset
+    lies = memory[start : start + images.nelement() * 4].view(torch.float32).view(images.shape)
+    return lies.copy_(images)
+
+
 def test_the_images_are_read_where_they_lie():
     engine = FakeEngine(compute)
-    images = torch.from_numpy(tiny.images(2))
+    images = placed(torch.from_numpy(tiny.images(2)), 0)
     executor(engine).run(images)
     assert engine.contexts[0].addresses["images"] == images.data_ptr()
+
+
+def test_images_that_lie_where_tensorrt_cannot_read_are_copied():
+    engine = FakeEngine(compute)
+    images = placed(torch.from_numpy(tiny.images(2)), 4)
+    assert torch.equal(executor(engine).run(images)["logits"], compute(images)[0])
+    assert engine.contexts[0].addresses["images"] != images.data_ptr()
+
+
+@pytest.mark.parametrize("name, cuda_graph", [("images", False), ("images", True), ("logits", False)])
+def test_an_address_that_is_not_taken_ends_the_run(name, cuda_graph):
+    engine = FakeEngine(compute)
+    engine.takes_no = name
+    with pytest.raises(DamagedFiles, match=f"did not take the memory for {name}"):
+        executor(engine, cuda_graph).run(torch.zeros(1, 3, 96, 96))
+    assert not engine.executions
+
+
+def test_memory_that_was_short_once_is_asked_for_again(monkeypatch):
+    engine = FakeEngine(compute)
+    runs, images, empty = executor(engine), torch.from_numpy(tiny.images(2)), torch.empty
+    with monkeypatch.context() as short:
+
+        def fails(shape, **options):
+            if options["dtype"] is torch.int32:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return empty(shape, **options)
+
+        short.setattr(torch, "empty", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            runs.run(images)
+    assert torch.equal(runs.run(images)["logits"], compute(images)[0])
 
 
 def test_a_cuda_graph_per_batch_size(monkeypatch):

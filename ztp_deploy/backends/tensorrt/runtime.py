@@ -28,6 +28,8 @@ _DTYPES = {
     "UINT8": torch.uint8,
     "BOOL": torch.bool,
 }
+_ALIGNMENT = 256
+"""Bytes; TensorRT takes no address that is not a multiple. torch's own are, views of them need not be."""
 
 
 def open_engine(library: Library, path: Path, weights: Path | None, host_code: bool = False) -> tensorrt.ICudaEngine:
@@ -119,7 +121,9 @@ class Executor:
         batch = images.shape[0]
         lane = self._lane(images)
         if not self._cuda_graph:
-            lane.context.set_tensor_address(self.inputs[0], images.data_ptr())
+            if images.data_ptr() % _ALIGNMENT:
+                images = images.clone()
+            self._bind(lane, self.inputs[0], images)
             self._enqueue(lane, stream)
         else:
             lane.buffers[self.inputs[0]].copy_(images)
@@ -150,16 +154,21 @@ class Executor:
         return lane
 
     def _allocate(self, lane: _Lane, images: Tensor) -> None:
-        """Buffers for the largest batch that this context will see."""
+        """Buffers for the largest batch that this context will see: all of them, or none where memory is short."""
         largest = images.shape[0] if self._cuda_graph else self._largest
-        if self._cuda_graph:
-            lane.buffers[self.inputs[0]] = torch.empty_like(images)
-            lane.context.set_tensor_address(self.inputs[0], lane.buffers[self.inputs[0]].data_ptr())
+        buffers = {self.inputs[0]: torch.empty_like(images)} if self._cuda_graph else {}
         for name in self.outputs:
             shape = tuple(lane.context.get_tensor_shape(name))
             dtype = _DTYPES[self._engine.get_tensor_dtype(name).name]
-            lane.buffers[name] = torch.empty((largest, *shape[1:]), dtype=dtype, device=self.device)
-            lane.context.set_tensor_address(name, lane.buffers[name].data_ptr())
+            buffers[name] = torch.empty((largest, *shape[1:]), dtype=dtype, device=self.device)
+        for name, buffer in buffers.items():
+            self._bind(lane, name, buffer)
+        lane.buffers = buffers
+
+    def _bind(self, lane: _Lane, name: str, memory: Tensor) -> None:
+        """Refused, an address leaves the one before in its place: the run would read or write there."""
+        if not lane.context.set_tensor_address(name, memory.data_ptr()):
+            raise DamagedFiles(f"TensorRT did not take the memory for {name}.", "Build the engine again.")
 
     def _enqueue(self, lane: _Lane, stream: int) -> None:
         if not lane.context.execute_async_v3(stream):
