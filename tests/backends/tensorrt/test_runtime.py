@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -133,6 +134,41 @@ def test_a_cuda_graph_per_batch_size(monkeypatch):
         assert addresses == [dict(context.addresses) for context in engine.contexts][: len(addresses)]
     assert recorded == [2, 5]
     assert [context.runs for context in engine.contexts] == [3, 2]
+
+
+def test_what_cannot_be_recorded_is_run_plainly_and_not_tried_again(monkeypatch):
+    engine, tries = FakeEngine(compute), []
+
+    @contextmanager
+    def fails(stream):
+        tries.append(stream)
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(runtime, "capture", fails)
+    runs = executor(engine, cuda_graph=True)
+    images = torch.from_numpy(tiny.images(2))
+    with pytest.warns(UserWarning, match="without a CUDA graph, which could not be recorded: operation failed"):
+        outputs = [runs.run(images)["logits"] for _ in range(3)]
+    assert all(torch.equal(logits, compute(images)[0]) for logits in outputs)
+    assert len(tries) == 1
+
+
+def test_closing_waits_for_the_device():
+    engine, done = FakeEngine(compute), []
+    runs = executor(engine)
+    runs.run(torch.zeros(1, 3, 96, 96))
+    runs._stream = SimpleNamespace(synchronize=lambda: done.append(len(runs._lanes)))
+    runs.close()
+    assert done == [1]  # with the contexts still there
+    assert not runs._lanes
+
+
+def test_a_run_that_comes_after_closing_says_so(session):
+    session.close()
+    for late in (session._runner.run, session._runner.audit):  # as from a thread that had passed the session's check
+        with pytest.raises(BadRequest, match="closed"):
+            late(tiny.images(1))
 
 
 def test_threads_wait_for_each_other(session):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ztp_deploy.backends import torch_device
+from ztp_deploy.backends.cuda_graph import capture
 from ztp_deploy.backends.tensorrt.library import Library, listening
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 
@@ -79,6 +81,7 @@ class _Lane:
     context: tensorrt.IExecutionContext
     buffers: dict[str, Tensor] = field(default_factory=dict)
     graph: Any = None
+    recordable: bool = True
 
 
 class Executor:
@@ -91,6 +94,7 @@ class Executor:
 
     def __init__(self, engine: tensorrt.ICudaEngine, *, largest: int, device: str, cuda_graph: bool) -> None:
         self._engine = engine
+        self._closed = False
         self._largest = largest
         self.device = torch.device(device)
         self._cuda_graph = cuda_graph
@@ -104,6 +108,8 @@ class Executor:
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Images on the device → outputs on the device, in the order of the caller's current stream."""
         with self._lock:
+            if self._closed:
+                raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
             if self._stream is None:
                 return self._execute(images, 0)
             caller = torch.cuda.current_stream(self.device)
@@ -127,12 +133,14 @@ class Executor:
             self._enqueue(lane, stream)
         else:
             lane.buffers[self.inputs[0]].copy_(images)
-            if lane.graph is None:
+            if lane.graph is not None:
+                lane.graph.replay()
+            else:
                 # The first run after a change of shape prepares things that cannot be recorded.
                 self._enqueue(lane, stream)
-                lane.graph = self._record(lane, stream)
-            else:
-                lane.graph.replay()
+                if lane.recordable:
+                    lane.graph = self._record(lane, stream)
+                    lane.recordable = lane.graph is not None
         return {name: lane.buffers[name][:batch].clone() for name in self.outputs}
 
     def _lane(self, images: Tensor) -> _Lane:
@@ -175,16 +183,27 @@ class Executor:
             raise DamagedFiles("TensorRT could not run the engine.", "Build it again on this machine.")
 
     def _record(self, lane: _Lane, stream: int) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream):
-            self._enqueue(lane, stream)
+        """The run as a graph; None where it cannot be recorded, which a warning says."""
+        try:
+            with capture(self._stream) as graph:
+                self._enqueue(lane, stream)
+        except (RuntimeError, DamagedFiles) as error:  # torch's own, which may hide the library's
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            warnings.warn(f"TensorRT runs without a CUDA graph, which could not be recorded: {reason}.", stacklevel=2)
+            return None
         return graph
 
     def close(self) -> None:
-        """Frees contexts, buffers and engine."""
+        """Frees contexts, buffers and engine, once the device is done with them."""
         with self._lock:
-            self._lanes.clear()
-            del self._engine
+            if self._closed:
+                return
+            self._closed = True
+            if self._stream is not None:
+                self._stream.synchronize()
+            with torch.cuda.stream(self._stream):  # whatever device is the thread's
+                self._lanes.clear()
+                del self._engine
 
 
 class TensorRTRunner:
@@ -214,9 +233,10 @@ class TensorRTRunner:
         return self._host(self._audited, images, (*self._outputs, *self._audit))
 
     def close(self) -> None:
-        for executor in (self._shipped, self._audited):
-            if executor is not None:
-                executor.close()
+        with self._lock:
+            self._audited = self._audited or self._shipped  # a late audit opens no plan
+            self._shipped.close()
+            self._audited.close()
 
     def _host(self, executor: Executor, images: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[Any]]:
         batch = torch_device.tensor_of(images).to(executor.device)
