@@ -16,7 +16,6 @@ from ztp_deploy.errors import BadRequest
     [
         ("cpu", "cpu", None),
         ("cuda:0", "cuda:0", None),
-        ("cuda:1", "cuda", None),
         ("cuda:1", "cuda:0", "tensors on cuda:0; one on cuda:1 came"),
         ("cpu", "cuda:0", "tensors on cuda:0; one on cpu came"),
         ("cuda:0", "cpu", "tensors on cpu; one on cuda:0 came"),

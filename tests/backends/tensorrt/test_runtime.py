@@ -266,6 +266,25 @@ def test_a_plan_that_does_not_open_is_a_sentence(monkeypatch, tmp_path):
     assert runtime.open_engine(fake_library(engine, "", monkeypatch), tmp_path / "model.plan", None) is engine
 
 
+def test_a_plan_is_opened_on_the_first_gpu(monkeypatch, tmp_path):
+    """Whichever is the thread's own: home and manifest speak of the first."""
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    current = [1]
+
+    @contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    library = fake_library(None, "", monkeypatch)
+    monkeypatch.setattr(library.load().Runtime, "deserialize_cuda_engine", lambda self, data: current[-1])
+    assert runtime.open_engine(library, tmp_path / "model.plan", None) == 0
+    assert current == [1]
+
+
 def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
     trt = type("Module", (), {"ILogger": FakeLogger})
     outer, inner = [], []
@@ -340,7 +359,7 @@ def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeyp
     monkeypatch.setattr(backend, "version", lambda: "11.4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runtime, "open_engine", lambda library, path, *others: opened.append(path.name))
-    monkeypatch.setattr(runtime, "Executor", lambda *arguments, **settings: SimpleNamespace())
+    monkeypatch.setattr(runtime, "Executor", lambda *arguments, **settings: opened.append(settings["device"]))
     (tmp_path / "audit.plan").write_bytes(b"planted")
     [record] = [record for name, record in shared_engine.manifest.files.items() if name == "model.onnx"]
     built = {"gpu": {"name": H100.name, "compute_capability": H100.compute_capability}}
@@ -349,7 +368,7 @@ def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeyp
     runner = backend.open_runner(tmp_path, shared_engine.manifest.model_copy(update=changes))
     with pytest.raises(BadRequest, match=r"has no audit\.plan"):
         runner.audit(np.zeros((1, 3, 96, 96), np.float32))
-    assert opened == ["model.plan"]
+    assert opened == ["model.plan", "cuda:0"]
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.tensorrt import config as configuration
 from ztp_deploy.backends.tensorrt import network as networks
 from ztp_deploy.backends.tensorrt.graph import QUANTISED, attentions, low_products
@@ -83,7 +84,7 @@ def build_plan(order: Order, progress: Progress) -> BuiltPlan:
     """Parses, configures and builds. Raises BadRequest, GateFailed, MissingSoftware; Ctrl-C cancels."""
     trt = order.library.load()
     heard = _Heard()
-    with listening(trt, heard) as log:
+    with torch_device.first_gpu(), listening(trt, heard) as log:
         builder: tensorrt.Builder = _builder(trt, order.library, log, heard)
         network, parser = networks.parse(trt, builder, log, order.model, order.graph)
         counts = [networks.check_precision(trt, network, order.model, precision) for precision in order.computes_in]

@@ -44,7 +44,10 @@ def open_engine(library: Library, path: Path, weights: Path | None, host_code: b
     """
     trt = library.load()
     errors: list[str] = []
-    with listening(trt, lambda severity, text: errors.append(text) if "error" in severity else None) as log:
+    with (
+        torch_device.first_gpu(),
+        listening(trt, lambda severity, text: errors.append(text) if "error" in severity else None) as log,
+    ):
         runtime: tensorrt.Runtime = trt.Runtime(log)
         runtime.engine_host_code_allowed = host_code
         engine: tensorrt.ICudaEngine = runtime.deserialize_cuda_engine(path.read_bytes())
