@@ -62,6 +62,8 @@ class FakeContext:
             view(self.addresses["kept_1"], kept.shape, torch.int32).copy_(kept)
         finally:
             self.engine.busy.release()
+        if self.engine.fails:
+            self.engine.complain("IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (an illegal access)")
         return not self.engine.fails
 
 
@@ -76,6 +78,7 @@ class FakeEngine:
         self.busy = threading.Lock()
         self.fails = self.full = False
         self.takes_no = ""
+        self.complain: Callable[[str], None] = lambda message: None
 
     def get_tensor_name(self, index: int) -> str:
         return ("images", "logits", "kept_1")[index]

@@ -297,6 +297,44 @@ def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
     assert (inner, outer) == ([("warning", "inside")], [("error", "outside")])
 
 
+def test_an_engines_reasons_are_its_callers_and_no_builds():
+    """A build in another thread listens to the same logger, and takes its last error for its own."""
+    trt = type("OtherModule", (), {"ILogger": FakeLogger})
+    engine, build = FakeEngine(compute), []
+    engine.complain = lambda message: logger(trt).log(SimpleNamespace(name="ERROR"), message)
+    engine.fails = True
+    with listening(trt, lambda *heard: build.append(heard)):
+        with pytest.raises(DamagedFiles, match=r"could not run the engine: Cuda Runtime \(an illegal access\)\."):
+            executor(engine).run(torch.zeros(1, 3, 96, 96))
+        assert build == []
+        engine.complain("the build's own")
+    assert build == [("error", "the build's own")]
+
+
+def test_a_library_that_does_not_start_is_a_sentence(monkeypatch, tmp_path):
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    library = fake_library(None, "", monkeypatch)
+
+    def fails(log):
+        log.log(SimpleNamespace(name="ERROR"), "CUDA initialization failure with error: 35.")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(library.load(), "Runtime", fails)
+    with pytest.raises(MissingSoftware, match=r"FakeRT cannot start: CUDA initialization failure with error: 35\."):
+        runtime.open_engine(library, tmp_path / "model.plan", None)
+
+
+@pytest.mark.parametrize("parses, reason", [(False, "no weights for qkv"), (True, "it gave no reason")])
+def test_weights_that_do_not_fit_say_why(monkeypatch, tmp_path, parses, reason):
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    trt = fake_library(object(), "" if parses else "no weights for qkv", monkeypatch)
+    fails = SimpleNamespace(refit_from_file=lambda path: parses, refit_cuda_engine=lambda: False)
+    for name in ("Refitter", "OnnxParserRefitter"):
+        monkeypatch.setattr(trt.load(), name, lambda *arguments: fails, raising=False)
+    with pytest.raises(DamagedFiles, match=rf"do not fit the stripped plan: {reason}\."):
+        runtime.open_engine(trt, tmp_path / "model.plan", tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(
     "here, version, settings, message",
     [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.cuda_graph import capture
-from ztp_deploy.backends.tensorrt.library import Library, listening
+from ztp_deploy.backends.tensorrt.library import Library, listening, overhearing, sentence, started
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ def open_engine(library: Library, path: Path, weights: Path | None, host_code: b
         torch_device.first_gpu(),
         listening(trt, lambda severity, text: errors.append(text) if "error" in severity else None) as log,
     ):
-        runtime: tensorrt.Runtime = trt.Runtime(log)
+        runtime: tensorrt.Runtime = started(trt.Runtime, log, library, errors)
         runtime.engine_host_code_allowed = host_code
         engine: tensorrt.ICudaEngine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is not None and weights is not None:
-            _refit(trt, engine, log, weights)
+            _refit(trt, engine, log, weights, errors)
     if engine is None:
-        reason = errors[0].splitlines()[0] if errors else "it gave no reason"
+        reason = _reason(errors[:1])
         raise DamagedFiles(
             f"{library.title} {trt.__version__} cannot open {path}: {reason}.",
             "A plan fits the GPU and the version it was built with; build it again on this machine.",
@@ -62,11 +62,18 @@ def open_engine(library: Library, path: Path, weights: Path | None, host_code: b
     return engine
 
 
-def _refit(trt: Any, engine: tensorrt.ICudaEngine, log: tensorrt.ILogger, weights: Path) -> None:
+def _refit(trt: Any, engine: tensorrt.ICudaEngine, log: tensorrt.ILogger, weights: Path, errors: Sequence[str]) -> None:
     refitter: tensorrt.Refitter = trt.Refitter(engine, log)
     parser: tensorrt.OnnxParserRefitter = trt.OnnxParserRefitter(refitter, log)
     if not parser.refit_from_file(str(weights)) or not refitter.refit_cuda_engine():
-        raise DamagedFiles(f"The weights in {weights} do not fit the stripped plan.", "Build the engine again.")
+        raise DamagedFiles(
+            f"The weights in {weights} do not fit the stripped plan: {_reason(errors)}.", "Build the engine again."
+        )
+
+
+def _reason(errors: Sequence[str], otherwise: str = "it gave no reason") -> str:
+    """What the library last complained of, in its words."""
+    return sentence(errors[-1].splitlines()[0]) if errors else otherwise
 
 
 def inspect(library: Library, path: Path, host_code: bool = False) -> str:
@@ -98,6 +105,7 @@ class Executor:
     def __init__(self, engine: tensorrt.ICudaEngine, *, largest: int, device: str, cuda_graph: bool) -> None:
         self._engine = engine
         self._closed = False
+        self._errors: list[str] = []
         self._largest = largest
         self.device = torch.device(device)
         self._cuda_graph = cuda_graph
@@ -110,7 +118,7 @@ class Executor:
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Images on the device → outputs on the device, in the order of the caller's current stream."""
-        with self._lock:
+        with self._lock, overhearing() as self._errors:
             if self._closed:
                 raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
             if self._stream is None:
@@ -155,11 +163,15 @@ class Executor:
             lane = self._lanes[key] = _Lane(self._engine.create_execution_context())
             if lane.context is None:
                 del self._lanes[key]
-                raise MissingSoftware("TensorRT could not set the engine up: the GPU's memory is short.", "Free some.")
+                reason = _reason(self._errors, "the GPU's memory is short")
+                raise MissingSoftware(f"TensorRT could not set the engine up: {reason}.", "Free memory on the GPU.")
         if lane.buffers and tuple(lane.context.get_tensor_shape(self.inputs[0])) == tuple(images.shape):
             return lane
         if not lane.context.set_input_shape(self.inputs[0], tuple(images.shape)):
-            raise BadRequest(f"The engine takes no images of shape {list(images.shape)}.", "See its batch range.")
+            raise BadRequest(
+                f"The engine takes no images of shape {list(images.shape)}: {_reason(self._errors)}.",
+                "See its batch range.",
+            )
         if not lane.buffers:
             self._allocate(lane, images)
         return lane
@@ -179,11 +191,15 @@ class Executor:
     def _bind(self, lane: _Lane, name: str, memory: Tensor) -> None:
         """Refused, an address leaves the one before in its place: the run would read or write there."""
         if not lane.context.set_tensor_address(name, memory.data_ptr()):
-            raise DamagedFiles(f"TensorRT did not take the memory for {name}.", "Build the engine again.")
+            raise DamagedFiles(
+                f"TensorRT did not take the memory for {name}: {_reason(self._errors)}.", "Build the engine again."
+            )
 
     def _enqueue(self, lane: _Lane, stream: int) -> None:
         if not lane.context.execute_async_v3(stream):
-            raise DamagedFiles("TensorRT could not run the engine.", "Build it again on this machine.")
+            raise DamagedFiles(
+                f"TensorRT could not run the engine: {_reason(self._errors)}.", "Build it again on this machine."
+            )
 
     def _record(self, lane: _Lane, stream: int) -> Any:
         """The run as a graph; None where it cannot be recorded, which a warning says."""
@@ -191,7 +207,7 @@ class Executor:
             with capture(self._stream) as graph:
                 self._enqueue(lane, stream)
         except (RuntimeError, DamagedFiles) as error:  # torch's own, which may hide the library's
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = _reason(self._errors, (str(error).splitlines() or [type(error).__name__])[0].rstrip("."))
             warnings.warn(f"TensorRT runs without a CUDA graph, which could not be recorded: {reason}.", stacklevel=2)
             return None
         return graph
