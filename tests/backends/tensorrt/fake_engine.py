@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from enum import Enum
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -89,7 +90,11 @@ class FakeEngine:
     def get_tensor_dtype(self, name: str) -> Kind:
         return Kind.INT32 if name.startswith("kept") else Kind.FLOAT
 
-    def create_execution_context(self) -> FakeContext | None:
+    def create_runtime_config(self) -> SimpleNamespace:
+        return SimpleNamespace()
+
+    def create_execution_context(self, config: SimpleNamespace | None = None) -> FakeContext | None:
+        self.config = config
         if self.full:
             return None
         self.contexts.append(FakeContext(self))

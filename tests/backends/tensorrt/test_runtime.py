@@ -13,11 +13,12 @@ import torch
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.backends.tensorrt import needs_rtx
 from tests.backends.tensorrt.fake_engine import FakeEngine
 from ztp_deploy import backends, environment
 from ztp_deploy.backends.base import Session
 from ztp_deploy.backends.tensorrt import home, runtime
-from ztp_deploy.backends.tensorrt.library import STANDARD, Library, listening, logger
+from ztp_deploy.backends.tensorrt.library import RTX, STANDARD, Library, listening, logger
 from ztp_deploy.backends.tensorrt.runtime import Executor, TensorRTRunner
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.manifest import BatchRange
@@ -152,6 +153,54 @@ def test_what_cannot_be_recorded_is_run_plainly_and_not_tried_again(monkeypatch)
         outputs = [runs.run(images)["logits"] for _ in range(3)]
     assert all(torch.equal(logits, compute(images)[0]) for logits in outputs)
     assert len(tries) == 1
+
+
+RTX_RELEASES = {
+    "1.7": {
+        "CudaGraphStrategy": SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+        "DynamicShapesKernelSpecializationStrategy": SimpleNamespace(EAGER="eager"),
+    },
+    "1.1": {"DynamicShapesKernelSpecializationStrategy": SimpleNamespace(EAGER="eager")},
+    "1.0": {},
+}
+
+
+def test_the_portable_library_records_by_itself(monkeypatch):
+    """A recording of ours would keep kernels that it means to replace."""
+    trt = SimpleNamespace(__version__="1.7", **RTX_RELEASES["1.7"])
+    monkeypatch.setattr(runtime, "capture", None)
+    engine = FakeEngine(compute)
+    config = runtime.portable_config(trt, engine, True)
+    assert vars(config) == {
+        "cuda_graph_strategy": "whole",
+        "dynamic_shapes_kernel_specialization_strategy": "eager",
+    }
+    runs = Executor(engine, largest=8, device="cpu", cuda_graph=True, config=config)
+    images = [torch.from_numpy(tiny.images(batch, seed=batch)) for batch in (2, 5, 2, 2)]
+    addresses = []
+    for batch in images:
+        assert torch.equal(runs.run(batch)["logits"], compute(batch)[0])
+        addresses.append(dict(engine.contexts[0].addresses))
+    assert engine.config is config
+    assert [context.runs for context in engine.contexts] == [3, 1]
+    assert addresses[0] == addresses[-1]  # what it recorded is still true
+
+
+@pytest.mark.parametrize("release", ["1.0", "1.1"])
+def test_older_releases_of_the_portable_library_record_nothing(release):
+    trt = SimpleNamespace(__version__=release, **RTX_RELEASES[release])
+    assert "cuda_graph_strategy" not in vars(runtime.portable_config(trt, FakeEngine(compute), False))
+    with pytest.raises(MissingSoftware, match=f"needs TensorRT-RTX 1.2 or newer; this is {release}"):
+        runtime.portable_config(trt, FakeEngine(compute), True)
+
+
+@needs_rtx
+def test_the_portable_library_has_what_its_engines_are_run_with():
+    trt = RTX.load()
+    for name in ("cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"):
+        assert hasattr(trt.IRuntimeConfig, name)
+    assert {"WHOLE_GRAPH_CAPTURE"} <= set(trt.CudaGraphStrategy.__members__)
+    assert {"EAGER"} <= set(trt.DynamicShapesKernelSpecializationStrategy.__members__)
 
 
 def test_closing_waits_for_the_device():

@@ -37,7 +37,7 @@ class TensorRT:
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
         self.SUMMARY = summary
-        self.GPU_REPORT: OnGpu | None = OnGpu(built_alone=not library.portable)
+        self.GPU_REPORT: OnGpu | None = OnGpu(built_alone=not library.portable, records=True)
 
     def __repr__(self) -> str:
         return self.library.module

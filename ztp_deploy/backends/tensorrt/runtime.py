@@ -84,14 +84,36 @@ def inspect(library: Library, path: Path, host_code: bool = False) -> str:
     return str(inspector.get_engine_information(trt.LayerInformationFormat.ONELINE))
 
 
+def portable_config(trt: Any, engine: Any, cuda_graph: bool) -> Any:
+    """How TensorRT-RTX is to run an engine.
+
+    Kernels are finished for a batch size before its first run: by default other ones run meanwhile, and those would be
+    what is checked, timed or recorded. CUDA graphs are the library's to record, as it may replace kernels.
+    Raises MissingSoftware where this release records none.
+    """
+    config = engine.create_runtime_config()
+    # Looked up by name, since TensorRT has neither.
+    if kernels := getattr(trt, "DynamicShapesKernelSpecializationStrategy", None):
+        config.dynamic_shapes_kernel_specialization_strategy = kernels.EAGER
+    if cuda_graph:
+        graphs = getattr(trt, "CudaGraphStrategy", None)
+        if graphs is None:
+            raise MissingSoftware(
+                f"cuda_graph=true needs TensorRT-RTX 1.2 or newer; this is {trt.__version__}.",
+                "Build without cuda_graph, or install another release.",
+            )
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE
+    return config
+
+
 @dataclass
 class _Lane:
     """An execution context with the buffers it writes to, and the graph that replays it."""
 
     context: tensorrt.IExecutionContext
+    recordable: bool
     buffers: dict[str, Tensor] = field(default_factory=dict)
     graph: Any = None
-    recordable: bool = True
 
 
 class Executor:
@@ -99,16 +121,20 @@ class Executor:
 
     Calls from several threads wait for each other. Outputs are copied out of the buffers before the next call may
     write to them, so they are the caller's. With `cuda_graph` every batch size gets a context, buffers and a graph
-    of its own: a recorded graph is bound to the shapes and addresses it was recorded with.
+    of its own: a recorded graph is bound to the shapes and addresses it was recorded with. `config` is what contexts
+    are made with where the library records by itself.
     """
 
-    def __init__(self, engine: tensorrt.ICudaEngine, *, largest: int, device: str, cuda_graph: bool) -> None:
+    def __init__(
+        self, engine: tensorrt.ICudaEngine, *, largest: int, device: str, cuda_graph: bool, config: Any = None
+    ) -> None:
         self._engine = engine
         self._closed = False
         self._errors: list[str] = []
         self._largest = largest
         self.device = torch.device(device)
         self._cuda_graph = cuda_graph
+        self._config = config
         self._lock = threading.Lock()
         self._lanes: dict[int, _Lane] = {}
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -160,11 +186,12 @@ class Executor:
         key = batch if self._cuda_graph else 0
         lane = self._lanes.get(key)
         if lane is None:
-            lane = self._lanes[key] = _Lane(self._engine.create_execution_context())
-            if lane.context is None:
-                del self._lanes[key]
+            how = () if self._config is None else (self._config,)
+            context = self._engine.create_execution_context(*how)
+            if context is None:
                 reason = _reason(self._errors, "the GPU's memory is short")
                 raise MissingSoftware(f"TensorRT could not set the engine up: {reason}.", "Free memory on the GPU.")
+            lane = self._lanes[key] = _Lane(context, recordable=self._config is None)
         if lane.buffers and tuple(lane.context.get_tensor_shape(self.inputs[0])) == tuple(images.shape):
             return lane
         if not lane.context.set_input_shape(self.inputs[0], tuple(images.shape)):
@@ -222,7 +249,7 @@ class Executor:
                 self._stream.synchronize()
             with torch.cuda.stream(self._stream):  # whatever device is the thread's
                 self._lanes.clear()
-                del self._engine
+                del self._engine, self._config
 
 
 class TensorRTRunner:
