@@ -315,6 +315,39 @@ def test_a_plan_that_does_not_open_is_a_sentence(monkeypatch, tmp_path):
     assert runtime.open_engine(fake_library(engine, "", monkeypatch), tmp_path / "model.plan", None) is engine
 
 
+@pytest.mark.parametrize(
+    "validity, found, message",
+    [
+        ("INVALID", 2, r"FakeRT 9\.9 cannot run .*: it does not support the compute capability of this GPU"),
+        ("INVALID", 4 | 32, "the GPU's driver is too old"),
+        ("INVALID", 1, "built with another release"),
+        ("INVALID", 32, None),  # damaged: the library says the rest when it opens it
+        ("SUBOPTIMAL", 2, None),
+    ],
+)
+def test_a_plan_that_is_not_for_this_machine_is_not_called_damaged(monkeypatch, tmp_path, validity, found, message):
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    engine = object()
+    library = fake_library(engine, "", monkeypatch)
+    diagnostics = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4, "MALFORMED_ENGINE": 32}
+    answer = SimpleNamespace(name=validity), found
+    monkeypatch.setattr(library.load(), "EngineInvalidityDiagnostics", SimpleNamespace(**diagnostics), raising=False)
+    monkeypatch.setattr(library.load().Runtime, "get_engine_validity", lambda self, plan: answer, raising=False)
+    if message is None:
+        assert runtime.open_engine(library, tmp_path / "model.plan", None) is engine
+    else:
+        with pytest.raises(MissingSoftware, match=message):
+            runtime.open_engine(library, tmp_path / "model.plan", None)
+
+
+@needs_rtx
+def test_the_portable_library_can_tell_whether_a_plan_fits():
+    trt = RTX.load()
+    assert set(runtime._UNFIT) <= set(trt.EngineInvalidityDiagnostics.__members__)
+    validity, found = trt.Runtime(logger(trt)).get_engine_validity(bytes(4096))
+    assert (validity.name, found) == ("INVALID", int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE))
+
+
 def test_a_plan_is_opened_on_the_first_gpu(monkeypatch, tmp_path):
     """Whichever is the thread's own: home and manifest speak of the first."""
     (tmp_path / "model.plan").write_bytes(b"plan")

@@ -33,6 +33,14 @@ _DTYPES = {
 _ALIGNMENT = 256
 """Bytes; TensorRT takes no address that is not a multiple. torch's own are, views of them need not be."""
 
+_UNFIT = {
+    "VERSION_MISMATCH": ("it was built with another release", "Build it again with this release."),
+    "UNSUPPORTED_CC": ("it does not support the compute capability of this GPU", "Use BACKEND=onnxruntime."),
+    "OLD_CUDA_DRIVER": ("the GPU's driver is too old", "Install a newer driver."),
+    "INSUFFICIENT_GPU_MEMORY": ("the GPU's memory is too small", "Free some, or use another GPU."),
+}
+"""By the library's diagnostic, what keeps a plan from running and what to do."""
+
 
 def open_engine(library: Library, path: Path, weights: Path | None, host_code: bool = False) -> tensorrt.ICudaEngine:
     """The engine in a plan file; `weights` is the graph that fills a stripped one.
@@ -50,7 +58,9 @@ def open_engine(library: Library, path: Path, weights: Path | None, host_code: b
     ):
         runtime: tensorrt.Runtime = started(trt.Runtime, log, library, errors)
         runtime.engine_host_code_allowed = host_code
-        engine: tensorrt.ICudaEngine = runtime.deserialize_cuda_engine(path.read_bytes())
+        plan = path.read_bytes()
+        _check_fits(trt, library, runtime, plan, path)
+        engine: tensorrt.ICudaEngine = runtime.deserialize_cuda_engine(plan)
         if engine is not None and weights is not None:
             _refit(trt, engine, log, weights, errors)
     if engine is None:
@@ -60,6 +70,18 @@ def open_engine(library: Library, path: Path, weights: Path | None, host_code: b
             "A plan fits the GPU and the version it was built with; build it again on this machine.",
         )
     return engine
+
+
+def _check_fits(trt: Any, library: Library, runtime: Any, plan: bytes, path: Path) -> None:
+    """Raises MissingSoftware where a library that can tell says that the plan is whole, but not for this machine."""
+    ask = getattr(runtime, "get_engine_validity", None)  # TensorRT has no such question
+    if ask is None:
+        return
+    validity, found = ask(plan)
+    diagnostics = getattr(trt, "EngineInvalidityDiagnostics", None)
+    for name, (reason, fix) in _UNFIT.items():
+        if validity.name == "INVALID" and found & int(getattr(diagnostics, name, 0)):
+            raise MissingSoftware(f"{library.title} {trt.__version__} cannot run {path} here: {reason}.", fix)
 
 
 def _refit(trt: Any, engine: tensorrt.ICudaEngine, log: tensorrt.ILogger, weights: Path, errors: Sequence[str]) -> None:
