@@ -30,6 +30,11 @@ def configure(trt: Any, library: Library, config: tensorrt.IBuilderConfig, setti
     if settings.version_compatible:
         config.set_flag(member(trt.BuilderFlag, "VERSION_COMPATIBLE", "version_compatible"))
     if settings.refit:
+        if str(trt.__version__).startswith("11.3."):
+            raise BadRequest(
+                f"refit=true was asked for, and {library.title} {trt.__version__} may lose a bias of what can be refitted.",
+                "Install release 11.4, or leave the setting out.",
+            )
         config.set_flag(member(trt.BuilderFlag, "REFIT", "refit"))
     if settings.strip_plan:
         config.set_flag(member(trt.BuilderFlag, "STRIP_PLAN", "strip_plan"))

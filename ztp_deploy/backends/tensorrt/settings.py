@@ -40,4 +40,6 @@ class Settings(BaseModel):
     def _one_way_to_refit(self) -> Settings:
         if self.refit and self.strip_plan:
             raise ValueError("a stripped plan is refitted by itself: give refit or strip_plan, not both")
+        if self.version_compatible and (self.refit or self.strip_plan):
+            raise ValueError("what runs a plan in later releases cannot refit: give version_compatible alone")
         return self
