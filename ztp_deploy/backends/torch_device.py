@@ -64,5 +64,7 @@ def prepare(provider: str) -> None:
         return
     if not torch.cuda.is_available():
         raise MissingSoftware("This engine was built for a GPU and torch sees none.", "Build it again with device=cpu.")
-    # Convolutions default to TF32, which is not the float32 that was checked; holds for the process.
+    # TF32 is not the float32 that was checked: convolutions default to it, products may have been set to it. Holds for
+    # the process. Through this function for products, since torch takes its flags' mix for an error when it reads them.
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
