@@ -197,7 +197,7 @@ def test_replayed_outputs_are_the_callers(aotinductor_engine, monkeypatch):
     replaying = manifest.model_copy(update={"settings": {**manifest.settings, "cuda_graph": True}})
     runner = aotinductor.open_runner(aotinductor_engine.directory, replaying)
     # What torch asks the device for other threads' sake cannot be recorded.
-    assert opened == [{"run_single_threaded": True}]
+    assert opened == [{"run_single_threaded": True, "device_index": -1}]
     one, two = tiny.images(4)[:2], tiny.images(4)[2:]
     first = runner.run(one)["logits"]
     kept = first.copy()
@@ -207,3 +207,13 @@ def test_replayed_outputs_are_the_callers(aotinductor_engine, monkeypatch):
         np.testing.assert_array_equal(second, session.run(two))
     np.testing.assert_array_equal(first, kept)
     runner.close()
+
+
+def test_an_engine_for_a_gpu_is_opened_on_the_first(aotinductor_engine, monkeypatch):
+    """Whichever device is the thread's own: tensors of the first are what it takes."""
+    opened = []
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda package, **how: opened.append(how["device_index"]))
+    monkeypatch.setattr(aotinductor.torch_device, "prepare", lambda provider: None)
+    on_gpu = aotinductor_engine.manifest.model_copy(update={"device": "cuda", "provider": "cuda:0"})
+    aotinductor.open_runner(aotinductor_engine.directory, on_gpu)
+    assert opened == [0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ztp_deploy.backends.cuda_graph import Recorder
+from ztp_deploy.backends.cuda_graph import Recorder, capture
 
 
 class Graph:
@@ -26,17 +27,20 @@ def calls(monkeypatch):
     made = []
 
     @contextmanager
-    def graph(one):
+    def graph(one, *, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        assert not Graph.recording, "two recordings at once"
         Graph.recording = one
         yield
         Graph.recording = None
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, device=torch.device("cpu"), name="side")
+    streams = SimpleNamespace(current=stream)
     for name, value in {
         "CUDAGraph": Graph,
         "graph": graph,
         "Stream": lambda device: stream,
-        "current_stream": lambda device: stream,
+        "current_stream": lambda device: streams.current,
         "stream": lambda one: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -48,7 +52,7 @@ def calls(monkeypatch):
             Graph.recording.images, Graph.recording.outputs = images, outputs
         return outputs
 
-    return SimpleNamespace(made=made, compute=compute)
+    return SimpleNamespace(made=made, compute=compute, streams=streams)
 
 
 def test_a_shape_is_recorded_once_and_replayed_on_what_comes(calls):
@@ -78,3 +82,35 @@ def test_the_callers_images_are_not_what_is_recorded(calls):
     mine.fill_(100.0)
     assert replay(torch.full((2,), 3.0)).tolist() == [6.0, 6.0]
     assert mine.tolist() == [100.0, 100.0]
+
+
+def test_another_stream_waits_for_the_one_before(calls):
+    """It would write to the buffers while what the other was given still reads them."""
+    waits = []
+
+    def stream(name):
+        return SimpleNamespace(wait_stream=lambda other: waits.append((name, other.name)), name=name)
+
+    replay = Recorder(calls.compute)
+    one, two = stream("one"), stream("two")
+    for calls.streams.current in (one, one, two, two, one):
+        replay(torch.ones(2))
+    assert waits == [("one", "side"), ("two", "one"), ("one", "two")]
+
+
+def test_recordings_come_one_at_a_time_in_the_process(calls):
+    stream = SimpleNamespace(device=torch.device("cpu"))
+    first, second = threading.Event(), threading.Event()
+
+    def record():
+        first.wait(10)
+        with capture(stream):
+            second.set()
+
+    other = threading.Thread(target=record)
+    other.start()
+    with capture(stream):
+        first.set()
+        assert not second.wait(0.2)
+    other.join(10)
+    assert second.is_set()

@@ -5,6 +5,8 @@ This shows what the source does with the calls it makes. It does not show that N
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -101,7 +103,9 @@ def test_without_a_gpu_it_is_refused_in_pythons_words(runtime, engine, tmp_path,
     assert "runs on cuda, but no NVIDIA GPU was found" in done.stderr
 
 
+# A third entry: the library's major version and the GPU's where they are others than 1 and 9.
 HOMES = {
+    "the wheel's name of this version": ({"backend_version": "1.7.1.116.post1"}, None),
     "another version": ({"backend_version": "1.7.1.115"}, "was built with TensorRT-RTX 1.7.1.115; this is 1.7.1.116."),
     "an older one, for later ones": ({"backend_version": "1.6.9", "settings": {"version_compatible": True}}, None),
     "a later one": (
@@ -111,6 +115,11 @@ HOMES = {
     "another major one": (
         {"backend_version": "2.0", "settings": {"version_compatible": True}},
         "was built with TensorRT-RTX 2.0; this is 1.7.1.116.",
+    ),
+    "another major one that this one takes": (
+        {"backend_version": "10.16.1.11", "settings": {"version_compatible": True}},
+        None,
+        ("11", "9"),
     ),
     "this GPU": ({"built": {"gpu": {"name": "Stand-in 0", "compute_capability": "9.0"}}}, None),
     "another GPU": (
@@ -138,17 +147,26 @@ HOMES = {
         },
         None,
     ),
+    "an older GPU than any": (
+        {"settings": {"hardware_compatible": "ampere_plus"}},
+        "was built for GPUs of compute capability 8.0 or newer; this is Stand-in 0 (7.0).",
+        ("1", "7"),
+    ),
 }
 
 
 @pytest.mark.parametrize("home", HOMES)
 def test_plans_of_another_home_are_refused_in_pythons_words(runtime, engine, tmp_path, monkeypatch, home):
-    changes, said = HOMES[home]
+    changes, said, *other = HOMES[home]
+    major, capability = other[0] if other else ("1", "9")
     reseal(engine, **changes)
+    monkeypatch.setenv("FAKE_MAJOR", major)
+    monkeypatch.setenv("FAKE_CAPABILITY", capability)
     done = runtime.consume(engine, noise(1), tmp_path)
-    monkeypatch.setattr(environment, "gpus", lambda: (GPU,))
+    monkeypatch.setattr(environment, "gpus", lambda: (replace(GPU, compute_capability=f"{capability}.0"),))
     manifest = read_manifest(engine, EngineManifest)
-    question = (engine, manifest, RTX, VERSION, Settings.model_validate(manifest.settings))
+    version = f"{major}{VERSION.removeprefix('1')}"
+    question = (engine, manifest, RTX, version, Settings.model_validate(manifest.settings))
     if said is None:
         check_home(*question)
         assert done.returncode == 0, done.stderr

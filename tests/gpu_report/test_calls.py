@@ -134,7 +134,7 @@ def test_back_ends_say_themselves_how_the_report_takes_them(monkeypatch):
     alone = [runtime for runtime in RUNTIMES if runtimes.treatment_of(runtime).built_alone]
     assert alone == ["eager", "tensorrt"]
     recording = [runtime for runtime in RUNTIMES if runtimes.treatment_of(runtime).records]
-    assert recording == ["aotinductor", "onnxruntime"]
+    assert recording == ["aotinductor", "onnxruntime", "tensorrt", "tensorrt_rtx"]
     monkeypatch.setattr(backends.get("onnxruntime"), "GPU_REPORT", OnGpu())
     assert not runtimes.treatment_of("onnxruntime").records
     assert [name for name in backends.BACKENDS if not backends.get(name).GPU_REPORT] == ["openvino", "torchscript"]

@@ -88,19 +88,18 @@ def usable(name: str) -> Backend:
 
 @dataclass(frozen=True)
 class Target:
-    """What decides an engine besides its artifact, every "auto" resolved; the software to build it is here."""
+    """What decides an engine besides its artifact, every "auto" resolved; the software to build it is here.
+
+    `graph_precision`: the precision of the graph that it is built from.
+    """
 
     name: str
     backend: Backend
     device: Device
     precision: str
+    graph_precision: str
     batch: BatchRange
     settings: dict[str, Any]
-
-    @property
-    def graph_precision(self) -> str:
-        """The precision of the graph that it is built from."""
-        return self.backend.graph_precision(self.precision)
 
     @property
     def calibrated(self) -> bool:
@@ -129,7 +128,13 @@ def resolve(
     if not isinstance(settings or {}, Mapping):
         raise BadRequest(f"settings={settings!r} are no settings.", "Give a dict, such as {'threads': 1}.")
     return Target(
-        name, module, module.resolve_device(device), precision, span, module.parse_settings(dict(settings or {}))
+        name=name,
+        backend=module,
+        precision=precision,
+        graph_precision=module.graph_precision(precision),
+        device=module.resolve_device(device),
+        batch=span,
+        settings=module.parse_settings(dict(settings or {})),
     )
 
 

@@ -152,7 +152,11 @@ class AotInductorRunner:
         try:
             with quiet("torch", errors=True):
                 # Its bookkeeping for threads asks the device what has ended, which no recording allows.
-                self._model: Any = aoti_load_package(str(package), run_single_threaded=settings.cuda_graph)
+                self._model: Any = aoti_load_package(
+                    str(package),
+                    run_single_threaded=settings.cuda_graph,
+                    device_index=0 if manifest.device == "cuda" else -1,  # -1: whichever is the thread's own
+                )
         except Exception as error:  # a damaged archive raises anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedFiles(f"torch cannot open {package}: {reason}.", "Build the engine again.") from error

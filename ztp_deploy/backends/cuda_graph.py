@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -12,6 +14,37 @@ from torch import Tensor
 Outputs = TypeVar("Outputs")
 
 _WARM_UPS = 3
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextmanager
+def capture(stream: Any) -> Iterator[Any]:
+    """The graph of what is put into the stream meanwhile.
+
+    One at a time in the process, as torch wants it; what other threads do on the device meanwhile does not spoil it.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # The outer stream is the caller's: after a failure torch leaves the other one in its place.
+    with (
+        _ONE_AT_A_TIME,
+        torch.cuda.stream(torch.cuda.current_stream(stream.device)),
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
+        yield graph
+
+
+class Turns:
+    """Buffers used from several streams, one call at a time: a call waits for what the stream before was given."""
+
+    def __init__(self) -> None:
+        self._last: Any = None
+
+    def take(self, device: torch.device) -> None:
+        """To be called before the caller's current stream touches the buffers."""
+        stream = torch.cuda.current_stream(device)
+        if self._last is not None and self._last != stream:
+            stream.wait_stream(self._last)
+        self._last = stream
 
 
 @dataclass(frozen=True)
@@ -26,16 +59,18 @@ class _Recording(Generic[Outputs]):
 class Recorder(Generic[Outputs]):
     """Runs `compute` once per shape of images under a recording, and replays that from then on.
 
-    `compute` must not wait for the device. Calls must come one at a time and from one stream at a time. The outputs
-    are the recording's own buffers: the next call of the same shape writes to them.
+    `compute` must not wait for the device. Calls must come one at a time. The outputs are the recording's own buffers:
+    the next call of the same shape writes to them, on another stream after all that this one was given until then.
     """
 
     def __init__(self, compute: Callable[[Tensor], Outputs]) -> None:
         self._compute = compute
         self._recordings: dict[tuple[torch.Size, torch.dtype], _Recording[Outputs]] = {}
+        self._turns = Turns()
 
     def __call__(self, images: Tensor) -> Outputs:
         """Images on the device → the outputs of `compute` for them."""
+        self._turns.take(images.device)
         key = (images.shape, images.dtype)
         recording = self._recordings.get(key)
         if recording is None:
@@ -53,7 +88,6 @@ class Recorder(Generic[Outputs]):
             for _ in range(_WARM_UPS):
                 self._compute(buffer)
         caller.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capture(side) as graph:
             outputs = self._compute(buffer)
         return _Recording(graph, buffer, outputs)

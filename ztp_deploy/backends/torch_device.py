@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def resolve(device: str, backend: str) -> Device:
 
 
 def require(images: Tensor, device: str) -> None:
-    """Raises BadRequest for a tensor that does not lie on the engine's device (`cpu`, `cuda`: any GPU, `cuda:0`)."""
+    """Raises BadRequest for a tensor that does not lie on the engine's device (`cpu`, `cuda:0`)."""
     import torch
 
     wanted = torch.device(device)
@@ -39,6 +40,13 @@ def require(images: Tensor, device: str) -> None:
             f"This engine takes tensors on {wanted}; one on {images.device} came.",
             "Move it there, or give a NumPy array.",
         )
+
+
+def first_gpu() -> AbstractContextManager[Any]:
+    """GPU 0 as the thread's current device where torch sees one: engines are built, opened and run there."""
+    import torch
+
+    return torch.cuda.device(0) if torch.cuda.is_available() else nullcontext()
 
 
 def tensor_of(images: NDArray[Any]) -> Tensor:
@@ -56,5 +64,7 @@ def prepare(provider: str) -> None:
         return
     if not torch.cuda.is_available():
         raise MissingSoftware("This engine was built for a GPU and torch sees none.", "Build it again with device=cpu.")
-    # Convolutions default to TF32, which is not the float32 that was checked; holds for the process.
+    # TF32 is not the float32 that was checked: convolutions default to it, products may have been set to it. Holds for
+    # the process. Through this function for products, since torch takes its flags' mix for an error when it reads them.
     torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")

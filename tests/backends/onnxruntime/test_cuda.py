@@ -210,6 +210,29 @@ def test_every_batch_size_has_buffers_of_its_own_and_answers_are_the_callers(rec
     assert set(engine.manifest.audit) <= set(runner.audit(images[1].numpy()))
 
 
+def test_another_stream_waits_until_the_answers_before_are_copied(recording, monkeypatch):
+    """The run writes where they are copied from; the library itself waits for the stream of the call alone."""
+    _, runner = recording
+    log = []
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    def stream(name):
+        return SimpleNamespace(
+            name=name,
+            wait_stream=lambda other: log.append(f"{name} waits for {other.name}"),
+            synchronize=lambda: log.append(f"{name} is done"),
+        )
+
+    images = torch.from_numpy(tiny.images(2)).as_subclass(OnGpu)
+    one, two = stream("one"), stream("two")
+    for current in (one, one, two):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
+        runner._replayed(images)
+    assert log == ["one is done", "one is done", "two waits for one", "two is done"]
+
+
 def test_recordings_are_freed(recording):
     _, runner = recording
     runner.run(tiny.images(2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from enum import Enum
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class FakeContext:
         return {"images": self.shape, "logits": (self.shape[0], 10), "kept_1": (self.shape[0], 4)}[name]
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        if name == self.engine.takes_no:
+            return False
         self.addresses[name] = address
         return True
 
@@ -60,6 +63,8 @@ class FakeContext:
             view(self.addresses["kept_1"], kept.shape, torch.int32).copy_(kept)
         finally:
             self.engine.busy.release()
+        if self.engine.fails:
+            self.engine.complain("IExecutionContext::enqueueV3: Error Code 1: Cuda Runtime (an illegal access)")
         return not self.engine.fails
 
 
@@ -73,6 +78,8 @@ class FakeEngine:
         self.shapes_told = self.executions = 0
         self.busy = threading.Lock()
         self.fails = self.full = False
+        self.takes_no = ""
+        self.complain: Callable[[str], None] = lambda message: None
 
     def get_tensor_name(self, index: int) -> str:
         return ("images", "logits", "kept_1")[index]
@@ -83,7 +90,11 @@ class FakeEngine:
     def get_tensor_dtype(self, name: str) -> Kind:
         return Kind.INT32 if name.startswith("kept") else Kind.FLOAT
 
-    def create_execution_context(self) -> FakeContext | None:
+    def create_runtime_config(self) -> SimpleNamespace:
+        return SimpleNamespace()
+
+    def create_execution_context(self, config: SimpleNamespace | None = None) -> FakeContext | None:
+        self.config = config
         if self.full:
             return None
         self.contexts.append(FakeContext(self))

@@ -17,7 +17,8 @@ from tests import tiny
 from tests.backends.tensorrt import needs_rtx
 from ztp_deploy import backends, environment, exporters, methods
 from ztp_deploy.backends.tensorrt.build import Order, build_plan
-from ztp_deploy.backends.tensorrt.library import RTX
+from ztp_deploy.backends.tensorrt.config import configure
+from ztp_deploy.backends.tensorrt.library import RTX, STANDARD
 from ztp_deploy.backends.tensorrt.network import check_precision
 from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
@@ -238,6 +239,8 @@ def test_ctrl_c_cancels_a_build_and_leaves_nothing(artifacts, tmp_path, no_gpu):
         ({"workspace_mib": 0}, "workspace_mib"),
         ({"fast": True}, "Its settings are: audit, optimization_level"),
         ({"refit": True, "strip_plan": True}, "not both"),
+        ({"version_compatible": True, "refit": True}, "cannot refit: give version_compatible alone"),
+        ({"version_compatible": True, "strip_plan": True}, "cannot refit: give version_compatible alone"),
         ({"version_compatible": True}, "TensorRT-RTX takes no version_compatible"),
         ({"hardware_compatible": "ampere_plus"}, "TensorRT-RTX takes no hardware_compatible"),
     ],
@@ -246,6 +249,24 @@ def test_settings_that_cannot_be(settings, message, artifacts, tmp_path):
     with pytest.raises(BadRequest, match=message):
         build(artifacts["dense", "fp32"], tmp_path / "e", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("version, refused", [("11.3.0.14", True), ("11.4.0.106", False), ("10.16.1.11", False)])
+def test_refit_is_refused_where_it_loses_numbers(version, refused):
+    flags = []
+    trt = SimpleNamespace(
+        __version__=version,
+        BuilderFlag=SimpleNamespace(TF32="tf32", REFIT="refit"),
+        ProfilingVerbosity=SimpleNamespace(DETAILED="detailed"),
+    )
+    config = SimpleNamespace(set_flag=flags.append, clear_flag=lambda flag: None)
+    settings = Settings(refit=True)
+    if refused:
+        with pytest.raises(BadRequest, match=r"TensorRT 11\.3\.0\.14 may lose a bias"):
+            configure(trt, STANDARD, config, settings)
+    else:
+        configure(trt, STANDARD, config, settings)
+    assert flags == ([] if refused else ["refit"])
 
 
 def test_limits_reach_the_builder(artifacts, tmp_path, no_gpu):

@@ -40,6 +40,26 @@ def test_other_wordings_are_read():
     assert read_layers(text)[0].carries == {"a", "b"}
 
 
+@pytest.mark.parametrize(
+    "words, kind",
+    [
+        ("Row major linear FP32", "Float"),
+        ("Channel major FP16 format where channel % 8 == 0", "Half"),
+        ("Row major linear BF16 format", "BFloat16"),
+        ("Row major Int8 format", "Int8"),
+        ("Row major linear FP8 format", "FP8"),
+        ("Int32", "Int32"),
+    ],
+)
+def test_a_type_in_words_is_read(words, kind):
+    text = line("gemm", "qk_1").replace("Datatype: Half, Format: Row major", f"Format/Datatype: {words}")
+    [layer] = read_layers(text)
+    assert layer.reads == {kind}
+    if kind == "Float":
+        with pytest.raises(GateFailed, match="1 of 1 matrix products run in float32"):
+            check_engine_precision([layer], frozenset({"qk_1"}), "fp16")
+
+
 def test_fused_attention_is_one_layer_with_all_three_nodes():
     layers = read_layers("\n".join([line("mha_1", "qk_1 softmax_1 pv_1"), line("mha_2", "qk_2 softmax_2 pv_2")]))
     found = fusion(layers, [FIRST, SECOND, STAGE], stages=1)

@@ -321,6 +321,15 @@ def no_gpu(monkeypatch):
 
 @needs_rtx
 @needs_modelopt
+def test_a_graph_beyond_protobufs_limit_is_built_from_two_files(artifact, calibration, tmp_path, no_gpu, monkeypatch):
+    monkeypatch.setattr(quantise, "_PROTOBUF_LIMIT", 0)
+    engine = build(artifact, tmp_path / "e", "int8", calibration)
+    assert set(engine.manifest.files) == {"model.plan", "model.onnx", "model.onnx.data"}
+    assert engine.manifest.built["engine_products"] == {"asked": 24, "proved": 24}
+
+
+@needs_rtx
+@needs_modelopt
 @pytest.mark.parametrize("low", ["fp16", "bf16"])
 @pytest.mark.parametrize("precision", sorted(QUANTISED))
 def test_the_builder_takes_it_and_its_layers_prove_it(precision, low, artifact, calibration, tmp_path, no_gpu):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.backends.tensorrt import needs_rtx
 from tests.backends.tensorrt.fake_engine import FakeEngine
 from ztp_deploy import backends, environment
 from ztp_deploy.backends.base import Session
-from ztp_deploy.backends.tensorrt import runtime
-from ztp_deploy.backends.tensorrt.library import STANDARD, Library, listening, logger
+from ztp_deploy.backends.tensorrt import home, runtime
+from ztp_deploy.backends.tensorrt.library import RTX, STANDARD, Library, listening, logger
 from ztp_deploy.backends.tensorrt.runtime import Executor, TensorRTRunner
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.manifest import BatchRange
@@ -68,11 +70,51 @@ def test_outputs_belong_to_the_caller():
     assert torch.equal(first, before)
 
 
+def placed(images, offset):
+    """The images so many bytes behind a multiple of 256."""
+    memory = torch.empty(images.nelement() * 4 + 512, dtype=torch.uint8)
+    start = -memory.data_ptr() % 256 + offset
+    lies = memory[start : start + images.nelement() * 4].view(torch.float32).view(images.shape)
+    return lies.copy_(images)
+
+
 def test_the_images_are_read_where_they_lie():
     engine = FakeEngine(compute)
-    images = torch.from_numpy(tiny.images(2))
+    images = placed(torch.from_numpy(tiny.images(2)), 0)
     executor(engine).run(images)
     assert engine.contexts[0].addresses["images"] == images.data_ptr()
+
+
+def test_images_that_lie_where_tensorrt_cannot_read_are_copied():
+    engine = FakeEngine(compute)
+    images = placed(torch.from_numpy(tiny.images(2)), 4)
+    assert torch.equal(executor(engine).run(images)["logits"], compute(images)[0])
+    assert engine.contexts[0].addresses["images"] != images.data_ptr()
+
+
+@pytest.mark.parametrize("name, cuda_graph", [("images", False), ("images", True), ("logits", False)])
+def test_an_address_that_is_not_taken_ends_the_run(name, cuda_graph):
+    engine = FakeEngine(compute)
+    engine.takes_no = name
+    with pytest.raises(DamagedFiles, match=f"did not take the memory for {name}"):
+        executor(engine, cuda_graph).run(torch.zeros(1, 3, 96, 96))
+    assert not engine.executions
+
+
+def test_memory_that_was_short_once_is_asked_for_again(monkeypatch):
+    engine = FakeEngine(compute)
+    runs, images, empty = executor(engine), torch.from_numpy(tiny.images(2)), torch.empty
+    with monkeypatch.context() as short:
+
+        def fails(shape, **options):
+            if options["dtype"] is torch.int32:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return empty(shape, **options)
+
+        short.setattr(torch, "empty", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            runs.run(images)
+    assert torch.equal(runs.run(images)["logits"], compute(images)[0])
 
 
 def test_a_cuda_graph_per_batch_size(monkeypatch):
@@ -93,6 +135,89 @@ def test_a_cuda_graph_per_batch_size(monkeypatch):
         assert addresses == [dict(context.addresses) for context in engine.contexts][: len(addresses)]
     assert recorded == [2, 5]
     assert [context.runs for context in engine.contexts] == [3, 2]
+
+
+def test_what_cannot_be_recorded_is_run_plainly_and_not_tried_again(monkeypatch):
+    engine, tries = FakeEngine(compute), []
+
+    @contextmanager
+    def fails(stream):
+        tries.append(stream)
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(runtime, "capture", fails)
+    runs = executor(engine, cuda_graph=True)
+    images = torch.from_numpy(tiny.images(2))
+    with pytest.warns(UserWarning, match="without a CUDA graph, which could not be recorded: operation failed"):
+        outputs = [runs.run(images)["logits"] for _ in range(3)]
+    assert all(torch.equal(logits, compute(images)[0]) for logits in outputs)
+    assert len(tries) == 1
+
+
+RTX_RELEASES = {
+    "1.7": {
+        "CudaGraphStrategy": SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+        "DynamicShapesKernelSpecializationStrategy": SimpleNamespace(EAGER="eager"),
+    },
+    "1.1": {"DynamicShapesKernelSpecializationStrategy": SimpleNamespace(EAGER="eager")},
+    "1.0": {},
+}
+
+
+def test_the_portable_library_records_by_itself(monkeypatch):
+    """A recording of ours would keep kernels that it means to replace."""
+    trt = SimpleNamespace(__version__="1.7", **RTX_RELEASES["1.7"])
+    monkeypatch.setattr(runtime, "capture", None)
+    engine = FakeEngine(compute)
+    config = runtime.portable_config(trt, engine, True)
+    assert vars(config) == {
+        "cuda_graph_strategy": "whole",
+        "dynamic_shapes_kernel_specialization_strategy": "eager",
+    }
+    runs = Executor(engine, largest=8, device="cpu", cuda_graph=True, config=config)
+    images = [torch.from_numpy(tiny.images(batch, seed=batch)) for batch in (2, 5, 2, 2)]
+    addresses = []
+    for batch in images:
+        assert torch.equal(runs.run(batch)["logits"], compute(batch)[0])
+        addresses.append(dict(engine.contexts[0].addresses))
+    assert engine.config is config
+    assert [context.runs for context in engine.contexts] == [3, 1]
+    assert addresses[0] == addresses[-1]  # what it recorded is still true
+
+
+@pytest.mark.parametrize("release", ["1.0", "1.1"])
+def test_older_releases_of_the_portable_library_record_nothing(release):
+    trt = SimpleNamespace(__version__=release, **RTX_RELEASES[release])
+    assert "cuda_graph_strategy" not in vars(runtime.portable_config(trt, FakeEngine(compute), False))
+    with pytest.raises(MissingSoftware, match=f"needs TensorRT-RTX 1.2 or newer; this is {release}"):
+        runtime.portable_config(trt, FakeEngine(compute), True)
+
+
+@needs_rtx
+def test_the_portable_library_has_what_its_engines_are_run_with():
+    trt = RTX.load()
+    for name in ("cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"):
+        assert hasattr(trt.IRuntimeConfig, name)
+    assert {"WHOLE_GRAPH_CAPTURE"} <= set(trt.CudaGraphStrategy.__members__)
+    assert {"EAGER"} <= set(trt.DynamicShapesKernelSpecializationStrategy.__members__)
+
+
+def test_closing_waits_for_the_device():
+    engine, done = FakeEngine(compute), []
+    runs = executor(engine)
+    runs.run(torch.zeros(1, 3, 96, 96))
+    runs._stream = SimpleNamespace(synchronize=lambda: done.append(len(runs._lanes)))
+    runs.close()
+    assert done == [1]  # with the contexts still there
+    assert not runs._lanes
+
+
+def test_a_run_that_comes_after_closing_says_so(session):
+    session.close()
+    for late in (session._runner.run, session._runner.audit):  # as from a thread that had passed the session's check
+        with pytest.raises(BadRequest, match="closed"):
+            late(tiny.images(1))
 
 
 def test_threads_wait_for_each_other(session):
@@ -190,6 +315,58 @@ def test_a_plan_that_does_not_open_is_a_sentence(monkeypatch, tmp_path):
     assert runtime.open_engine(fake_library(engine, "", monkeypatch), tmp_path / "model.plan", None) is engine
 
 
+@pytest.mark.parametrize(
+    "validity, found, message",
+    [
+        ("INVALID", 2, r"FakeRT 9\.9 cannot run .*: it does not support the compute capability of this GPU"),
+        ("INVALID", 4 | 32, "the GPU's driver is too old"),
+        ("INVALID", 1, "built with another release"),
+        ("INVALID", 32, None),  # damaged: the library says the rest when it opens it
+        ("SUBOPTIMAL", 2, None),
+    ],
+)
+def test_a_plan_that_is_not_for_this_machine_is_not_called_damaged(monkeypatch, tmp_path, validity, found, message):
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    engine = object()
+    library = fake_library(engine, "", monkeypatch)
+    diagnostics = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4, "MALFORMED_ENGINE": 32}
+    answer = SimpleNamespace(name=validity), found
+    monkeypatch.setattr(library.load(), "EngineInvalidityDiagnostics", SimpleNamespace(**diagnostics), raising=False)
+    monkeypatch.setattr(library.load().Runtime, "get_engine_validity", lambda self, plan: answer, raising=False)
+    if message is None:
+        assert runtime.open_engine(library, tmp_path / "model.plan", None) is engine
+    else:
+        with pytest.raises(MissingSoftware, match=message):
+            runtime.open_engine(library, tmp_path / "model.plan", None)
+
+
+@needs_rtx
+def test_the_portable_library_can_tell_whether_a_plan_fits():
+    trt = RTX.load()
+    assert set(runtime._UNFIT) <= set(trt.EngineInvalidityDiagnostics.__members__)
+    validity, found = trt.Runtime(logger(trt)).get_engine_validity(bytes(4096))
+    assert (validity.name, found) == ("INVALID", int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE))
+
+
+def test_a_plan_is_opened_on_the_first_gpu(monkeypatch, tmp_path):
+    """Whichever is the thread's own: home and manifest speak of the first."""
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    current = [1]
+
+    @contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    library = fake_library(None, "", monkeypatch)
+    monkeypatch.setattr(library.load().Runtime, "deserialize_cuda_engine", lambda self, data: current[-1])
+    assert runtime.open_engine(library, tmp_path / "model.plan", None) == 0
+    assert current == [1]
+
+
 def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
     trt = type("Module", (), {"ILogger": FakeLogger})
     outer, inner = [], []
@@ -202,13 +379,52 @@ def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
     assert (inner, outer) == ([("warning", "inside")], [("error", "outside")])
 
 
+def test_an_engines_reasons_are_its_callers_and_no_builds():
+    """A build in another thread listens to the same logger, and takes its last error for its own."""
+    trt = type("OtherModule", (), {"ILogger": FakeLogger})
+    engine, build = FakeEngine(compute), []
+    engine.complain = lambda message: logger(trt).log(SimpleNamespace(name="ERROR"), message)
+    engine.fails = True
+    with listening(trt, lambda *heard: build.append(heard)):
+        with pytest.raises(DamagedFiles, match=r"could not run the engine: Cuda Runtime \(an illegal access\)\."):
+            executor(engine).run(torch.zeros(1, 3, 96, 96))
+        assert build == []
+        engine.complain("the build's own")
+    assert build == [("error", "the build's own")]
+
+
+def test_a_library_that_does_not_start_is_a_sentence(monkeypatch, tmp_path):
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    library = fake_library(None, "", monkeypatch)
+
+    def fails(log):
+        log.log(SimpleNamespace(name="ERROR"), "CUDA initialization failure with error: 35.")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(library.load(), "Runtime", fails)
+    with pytest.raises(MissingSoftware, match=r"FakeRT cannot start: CUDA initialization failure with error: 35\."):
+        runtime.open_engine(library, tmp_path / "model.plan", None)
+
+
+@pytest.mark.parametrize("parses, reason", [(False, "no weights for qkv"), (True, "it gave no reason")])
+def test_weights_that_do_not_fit_say_why(monkeypatch, tmp_path, parses, reason):
+    (tmp_path / "model.plan").write_bytes(b"plan")
+    trt = fake_library(object(), "" if parses else "no weights for qkv", monkeypatch)
+    fails = SimpleNamespace(refit_from_file=lambda path: parses, refit_cuda_engine=lambda: False)
+    for name in ("Refitter", "OnnxParserRefitter"):
+        monkeypatch.setattr(trt.load(), name, lambda *arguments: fails, raising=False)
+    with pytest.raises(DamagedFiles, match=rf"do not fit the stripped plan: {reason}\."):
+        runtime.open_engine(trt, tmp_path / "model.plan", tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize(
     "here, version, settings, message",
     [
         ((), "11.4", {}, "needs an NVIDIA GPU, and none was found"),
-        ((H100,), "11.3", {}, r"was built with TensorRT 11\.4; this is 11\.3"),
+        ((H100,), "11.3", {}, r"was built with TensorRT 11\.4; this is 11\.3.*or build with version_compatible"),
+        ((H100,), "11.4.post1", {}, None),  # as the wheel names it
         ((H100,), "11.5", {"version_compatible": True}, None),
-        ((H100,), "11.3", {"version_compatible": True}, r"was built with TensorRT 11\.4; this is 11\.3"),
+        ((H100,), "11.3", {"version_compatible": True}, r"this is 11\.3\.\s+Build it again with this release"),
         ((H100,), "12.0", {"version_compatible": True}, r"was built with TensorRT 11\.4; this is 12\.0"),
         (
             (environment.Gpu("NVIDIA L4", "8.9", 24.0),),
@@ -217,6 +433,12 @@ def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
             r"built for NVIDIA H100 \(compute capability 9\.0\); this is NVIDIA L4",
         ),
         ((environment.Gpu("NVIDIA L4", "8.9", 24.0),), "11.4", {"hardware_compatible": "ampere_plus"}, None),
+        (
+            (environment.Gpu("NVIDIA T4", "7.5", 16.0),),
+            "11.4",
+            {"hardware_compatible": "ampere_plus"},
+            r"for GPUs of compute capability 8\.0 or newer; this is NVIDIA T4 \(7\.5\)",
+        ),
         ((environment.Gpu("NVIDIA H200", "9.0", 140.0),), "11.4", {}, "this is NVIDIA H200"),
         (
             (environment.Gpu("NVIDIA H200", "9.0", 140.0),),
@@ -241,6 +463,15 @@ def test_a_plan_stays_at_home(here, version, settings, message, shared_engine, m
         backend.open_runner(tmp_path, manifest)
 
 
+def test_plans_of_10_open_in_11_where_built_for_later_ones():
+    """The one pair of major versions in TensorRT's support matrix that this project's releases can meet."""
+    assert home._opens("10.16.1.11", "11.4.0.106", True)
+    assert not home._opens("10.16.1.11", "11.4.0.106", False)
+    assert not home._opens("11.0", "10.16", True)
+    assert not home._opens("9.3", "10.0", True)
+    assert not home._opens("8.6", "11.0", True)
+
+
 def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeypatch, tmp_path):
     """Plans are code: one that lies beside an engine built without it is nobody's."""
     backend, opened = backends.get("tensorrt"), []
@@ -248,7 +479,7 @@ def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeyp
     monkeypatch.setattr(backend, "version", lambda: "11.4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(runtime, "open_engine", lambda library, path, *others: opened.append(path.name))
-    monkeypatch.setattr(runtime, "Executor", lambda *arguments, **settings: SimpleNamespace())
+    monkeypatch.setattr(runtime, "Executor", lambda *arguments, **settings: opened.append(settings["device"]))
     (tmp_path / "audit.plan").write_bytes(b"planted")
     [record] = [record for name, record in shared_engine.manifest.files.items() if name == "model.onnx"]
     built = {"gpu": {"name": H100.name, "compute_capability": H100.compute_capability}}
@@ -257,7 +488,7 @@ def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeyp
     runner = backend.open_runner(tmp_path, shared_engine.manifest.model_copy(update=changes))
     with pytest.raises(BadRequest, match=r"has no audit\.plan"):
         runner.audit(np.zeros((1, 3, 96, 96), np.float32))
-    assert opened == ["model.plan"]
+    assert opened == ["model.plan", "cuda:0"]
 
 
 def test_a_missing_library_is_named(monkeypatch):

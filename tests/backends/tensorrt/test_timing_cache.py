@@ -63,6 +63,8 @@ class FakeCache:
 
     def combine(self, other: FakeCache, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
+        if "of another GPU" in self.lines:
+            return False
         self.lines |= other.lines
         return True
 
@@ -73,16 +75,19 @@ class FakeCache:
 class FakeConfig:
     """Keeps timings as the builder's configuration does: given at the start, more at the end."""
 
-    cache: FakeCache
+    cache: FakeCache | None = None
 
-    def create_timing_cache(self, data: bytes) -> FakeCache:
-        return FakeCache(set(data.decode().split()))
+    def create_timing_cache(self, data: bytes) -> FakeCache | None:
+        return None if data == b"damaged" else FakeCache(set(data.decode().split("\n")) - {""})
 
     def set_timing_cache(self, cache: FakeCache, ignore_mismatch: bool) -> bool:
+        assert isinstance(cache, FakeCache)  # the bindings take no None
+        if "of another GPU" in cache.lines:
+            return False
         self.cache = cache
         return True
 
-    def get_timing_cache(self) -> FakeCache:
+    def get_timing_cache(self) -> FakeCache | None:
         return self.cache
 
 
@@ -104,3 +109,22 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
     config.use_timings(builder, tmp_path / "file" / "t.timings")
     with pytest.warns(UserWarning, match="timings were not kept"):
         config.keep_timings(builder, tmp_path / "file" / "t.timings")
+
+
+@pytest.mark.parametrize("standing", [b"damaged", b"of another GPU"])
+def test_timings_that_are_of_no_use_are_replaced(tmp_path, standing):
+    """Kept, they would be in the way of every later build."""
+    path = tmp_path / "t.timings"
+    path.write_bytes(standing)
+    builder = FakeConfig()
+    config.use_timings(builder, path)
+    assert builder.cache.lines == set()
+    builder.cache.lines.add("mine")
+    config.keep_timings(builder, path)
+    assert path.read_text() == "mine"
+
+
+def test_a_library_that_gives_no_timings_is_a_warning(tmp_path):
+    builder = FakeConfig()
+    with pytest.warns(UserWarning, match="timings were not kept"):
+        config.keep_timings(builder, tmp_path / "t.timings")

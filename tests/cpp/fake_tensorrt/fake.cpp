@@ -1,4 +1,5 @@
-// TensorRT-RTX 1.7.1.116, the CUDA runtime and its driver on the CPU, with FAKE_GPUS devices of compute capability 9.0.
+// TensorRT-RTX 1.7.1.116, the CUDA runtime and its driver on the CPU, with FAKE_GPUS devices of compute capability 9.0;
+// FAKE_MAJOR and FAKE_CAPABILITY change the first number of either.
 // The plan `toy TYPE SIZE LARGEST` is tests/cpp/toys.py's toy. What is put into a stream happens when it is synchronised
 // and not before, so that whoever does not wait reads nothing. As with the real ones, every thread starts on device 0,
 // what was made on one device does not work on another, and the first logger of a process is the only one.
@@ -60,11 +61,15 @@ int cuDeviceGetName(char* name, int size, int device) {
 }
 
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == 75 ? 9 : 0;
+  const char* major = std::getenv("FAKE_CAPABILITY");
+  *value = attribute == 75 ? (major == nullptr ? 9 : std::atoi(major)) : 0;
   return 0;
 }
 
-std::int32_t getInferLibMajorVersion() noexcept { return 1; }
+std::int32_t getInferLibMajorVersion() noexcept {
+  const char* major = std::getenv("FAKE_MAJOR");
+  return major == nullptr ? 1 : std::atoi(major);
+}
 std::int32_t getInferLibMinorVersion() noexcept { return 7; }
 std::int32_t getInferLibPatchVersion() noexcept { return 1; }
 std::int32_t getInferLibBuildVersion() noexcept { return 116; }

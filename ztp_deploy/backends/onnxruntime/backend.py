@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
+from ztp_deploy.backends.cuda_graph import Turns
 from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
 from ztp_deploy.backends.settings import parse
@@ -215,6 +216,7 @@ class OnnxRuntimeRunner:
         self._recordings: dict[int, _Bound] = {}
         self._buffers: tuple[Tensor, dict[str, Tensor]] | None = None
         self._one_at_a_time = threading.Lock()
+        self._turns = Turns()
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         if not self._settings.cuda_graph:
@@ -242,6 +244,8 @@ class OnnxRuntimeRunner:
             held, outputs = self._buffers
             first = {name: value[:count] for name, value in outputs.items()}
             recording = self._recordings[count] = self._bound(held[:count], first, graph=str(count))
+        if images.is_cuda:
+            self._turns.take(images.device)
         recording.images.copy_(images)
         return {name: value.clone() for name, value in recording.go().items()}
 

@@ -37,7 +37,7 @@ class TensorRT:
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
         self.SUMMARY = summary
-        self.GPU_REPORT: OnGpu | None = OnGpu(built_alone=not library.portable)
+        self.GPU_REPORT: OnGpu | None = OnGpu(built_alone=not library.portable, records=True)
 
     def __repr__(self) -> str:
         return self.library.module
@@ -161,7 +161,10 @@ class TensorRT:
                 raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
             engine = runtime.open_engine(self.library, path, weights, settings.version_compatible)
             return runtime.Executor(
-                engine, largest=manifest.batch.max, device="cuda", cuda_graph=settings.cuda_graph and file == PLAN_FILE
+                engine,
+                largest=manifest.batch.max,
+                device="cuda:0",
+                cuda_graph=settings.cuda_graph and file == PLAN_FILE,
             )
 
         # A graph without stages has nothing to audit: its one plan answers both.

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.tensorrt import config as configuration
 from ztp_deploy.backends.tensorrt import network as networks
 from ztp_deploy.backends.tensorrt.graph import QUANTISED, attentions, low_products
 from ztp_deploy.backends.tensorrt.layers import Fusion, Layer, check_engine_precision, fusion, read_layers
-from ztp_deploy.backends.tensorrt.library import Library, listening
+from ztp_deploy.backends.tensorrt.library import Library, listening, sentence, started
 from ztp_deploy.backends.tensorrt.progress import Progress, interruptible, monitor
 from ztp_deploy.backends.tensorrt.settings import Settings
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.manifest import BatchRange
 
 if TYPE_CHECKING:
     import tensorrt
-
-_PREFIX = re.compile(r"^(?:\[?[\w./]+::?[\w:]+\]?:? )?(?:Error Code \d+: )?")
-_PLACE = re.compile(r"\s*In \w+ at \S+\.cpp:\d+|\s*\(In \w+ at [^)]*\)?")
 
 
 @dataclass(frozen=True)
@@ -83,8 +80,8 @@ def build_plan(order: Order, progress: Progress) -> BuiltPlan:
     """Parses, configures and builds. Raises BadRequest, GateFailed, MissingSoftware; Ctrl-C cancels."""
     trt = order.library.load()
     heard = _Heard()
-    with listening(trt, heard) as log:
-        builder: tensorrt.Builder = _builder(trt, order.library, log, heard)
+    with torch_device.first_gpu(), listening(trt, heard) as log:
+        builder: tensorrt.Builder = started(trt.Builder, log, order.library, heard.errors)
         network, parser = networks.parse(trt, builder, log, order.model, order.graph)
         counts = [networks.check_precision(trt, network, order.model, precision) for precision in order.computes_in]
         config: tensorrt.IBuilderConfig = builder.create_builder_config()
@@ -106,22 +103,9 @@ def build_plan(order: Order, progress: Progress) -> BuiltPlan:
     return BuiltPlan(data, heard.layers, counts[0])
 
 
-def _builder(trt: Any, library: Library, log: tensorrt.ILogger, heard: _Heard) -> Any:
-    try:
-        return trt.Builder(log)
-    except (TypeError, RuntimeError) as error:  # the bindings' way of saying that none was created
-        reason = _sentence(heard.errors[0]) if heard.errors else str(error)
-        raise MissingSoftware(f"{library.title} cannot start: {reason}.", "See `ztp doctor`.") from error
-
-
 def _failure(library: Library, errors: list[str]) -> GateFailed:
-    reason = _sentence(errors[-1]) if errors else "it gave no reason"
+    reason = sentence(errors[-1]) if errors else "it gave no reason"
     return GateFailed(
         f"{library.title} could not build the engine: {reason}.",
         "Nothing was kept. Check what the message names: an operator's limits, the memory, or a setting.",
     )
-
-
-def _sentence(message: str) -> str:
-    """The message without source locations of the library's own code."""
-    return _PLACE.sub("", _PREFIX.sub("", message)).strip(" .\n") or message.strip()

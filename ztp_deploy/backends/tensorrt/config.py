@@ -30,6 +30,11 @@ def configure(trt: Any, library: Library, config: tensorrt.IBuilderConfig, setti
     if settings.version_compatible:
         config.set_flag(member(trt.BuilderFlag, "VERSION_COMPATIBLE", "version_compatible"))
     if settings.refit:
+        if str(trt.__version__).startswith("11.3."):
+            raise BadRequest(
+                f"refit=true was asked for, and {library.title} {trt.__version__} may lose a bias of what can be refitted.",
+                "Install release 11.4, or leave the setting out.",
+            )
         config.set_flag(member(trt.BuilderFlag, "REFIT", "refit"))
     if settings.strip_plan:
         config.set_flag(member(trt.BuilderFlag, "STRIP_PLAN", "strip_plan"))
@@ -75,20 +80,29 @@ def add_profile(
 
 
 def use_timings(config: tensorrt.IBuilderConfig, path: Path) -> None:
-    """Hands the builder the timings of earlier builds; those it does not trust it drops itself."""
-    cache: tensorrt.ITimingCache = config.create_timing_cache(timing_cache.read(path))
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    """Hands the builder the timings of earlier builds, or none where it does not trust those."""
+    cache = _timings(config, timing_cache.read(path))
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        config.set_timing_cache(_timings(config, b""), ignore_mismatch=False)
 
 
 def keep_timings(config: tensorrt.IBuilderConfig, path: Path) -> None:
     """Adds what this build timed to the file; a folder that cannot be written costs time, not the build."""
 
     def combined(standing: bytes) -> bytes:
-        cache: tensorrt.ITimingCache = config.create_timing_cache(standing)
-        cache.combine(config.get_timing_cache(), ignore_mismatch=False)
-        return bytes(cache.serialize())
+        mine: tensorrt.ITimingCache = config.get_timing_cache()
+        cache = _timings(config, standing)
+        # What cannot be combined with is of no use to any later build: mine takes its place.
+        return bytes((cache if cache.combine(mine, ignore_mismatch=False) else mine).serialize())
 
     try:
         timing_cache.update(path, combined)
-    except OSError as error:
-        warnings.warn(f"TensorRT's timings were not kept in {path}: {error.strerror or error}.", stacklevel=2)
+    except Exception as error:  # of the file system, or the bindings' own where the library gave no cache
+        reason = getattr(error, "strerror", None) or str(error)
+        warnings.warn(f"TensorRT's timings were not kept in {path}: {reason}.", stacklevel=2)
+
+
+def _timings(config: tensorrt.IBuilderConfig, data: bytes) -> tensorrt.ITimingCache:
+    """A cache of those timings, an empty one where they are damaged."""
+    cache: tensorrt.ITimingCache | None = config.create_timing_cache(data)
+    return config.create_timing_cache(b"") if cache is None else cache

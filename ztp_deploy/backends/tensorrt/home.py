@@ -10,6 +10,7 @@ from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.manifest import EngineManifest
 
+_AMPERE = (8, 0)
 _FP8_CAPABILITY = (8, 9)
 
 
@@ -31,9 +32,16 @@ def check_home(directory: Path, manifest: EngineManifest, library: Library, vers
         raise MissingSoftware(f"{directory} needs an NVIDIA GPU, and none was found.", "Open it where there is one.")
     check_gpu(manifest.precision)
     if not _opens(manifest.backend_version, version, settings.version_compatible):
+        known = settings.version_compatible or library.portable
         raise MissingSoftware(
             f"{directory} was built with {library.title} {manifest.backend_version}; this is {version}.",
-            "Build it again, or build with version_compatible.",
+            "Build it again with this release." if known else "Build it again, or build with version_compatible.",
+        )
+    if settings.hardware_compatible == "ampere_plus" and _numbers(here[0].compute_capability) < _AMPERE:
+        raise MissingSoftware(
+            f"{directory} was built for GPUs of compute capability 8.0 or newer; "
+            f"this is {here[0].name} ({here[0].compute_capability}).",
+            "Build it again on this GPU.",
         )
     home = manifest.built.get("gpu")
     if home is None or settings.hardware_compatible == "ampere_plus":
@@ -48,11 +56,14 @@ def check_home(directory: Path, manifest: EngineManifest, library: Library, vers
 
 
 def _opens(built: str, here: str, version_compatible: bool) -> bool:
-    """Whether a plan opens in this release: the very one, or a later one of the same major version where built for it."""
+    """Whether a plan opens in this release: the very one, or where built for it a later one, 11 also after 10.
+
+    A wheel's `.post1` is no part of the library's version. What opens across major versions: TensorRT's support matrix.
+    """
+    one, other = _numbers(built), _numbers(here)
     if not version_compatible:
-        return built == here
-    one, other = _numbers(built)[:2], _numbers(here)[:2]
-    return one[:1] == other[:1] and one <= other
+        return one == other
+    return one[:2] <= other[:2] and (one[0] == other[0] or (one[0], other[0]) == (10, 11))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

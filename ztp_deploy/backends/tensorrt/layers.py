@@ -17,7 +17,9 @@ from ztp_deploy.errors import GateFailed
 _LAYER = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>.*)")
 _CARRIED = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _READS = re.compile(r"Inputs: \[(?P<tensors>.*?)\](?=, (?:Constants|Outputs): )")
-_TYPE = re.compile(r"Datatype: (\w+)")
+_TYPE = re.compile(r"Datatype: ([^,}]+)")
+_IN_WORDS = {"FP32": "Float", "FP16": "Half", "BF16": "BFloat16", "Int8": "Int8", "FP8": "FP8"}
+"""How older inspectors call a type, somewhere in `Format/Datatype: Row major linear FP16 format`."""
 TYPES = {"fp32": "Float", "fp16": "Half", "bf16": "BFloat16", "int8": "Int8", "fp8": "FP8"}
 _FLOAT32 = frozenset({"Float"})
 _WIDER = {"fp16": _FLOAT32, "bf16": _FLOAT32} | dict.fromkeys(("int8", "fp8"), _FLOAT32 | {"Half", "BFloat16"})
@@ -63,11 +65,15 @@ def read_layers(text: str) -> list[Layer]:
         layers.append(
             Layer(
                 name=found["name"],
-                reads=frozenset(_TYPE.findall(reads["tensors"])) if reads else frozenset(),
+                reads=frozenset(map(_type, _TYPE.findall(reads["tensors"]))) if reads else frozenset(),
                 carries=frozenset(_CARRIED.findall(metadata)),
             )
         )
     return layers
+
+
+def _type(words: str) -> str:
+    return next((_IN_WORDS[word] for word in words.split() if word in _IN_WORDS), words.split()[0])
 
 
 def fusion(layers: Sequence[Layer], attentions: Sequence[AttentionNodes], stages: int) -> Fusion:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,9 +55,17 @@ Listener = Callable[[str, str], None]
 """Takes a message's severity (`verbose`, `info`, `warning`, `error`, `internal_error`) and its text."""
 
 
+_PREFIX = re.compile(r"^(?:\[?[\w./]+::?[\w:]+\]?:? )?(?:Error Code \d+: )?")
+_PLACE = re.compile(r"\s*In \w+ at \S+\.cpp:\d+|\s*\(In \w+ at [^)]*\)?")
+_OWN = threading.local()
+
+
 @cache
 def logger(trt: Any) -> Any:
-    """The process's logger for this library; what it hears goes to the one listener, or nowhere."""
+    """The process's logger for this library.
+
+    What it hears of a thread that overhears itself stays there; all else goes to the one listener, or nowhere.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -64,8 +73,12 @@ def logger(trt: Any) -> Any:
             self.listener: Listener | None = None
 
         def log(self, severity: Any, message: str) -> None:
-            if self.listener is not None:
-                self.listener(severity.name.lower(), message)
+            own, kind = getattr(_OWN, "errors", None), severity.name.lower()
+            if own is None:
+                if self.listener is not None:
+                    self.listener(kind, message)
+            elif "error" in kind:
+                own.append(message)
 
     return Logger()
 
@@ -83,6 +96,30 @@ def listening(trt: Any, listener: Listener) -> Iterator[Any]:
             yield log
         finally:
             log.listener = previous
+
+
+@contextmanager
+def overhearing() -> Iterator[list[str]]:
+    """The errors that this thread's calls bring meanwhile; another thread's build hears nothing of them."""
+    previous, _OWN.errors = getattr(_OWN, "errors", None), []
+    try:
+        yield _OWN.errors
+    finally:
+        _OWN.errors = previous
+
+
+def started(make: Any, log: Any, library: Library, errors: list[str]) -> Any:
+    """A builder or a runtime. Raises MissingSoftware with the reason, as where the driver is too old."""
+    try:
+        return make(log)
+    except (TypeError, RuntimeError) as error:  # the bindings' way of saying that none was created
+        reason = sentence(errors[0]) if errors else str(error)
+        raise MissingSoftware(f"{library.title} cannot start: {reason}.", "See `ztp doctor`.") from error
+
+
+def sentence(message: str) -> str:
+    """The message without source locations of the library's own code."""
+    return _PLACE.sub("", _PREFIX.sub("", message)).strip(" .\n") or message.strip()
 
 
 def member(enumeration: Any, name: str, what: str) -> Any:

@@ -72,7 +72,7 @@ def derive(job: BuildJob, settings: Settings) -> Derived:
 
     Raises BadRequest without images, MissingSoftware without ModelOpt, and GateFailed where nothing was quantised.
     """
-    from ztp_deploy.exporters.onnx import with_audit
+    from ztp_deploy.exporters.onnx import WEIGHTS_FILE, with_audit
 
     if job.calibration is None or not len(job.calibration):
         raise BadRequest(
@@ -92,7 +92,8 @@ def derive(job: BuildJob, settings: Settings) -> Derived:
     model = lower(model, settings.float_precision)
     path = job.directory / GRAPH_FILE
     vocabulary.check(model, manifest.plan, path, quantised=True)
-    onnx.save_model(model, path)
+    # Beyond what one message holds, weights lie in a file beside it.
+    onnx.save_model(model, path, save_as_external_data=model.ByteSize() > _PROTOBUF_LIMIT, location=WEIGHTS_FILE)
     notes = []
     if left := [name for name in wanted if name not in done]:
         notes.append(f"ModelOpt left {len(left)} of {len(wanted)} products in floating point: {', '.join(left)}.")

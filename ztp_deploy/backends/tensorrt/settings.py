@@ -12,7 +12,7 @@ class Settings(BaseModel):
 
     `optimization_level`: 0 (quickest build) to 5 (most thorough search). `workspace_mib`: scratch memory that kernels
     may ask for, None for all. `timing_cache`: remember kernel timings per device and version.
-    `version_compatible`: the plan runs in later releases of the same major version.
+    `version_compatible`: the plan runs in later releases of the same major version, one of 10 also in 11.
     `hardware_compatible`: on other GPUs too (`ampere_plus`, `same_compute_capability`).
     `refit`: weights can be replaced; `strip_plan`: they are left out of the plan and put in from `model.onnx` at opening.
     `require_fusion`: an attention that did not fuse is an error, not a note.
@@ -40,4 +40,6 @@ class Settings(BaseModel):
     def _one_way_to_refit(self) -> Settings:
         if self.refit and self.strip_plan:
             raise ValueError("a stripped plan is refitted by itself: give refit or strip_plan, not both")
+        if self.version_compatible and (self.refit or self.strip_plan):
+            raise ValueError("what runs a plan in later releases cannot refit: give version_compatible alone")
         return self

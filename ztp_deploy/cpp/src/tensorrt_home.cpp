@@ -8,6 +8,7 @@ namespace {
 
 using Numbers = std::vector<int>;
 
+const Numbers kAmpere{8, 0};
 const Numbers kFp8Capability{8, 9};
 
 /// Those of the parts between dots that are numbers.
@@ -22,14 +23,16 @@ Numbers numbers(const std::string& version) {
   return found;
 }
 
-/// Whether a plan opens in this release: the very one, or a later one of the same major version where built for it.
+/// Whether a plan opens in this release: the very one, or where built for it a later one, 11 also after 10.
+///
+/// What Python's wheels add to a version (`.post1`) is no part of it.
 bool opens(const std::string& built, const std::string& here, bool version_compatible) {
-  if (!version_compatible) return built == here;
   Numbers one = numbers(built);
   Numbers other = numbers(here);
+  if (!version_compatible) return one == other;
   one.resize(2);
   other.resize(2);
-  return one[0] == other[0] && one <= other;
+  return one <= other && (one[0] == other[0] || (one[0] == 10 && other[0] == 11));
 }
 
 }  // namespace
@@ -43,9 +46,16 @@ void check_home(const EngineFolder& folder, const Gpu& here, const std::string& 
   }
   const std::string& built = folder.manifest.backend_version;
   if (!opens(built, version, folder.version_compatible)) {
+    const bool known = folder.version_compatible || folder.manifest.backend == "tensorrt_rtx";
     throw MissingSoftware(
         folder.directory.string() + " was built with " + title + " " + built + "; this is " + version + ".",
-        "Build it again, or build with version_compatible.");
+        known ? "Build it again with this release." : "Build it again, or build with version_compatible.");
+  }
+  if (folder.hardware_compatible == "ampere_plus" && numbers(capability) < kAmpere) {
+    throw MissingSoftware(folder.directory.string() +
+                              " was built for GPUs of compute capability 8.0 or newer; this is " + here.name + " (" +
+                              capability + ").",
+                          "Build it again on this GPU.");
   }
   const Gpu& home = folder.home;
   if (home.name.empty() || folder.hardware_compatible == "ampere_plus") return;
