@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ztp_deploy.ending import end
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
@@ -35,9 +36,38 @@ def test_exit_codes_and_sentences(command, code, sentence, capsys):
     assert capsys.readouterr().err == sentence
 
 
-def test_a_fault_of_ours_is_no_refusal():
-    with pytest.raises(ZeroDivisionError):
+def test_a_fault_of_ours_is_no_failed_gate(capsys):
+    with pytest.raises(SystemExit) as ended:
         end(lambda: 1 / 0)
+    assert ended.value.code == 70
+    assert capsys.readouterr().err.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_a_gpu_that_is_full_is_a_sentence(capsys):
+    with pytest.raises(SystemExit) as ended:
+        end(lambda: refuse(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")))
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.startswith("error: The GPU's memory is too small for that. Use smaller batches")
+
+
+@pytest.mark.parametrize("line", ["out.print('x')", "print_json(['x' * 100_000] * 10)"])
+def test_output_that_nobody_reads_is_no_failed_gate(line):
+    """As after `| head -1` under pipefail."""
+    script = f"""
+from ztp_deploy.console import out, print_json
+from ztp_deploy.ending import end
+
+def command():
+    for _ in range(100_000):
+        {line}
+
+end(command)
+"""
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", '"$0" -c "$1" | head -1 > /dev/null', sys.executable, script],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_answer_to_ctrl_c_is_put_back():
@@ -64,3 +94,21 @@ end(command)
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ, "NO_COLOR": "1"}
     )
     assert (done.returncode, done.stderr) == (130, "Interrupted; nothing half-written was left.\n")
+
+
+def test_warnings_of_this_project_are_notes():
+    script = """
+import warnings
+from ztp_deploy import ending
+
+def command():
+    warnings.warn_explicit("The engine is [old].", UserWarning, ending.__file__, 1)
+    warnings.warn_explicit("a library's", UserWarning, "/elsewhere/library.py", 7)
+
+ending.end(command)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "The engine is [old]." in done.stderr
+    assert "ending.py:1" not in done.stderr
+    assert "/elsewhere/library.py:7: UserWarning: a library's" in done.stderr

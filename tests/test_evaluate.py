@@ -176,7 +176,7 @@ def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
     assert path.name == f"deit_t--{report.plan}--accuracy-{report.data_sha256[:6]}.json"
     assert AccuracyReport.model_validate_json(path.read_bytes()) == report
     assert report.manifest_sha256 is None
-    assert report.weights == "file: trained.safetensors"
+    assert report.weights == "file (trained.safetensors)"
     assert report.comparison is not None
     dense = evaluate_model(
         PlanRequest(model="deit_t", method="dense", weights=weights), EvalRequest(pictures, device="cpu"), Silent()
@@ -292,7 +292,7 @@ def command(monkeypatch, capsys, tmp_path):
 def test_the_command_prints_a_table_or_json(command, engines, pictures):
     code, out, err = command("--engine", engines["pruned"].directory, "--data", pictures, "--workers", 1)
     assert code == 0, err
-    for words in ("top-1", "difference", "McNemar", "KL(dense ‖ pruned)", "Weights: file: trained"):
+    for words in ("top-1", "difference", "McNemar", "KL(dense ‖ pruned)", "Weights: file (trained"):
         assert words in " ".join(out.split())
     code, out, err = command("--engine", engines["pruned"].directory, "--data", pictures, "--no-dense", "--json")
     assert code == 0, err

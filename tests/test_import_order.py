@@ -89,16 +89,16 @@ def test_no_room_imports_a_later_one():
 @pytest.mark.parametrize(
     "text, found",
     [
-        ("from ztp_deploy.workflow import build_engine\n", {("backends.mine", "workflow")}),
+        ("from ztp_deploy.workflow.steps import load\n", {("backends.mine", "workflow.steps")}),
         ("def late():\n    from ztp_deploy.evidence import images\n", {("backends.mine", "evidence.images")}),
-        ("import ztp_deploy.cli\n", {("backends.mine", "cli")}),
-        ("LATER = 'ztp_deploy.workflow:build_engine'\n", {("backends.mine", "workflow")}),
+        ("import ztp_deploy.cli.app\n", {("backends.mine", "cli.app")}),
+        ("LATER = 'ztp_deploy.workflow.steps:load'\n", {("backends.mine", "workflow.steps")}),
         ("from ztp_deploy import plan\nfrom ztp_deploy.errors import BadRequest\nimport json\n", set()),
     ],
 )
 def test_an_import_of_a_later_room_is_noticed(text, found, tmp_path):
     package = tmp_path / "ztp_deploy"
-    for file in ("errors.py", "plan.py", "workflow.py", "cli.py", "evidence/images.py", "backends/mine.py"):
+    for file in ("errors.py", "plan.py", "workflow/steps.py", "cli/app.py", "evidence/images.py", "backends/mine.py"):
         (package / file).parent.mkdir(parents=True, exist_ok=True)
         (package / file).write_text(text if "mine" in file else "")
     assert backward(package) == found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +21,20 @@ if TYPE_CHECKING:
     from ztp_deploy.evidence.parity import ParityReport
     from ztp_deploy.workflow.make import Result
 
-out = Console(highlight=False, markup=False)  # square brackets are part of many a path
-err = Console(stderr=True, highlight=False, markup=False)
+
+def nobody_reads() -> int:
+    """The exit code of a program whose output is piped into one that has ended, such as `head`; it writes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:  # left to itself rich ends with the code of a failed gate
+        raise SystemExit(nobody_reads())
+
+
+out = _Console(highlight=False, markup=False)  # square brackets are part of many a path
+err = _Console(stderr=True, highlight=False, markup=False)
 
 
 class Bars:

@@ -1,6 +1,7 @@
 """How every command of the project ends: with its exit code and, where it is refused, one sentence.
 
-Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device, 130 interrupted.
+Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device, 70 a fault of this
+program, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
-from ztp_deploy.console import err, print_json
-from ztp_deploy.errors import INTERRUPTED, BadRequest, ZtpError
+from ztp_deploy.console import err, nobody_reads, print_json, warn
+from ztp_deploy.errors import FAULT, INTERRUPTED, BadRequest, MissingSoftware, ZtpError
 
 
 class _Interrupts:
@@ -28,11 +32,13 @@ class _Interrupts:
 def end(command: Callable[[], object]) -> NoReturn:
     """Runs a command and ends the process with its exit code: the int it returns, else 0, or that of its refusal.
 
-    A refusal is printed as one sentence, as JSON where `--json` stands in the command line. What is a fault of ours is
-    raised.
+    A refusal is printed as one sentence, as JSON where `--json` stands in the command line; a fault of ours with its
+    traceback, which alone Python would end with the code of a failed gate.
     """
     interrupts = _Interrupts()
     previous = signal.signal(signal.SIGINT, interrupts)
+    show = warnings.showwarning
+    warnings.showwarning = partial(_show, show)
     try:
         code = command()
         code = code if isinstance(code, int) else 0
@@ -41,6 +47,7 @@ def end(command: Callable[[], object]) -> NoReturn:
         code = INTERRUPTED if pressed else _refuse(error)
     finally:
         signal.signal(signal.SIGINT, previous)
+        warnings.showwarning = show
     if code == INTERRUPTED:
         err.print("Interrupted; nothing half-written was left.")
         sys.stdout.flush()
@@ -49,10 +56,23 @@ def end(command: Callable[[], object]) -> NoReturn:
     sys.exit(code)
 
 
+def _show(others: Callable[..., None], message: Warning | str, kind: type[Warning], file: str, *where: Any) -> None:
+    """This project's warnings are notes to the user; `others` shows those of libraries."""
+    if issubclass(kind, UserWarning) and Path(file).is_relative_to(Path(__file__).parent):
+        warn(str(message))
+    else:
+        others(message, kind, file, *where)
+
+
 def _refuse(error: BaseException) -> int:
-    """Prints a refusal and returns its exit code; raises what is none."""
+    """Prints a refusal, or the traceback of what is none, and returns its exit code."""
     if isinstance(error, ZtpError):
         problem, fix, code = error.problem, error.fix, error.exit_code
+    elif isinstance(error, BrokenPipeError):
+        return nobody_reads()
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's own
+        problem, code = "The GPU's memory is too small for that.", MissingSoftware.exit_code
+        fix = "Use smaller batches, or free memory on the GPU (nvidia-smi)."
     elif isinstance(error, OSError):
         named = f"{error.filename}: " if error.filename else ""
         problem, fix, code = f"{named}{error.strerror or error}.", "Check the path.", BadRequest.exit_code
@@ -66,7 +86,8 @@ def _refuse(error: BaseException) -> int:
             return BadRequest.exit_code
         problem, fix, code = f"{message}.", "See `ztp --help`.", BadRequest.exit_code
     else:
-        raise error
+        sys.excepthook(type(error), error, error.__traceback__)
+        return FAULT
     if "--json" in sys.argv:
         print_json({"error": {"problem": problem, "fix": fix, "exit_code": code}})
     else:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 GATE_FAILED = 1
 BAD_REQUEST = 2
 MISSING = 3
+FAULT = 70
 INTERRUPTED = 130
 
 

@@ -343,7 +343,7 @@ def _report(
         runs=subject.runs,
         precision=subject.precision,
         manifest_sha256=subject.manifest_sha256,
-        weights=_shown(subject.source),
+        weights=subject.source.weights.shown,
         weights_sha256=subject.source.weights.sha256,
         reference=None if reference is None else reference.name,
         reference_manifest_sha256=None if reference is None else reference.manifest_sha256,
@@ -359,9 +359,3 @@ def _report(
         notes=tuple(notes),
         environment=environment.snapshot(),
     )
-
-
-def _shown(source: Source) -> str:
-    """Where the weights came from, a file by its name alone."""
-    weights = source.weights
-    return f"{weights.kind}: {Path(weights.origin).name if weights.kind == 'file' else weights.origin}"

@@ -143,7 +143,7 @@ def evaluated(sha: str | None, names: list[str] | None = None, dense: bool = Tru
         runs="onnxruntime",
         precision="fp32",
         manifest_sha256=sha,
-        weights="file: mine.pth",
+        weights="file (mine.pth)",
         weights_sha256="1" * 64,
         reference="eager PyTorch" if dense else None,
         reference_manifest_sha256=None,

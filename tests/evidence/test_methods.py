@@ -98,6 +98,8 @@ def test_every_engine_is_proved_and_measured(build):
     """One method at a small size, from its name to the table."""
     with pytest.raises(BadRequest, match="Latency at batch 1 was asked for, but the engine's range is 2"):
         compare_methods("deit_t", [WANTED], build, Silent(), batches=(1,))
+    with pytest.raises(BadRequest, match="no-such-folder"):
+        compare_methods("deit_t", [WANTED], build, Silent(), images="no-such-folder")
     assert not build.export_root.exists()  # told before anything is built
     found = compare_methods("deit_t", [WANTED], build, Silent(), seconds=0.2)
     assert found.latency.command == "ztp.compare_methods"

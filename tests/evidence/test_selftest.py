@@ -9,10 +9,14 @@ from safetensors.numpy import load_file
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.runs import Silent
+from ztp_deploy import environment
+from ztp_deploy.backends import find_engine
 from ztp_deploy.evidence import selftest
+from ztp_deploy.evidence.report.summary import Summary, summarise
 from ztp_deploy.manifest import BatchRange, manifest_sha256
 from ztp_deploy.workflow.progress import Clock
-from ztp_deploy.workflow.steps import check
+from ztp_deploy.workflow.steps import check, write_summary
 
 
 def test_the_record_is_the_engines_own_run(engine):
@@ -44,22 +48,39 @@ def test_two_images_where_the_range_allows_it(engine, span, count):
     assert np.array_equal(found["images"], expected)
 
 
+class Listening(Silent):
+    """A monitor that keeps what it is warned of."""
+
+    def __init__(self):
+        self.told = []
+
+    def warn(self, text):
+        self.told.append(text)
+
+
+def test_after_a_check_no_report_says_that_the_engine_never_ran(engine, model):
+    tiny.reseal(engine.directory, unproved="no NVIDIA GPU was found")
+    built = find_engine(engine.directory)
+    sha = manifest_sha256(built.directory)
+    facts = {"steps": [], "peak_gib": 0.0, "machine": environment.snapshot(), "manifest_sha256": sha}
+    summary = summarise(built.manifest, built.directory, None, None, command="ztp engine", **facts)
+    write_summary(built, summary)
+    assert "BUILT, NOT RUN" in (built.evidence / "report.md").read_text()
+    assert check(built, model, None, Clock(Silent()), count=2).passed
+    for name in ("report.md", "report.json", "report.html"):
+        assert "NOT RUN" not in (built.evidence / name).read_text()
+    renewed = Summary.model_validate_json((built.evidence / "report.json").read_bytes())
+    assert renewed.parity_passed
+    assert renewed.command == "ztp engine"
+
+
 def test_a_check_records_it_only_where_parity_holds(engine, model):
-    told: list[str] = []
-
-    class Silent:
-        def step(self, title, total):
-            import contextlib
-
-            return contextlib.nullcontext(lambda amount: None)
-
-        def warn(self, text):
-            told.append(text)
+    monitor = Listening()
 
     path = engine.evidence / selftest.SELFTEST_FILE
-    assert check(engine, model, None, Clock(Silent()), count=2).passed
+    assert check(engine, model, None, Clock(monitor), count=2).passed
     assert path.is_file()
-    assert told == []
+    assert monitor.told == []
     path.unlink()
 
     def shift(graph):
@@ -68,7 +89,7 @@ def test_a_check_records_it_only_where_parity_holds(engine, model):
         graph.graph.initializer[last].raw_data = values.astype(np.float32).tobytes()
 
     tiny.damage_graph(engine.directory, shift)
-    assert not check(engine, model, None, Clock(Silent()), count=2).passed
+    assert not check(engine, model, None, Clock(monitor), count=2).passed
     assert not path.exists()
-    assert len(told) == 1
-    assert "Polygraphy" in told[0]
+    [told] = monitor.told
+    assert "Polygraphy" in told

@@ -13,7 +13,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest, MissingSoftware
-from ztp_deploy.models.base import ModelSize
+from ztp_deploy.models.base import ModelSize, Weights
 from ztp_deploy.models.timm_vit import NAMES
 from ztp_deploy.pruning.tokens import initial_state
 
@@ -175,3 +175,10 @@ def test_reload_gives_the_very_same_weights(tmp_path):
     given = ztp.load_model("deit_t", weights=state, overrides=tiny.SIZE)
     with pytest.raises(BadRequest, match="handed over in Python"):
         models.reload_model(given.source)
+
+
+def test_weights_of_a_file_are_shown_by_its_name():
+    """Reports are passed on: they hold no path of the machine that made them."""
+    facts = {"licence": None, "sha256": "0"}
+    assert Weights(kind="file", origin="/home/me/models/mine.pth", **facts).shown == "file (mine.pth)"
+    assert Weights(kind="pretrained", origin="timm/deit_s", **facts).shown == "pretrained (timm/deit_s)"

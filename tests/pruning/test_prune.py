@@ -10,6 +10,7 @@ import torch
 
 import ztp_deploy as ztp
 from tests import tiny
+from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Plan, make_plan
@@ -160,3 +161,16 @@ def _hooked():
     model = small()
     model.blocks[0].register_forward_hook(lambda *arguments: None)
     return model
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_everything_is_where_the_model_is(method):
+    """On a device that is not the CPU: one tensor that stays behind fails the run."""
+    model = tiny.model().to("meta")
+    plan = make_plan(model, method, ratio=0.7, options=tiny.OPTIONS.get(method, {}))
+    pruned = prune(model, plan)
+    assert {value.device.type for value in (*pruned.parameters(), *pruned.buffers())} == {"meta"}
+    images = torch.empty(2, 3, 96, 96, device="meta")
+    outputs = pruned.run(images)
+    assert {value.device.type for value in (outputs.logits, *outputs.kept, *outputs.merged)} == {"meta"}
+    assert outputs.logits.shape == (2, 10)

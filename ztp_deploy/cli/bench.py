@@ -41,7 +41,7 @@ from ztp_deploy.cli.options import (
 )
 from ztp_deploy.console import Bars, print_json, recorded, show_result, show_rows, warn
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
-from ztp_deploy.errors import BadRequest, GateFailed
+from ztp_deploy.errors import GateFailed
 
 if TYPE_CHECKING:
     from ztp_deploy.workflow.requests import BuildRequest
@@ -141,17 +141,14 @@ def _bench_engines(
 ) -> None:
     """Measures engine folders against the first of them."""
     from ztp_deploy.backends import find_engine
+    from ztp_deploy.evidence.latency import path_ends
     from ztp_deploy.evidence.records import record_comparison
     from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
     from ztp_deploy.workflow.progress import Clock
     from ztp_deploy.workflow.steps import bench as measure
 
-    if len(set(engine)) < len(engine):
-        raise BadRequest("The same engine twice makes no sense with --engine.", "Give each folder once.")
-    # The folder above names back end, version and device.
-    named = {f"{path.resolve().parent.name}/{path.resolve().name}": find_engine(path) for path in engine}
-    if len(named) < len(engine):
-        named = {str(path): find_engine(path) for path in engine}
+    names = path_ends(engine, least=2)  # the folder above names back end, version and device
+    named = {name: find_engine(path) for name, path in zip(names, engine, strict=True)}
     report = measure(named, sizes, seconds, Clock(Bars()), command_line())
     if record is not None:
         recorded(record_comparison(report, next(iter(named.values())).manifest.source.name, record))

@@ -85,6 +85,9 @@ def eval_(
     check_record(record)
     if no_dense:
         refuse_idle(context, ["dense_engine"], "--no-dense", fix)
+    if engine is not None and (no_dense or dense_engine):
+        without = "--no-dense" if no_dense else "--dense-engine"
+        refuse_idle(context, ["device"], f"{without}: nothing runs in eager PyTorch", fix)
     request = EvalRequest(data, not no_dense, batch, workers, device, command_line())
     try:
         if engine is not None:

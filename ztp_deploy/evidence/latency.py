@@ -223,13 +223,13 @@ def _named(engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path |
     return named
 
 
-def path_ends(folders: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as few as tell all apart. Raises BadRequest where one folder is there twice."""
+def path_ends(folders: Sequence[Path], least: int = 1) -> list[str]:
+    """The last parts of each path, `least` or as many as tell all apart. Raises BadRequest for one folder twice."""
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise BadRequest(f"{twice} was given twice.", "Give each engine folder once.")
-    length = 1
+    length = least
     while len({path.parts[-length:] for path in paths}) < len(paths):
         length += 1
     return [str(Path(*path.parts[-length:])) for path in paths]

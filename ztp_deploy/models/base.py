@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -55,6 +56,11 @@ class Weights(BaseModel):
     origin: str
     licence: str | None = None
     sha256: str
+
+    @property
+    def shown(self) -> str:
+        """For reports, which others read: a file goes by its name alone."""
+        return f"{self.kind} ({Path(self.origin).name if self.kind == 'file' else self.origin})"
 
 
 class Source(BaseModel):

@@ -47,7 +47,8 @@ class PrunedModel(nn.Module):
         self.host = models.host_of(self.model)
         _check_fit(plan, self)
         own = models.method_weights_of(model, plan.method)
-        self.stages = nn.ModuleDict(build_stages(plan, self.host.geometry, own))
+        device = next(self.model.parameters()).device
+        self.stages = nn.ModuleDict(build_stages(plan, self.host.geometry, own)).to(device)
         self._stage_at = {stage.block: (stage, _key(stage)) for stage in plan.stages}
         self.eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,10 +67,10 @@ def split(count: int) -> Split:
 
 
 class Judge:
-    """Runs plans in eager PyTorch on the images, the dense model once."""
+    """Runs plans in eager PyTorch on the images, the dense model once: `model` is a copy on the device."""
 
     def __init__(self, model: nn.Module, images: ImageSet, device: str) -> None:
-        self.model = model.to(device).eval()
+        self.model = copy.deepcopy(model).to(device).eval()  # the caller's stays where exporters expect it
         self.device = device
         self.pixels = images.pixels
         self.dense = self._run(self.model, range(len(images.names)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import torch_device
+from ztp_deploy.backends.base import Device
 from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import refuse_meaningless
@@ -167,7 +168,7 @@ def tune(request: TuneRequest, monitor: Monitor, *, timer: Timer | None = None) 
         verdict,
         trials=tuple(map(_record, trials)),
         finalists=tuple(trial.number for trial in best),
-        rounds=() if first is None else rounds.of_plan(job.model, first.plan, some),
+        rounds=() if first is None else rounds.of_plan(judge.model, first.plan, some),
         blocks=prices.blocks,
         attempts=attempts,
         **judged,
@@ -185,7 +186,7 @@ def _prepare(request: TuneRequest, monitor: Monitor) -> _Job:
     with clock.step(f"prepare the images of {Path(request.images).name}"):
         images = load_images(request.images, source.preprocessing, "float32", request.count)
     rows = split(len(images.names))
-    fingerprint = _fingerprint(request, budget, source.weights.sha256, images.sha256)
+    fingerprint = _fingerprint(request, budget, source.weights.sha256, images.sha256, device)
     return _Job(
         request=request,
         budget=budget,
@@ -214,7 +215,7 @@ def _open_search(job: _Job) -> tuple[Judge, Space, Tensor]:
     with job.clock.step("run the dense model"):
         judge = Judge(job.model, job.images, job.device)
     some = torch.from_numpy(job.images.pixels[list(job.rows.subset[: rounds.IMAGES])]).to(job.device)
-    enough = rounds.by_block(job.model, some) if rounds.has_rounds(job.request.method) else {}
+    enough = rounds.by_block(judge.model, some) if rounds.has_rounds(job.request.method) else {}
     return judge, Space(job.model, job.request.method, enough), some
 
 
@@ -258,7 +259,7 @@ def _report(job: _Job, verdict: _Verdict, **found: Any) -> TuneReport:
         started=job.started,
         model=request.model,
         method=request.method,
-        weights=f"{weights.kind}: {Path(weights.origin).name}",
+        weights=weights.shown,
         images=job.images.origin,
         subset_images=len(job.rows.subset),
         search_images=len(job.rows.search),
@@ -285,7 +286,7 @@ def _load(request: TuneRequest, clock: Clock) -> nn.Module:
     return model
 
 
-def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str) -> dict[str, Any]:
+def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str, device: Device) -> dict[str, Any]:
     """All that decides what a trial gives; the number of trials is not among it, so that a search can be prolonged."""
     found: dict[str, Any] = {
         "model": request.model,
@@ -295,6 +296,7 @@ def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str
         "method": request.method,
         "seed": request.seed,
         "space": space.VERSION,
+        "eager": f"torch {torch.__version__} on {device.slug}",
     }
     rooms: tuple[str, ...] = exporters.SOURCES
     if budget.kind == "latency":
@@ -303,6 +305,8 @@ def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str
             f"{target.name} {target.backend.version()} on {target.device.slug}, {target.precision}, "
             f"{request.build.input} images"
         )
+        if target.device.name == "cpu":
+            found["processor"] = environment.cpu_name()
         found |= {"settings": target.settings, "instructions": target.backend.instructions(target.settings)}
         rooms = backends.SOURCES
     return found | {"code": sources_sha256(*rooms)[:12]}

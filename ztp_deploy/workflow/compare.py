@@ -13,7 +13,7 @@ from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
-from ztp_deploy.workflow.steps import bench, check_runnable, engine_for, load, measured_batches, prove
+from ztp_deploy.workflow.steps import bench, check_runnable, check_wanted, engine_for, load, measured_batches, prove
 
 
 def compare_methods(
@@ -35,8 +35,7 @@ def compare_methods(
     batches = measured_batches(batches, build)
     check_seconds(seconds)
     check_runnable(build)
-    for request in wanted:
-        request.check()
+    check_wanted(wanted, build, images)
     model = load(model_name, wanted[0].weights, clock)
     plans: dict[str, Plan] = {DENSE: make_plan(model, "dense")}
     for request in wanted:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztp_deploy import environment, exporters, models
+from ztp_deploy import environment
 from ztp_deploy.backends import Engine
 from ztp_deploy.defaults import ENGINE_SECONDS
-from ztp_deploy.evidence.images import image_files
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport, check_seconds
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.html import write_report
@@ -23,6 +22,7 @@ from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 from ztp_deploy.workflow.steps import (
     bench,
     check,
+    check_wanted,
     engine_for,
     load,
     measured_batches,
@@ -65,15 +65,9 @@ def make_engine(
     if measure:
         measured = measured_batches(batches, build)
         check_seconds(seconds)
-    target = build.target()
-    runs_here = target.unrunnable is None
+    runs_here = build.target().unrunnable is None
     measure = measure and runs_here
-    # Whatever can be refused is refused before anything heavy is loaded.
-    exporters.check_precision(target.backend.FORMAT, target.graph_precision)
-    models.check_request(wanted.model, wanted.weights)
-    wanted.check()
-    if images is not None:
-        image_files(Path(images))
+    check_wanted([wanted], build, images)
     model = load(wanted.model, wanted.weights, clock)
     plan = wanted.plan(model)
     plans: dict[str, Plan] = {"pruned": plan}

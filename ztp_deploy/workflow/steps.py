@@ -13,12 +13,13 @@ from ztp_deploy import backends, exporters, models
 from ztp_deploy.backends import Engine
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
-from ztp_deploy.evidence.images import ImageSet, load_images
+from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import LatencyReport, measure_latency, usual_batches
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps, proof_of
+from ztp_deploy.evidence.report.folder import read_evidence
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.markdown import render_markdown
-from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, unproved_line, with_parity
+from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, unproved_line
 from ztp_deploy.evidence.reproducer import write_reproducer
 from ztp_deploy.evidence.schema import stored
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
@@ -29,10 +30,21 @@ from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow.progress import Clock
-from ztp_deploy.workflow.requests import BuildRequest
+from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 
 REPORT_FILE = "report.md"
 YARDSTICK_IMAGES = 8
+
+
+def check_wanted(wanted: Sequence[PlanRequest], build: BuildRequest, images: Path | str | None) -> None:
+    """Refuses whatever can be refused before anything heavy is loaded."""
+    target = build.target()
+    exporters.check_precision(target.backend.FORMAT, target.graph_precision)
+    for request in wanted:
+        models.check_request(request.model, request.weights)
+        request.check()
+    if images is not None:
+        image_files(Path(images))
 
 
 def load(name: str, weights: str, clock: Clock) -> nn.Module:
@@ -147,7 +159,7 @@ def _quote_anew(engine: Engine, report: ParityReport) -> None:
     """Reports of the engine that stand say what this check found; none goes on saying the contrary."""
     summary = stored(engine.evidence / SUMMARY_FILE, Summary)
     if summary is not None and summary.manifest_sha256 == report.manifest_sha256:
-        write_summary(engine, with_parity(summary, report))
+        write_summary(engine, read_evidence(engine.directory).summary)
     write_report(engine.directory)
 
 

@@ -491,6 +491,24 @@ def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeyp
     assert opened == ["model.plan", "cuda:0"]
 
 
+@pytest.mark.parametrize("name, config", [("tensorrt", None), ("tensorrt_rtx", ("rtx", "engine", True))])
+def test_only_a_portable_librarys_plans_are_opened_with_its_configuration(name, config, shared_engine, monkeypatch):
+    backend, made = backends.get(name), []
+    monkeypatch.setattr(environment, "gpus", lambda: (H100,))
+    monkeypatch.setattr(backend, "version", lambda: "1.7")
+    monkeypatch.setattr(Library, "load", lambda self: "rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "open_engine", lambda *where: "engine")
+    monkeypatch.setattr(runtime, "portable_config", lambda trt, engine, recording: (trt, engine, recording))
+    monkeypatch.setattr(runtime, "Executor", lambda engine, **settings: made.append((engine, settings)))
+    [record] = [record for name, record in shared_engine.manifest.files.items() if name == "model.onnx"]
+    settings = backend.parse_settings({"cuda_graph": True})
+    changes = {"backend_version": "1.7", "settings": settings, "built": {}, "files": {"model.plan": record}}
+    backend.open_runner(shared_engine.directory, shared_engine.manifest.model_copy(update=changes))
+    [(engine, found)] = made
+    assert (engine, found["config"], found["cuda_graph"]) == ("engine", config, True)
+
+
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setattr(Library, "found", lambda self: None)
     assert backends.get("tensorrt").missing() == "tensorrt"

@@ -160,11 +160,10 @@ class TensorRT:
             if file not in manifest.files:  # one that lies there all the same was never verified
                 raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
             engine = runtime.open_engine(self.library, path, weights, settings.version_compatible)
+            recording = settings.cuda_graph and file == PLAN_FILE
+            config = runtime.portable_config(self.library.load(), engine, recording) if self.library.portable else None
             return runtime.Executor(
-                engine,
-                largest=manifest.batch.max,
-                device="cuda:0",
-                cuda_graph=settings.cuda_graph and file == PLAN_FILE,
+                engine, largest=manifest.batch.max, device="cuda:0", cuda_graph=recording, config=config
             )
 
         # A graph without stages has nothing to audit: its one plan answers both.

@@ -325,18 +325,13 @@ def _machine(evidence: Evidence) -> list[tuple[str, str]]:
 def _hashes(evidence: Evidence) -> list[tuple[str, str, str]]:
     """(what, sha256, size or origin)."""
     manifest, weights = evidence.manifest, evidence.manifest.source.weights
-    of_file = weights.kind == "file"
     found = [
         ("manifest.json", evidence.manifest_sha256, "quoted by every evidence file"),
         *(
             (name, record.sha256, f"{record.bytes:,} bytes".replace(",", " "))
             for name, record in manifest.files.items()
         ),
-        (
-            "weights",
-            weights.sha256,
-            f"{weights.kind} ({Path(weights.origin).name})" if of_file else evidence.summary.weights,
-        ),
+        ("weights", weights.sha256, weights.shown),
         ("exported graph's manifest", manifest.artifact_sha256, manifest.format),
     ]
     if evidence.parity:

@@ -121,7 +121,7 @@ def summarise(
         model=manifest.source.name,
         method=plan.method,
         label=plan.label,
-        weights=f"{manifest.source.weights.kind} ({manifest.source.weights.origin})",
+        weights=manifest.source.weights.shown,
         random_weights=manifest.random_weights,
         backend=f"{manifest.backend} {manifest.backend_version}",
         provider=manifest.provider,
@@ -148,11 +148,6 @@ def summarise(
         command=command,
         notes=notes,
     )
-
-
-def with_parity(summary: Summary, parity: ParityReport) -> Summary:
-    """The summary of an engine that was checked again."""
-    return summary.model_copy(update={"unproved": None, **_parity_fields(parity)})
 
 
 def _parity_fields(parity: ParityReport | None) -> dict[str, Any]:
