@@ -97,7 +97,7 @@ def test_a_hub_that_does_not_answer_is_given_up_within_seconds(tmp_path):
     refused = run("http://127.0.0.1:9", tmp_path)
     assert refused["code"] == 3
     assert REPOSITORY in refused["problem"]
-    assert refused["seconds"] < 15
+    assert refused["seconds"] < 45  # the library alone would try again for minutes
     begin = time.perf_counter()
     offline = run("http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
     assert offline["code"] == 3

@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests import tiny
 from tests.commands import typed
-from ztp_deploy import backends, cli, models
+from ztp_deploy import backends, models
+from ztp_deploy.console import Bars
 from ztp_deploy.errors import BadRequest, WriteFailed
 from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.show.draw import picture_paths, show
@@ -132,7 +133,7 @@ def test_make_show_passes_an_engine_or_a_plan_on():
 
 def test_one_source_or_the_other():
     with pytest.raises(BadRequest, match="Either an engine or a plan"):
-        show([Path("a.png")], Path("pictures"), Clock(cli.Bars()))
+        show([Path("a.png")], Path("pictures"), Clock(Bars()))
 
 
 def test_names_of_pictures():
