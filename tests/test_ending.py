@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from ztp_deploy.ending import end
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
 
 
 def refuse(error):
@@ -64,3 +64,10 @@ end(command)
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ, "NO_COLOR": "1"}
     )
     assert (done.returncode, done.stderr) == (130, "Interrupted; nothing half-written was left.\n")
+
+
+@pytest.mark.parametrize(
+    "message, told", [("", "ValueError"), ("\n \n", "ValueError"), ("\nbroken.\nmore", "broken"), ("so", "so")]
+)
+def test_foreign_errors_are_told_in_a_line_whatever_they_say(message, told):
+    assert first_line(ValueError(message)) == told
