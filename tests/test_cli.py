@@ -19,7 +19,7 @@ from tests import tiny
 from tests.commands import typed
 from ztp_deploy import backends
 from ztp_deploy.cli.app import app
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evidence import parity
 from ztp_deploy.evidence.images import photograph_crops
 
@@ -304,6 +304,17 @@ def test_the_gpu_report_says_what_is_left_and_how_to_go_on(ztp, tmp_path, monkey
     assert "- tensorrt fp8, failed (1 rows): RuntimeError: CUDA out of memory." in out
     ztp("gpu-report", "--device", "cpu", "--precisions", "int8")
     assert asked == [(["fp32", "fp16", "bf16", "int8", "fp8"], 5.0, True), (["int8"], 9.0, False)]
+    one_sentence(*ztp("gpu-report", "--minutes", -1), 2, "minutes=-1.0", "positive number of minutes")
+
+    def broken_off(grid, path, **options):
+        path.write_text(measured(grid, path, **options).report.to_json())
+        raise MissingSoftware("There are no such weights.")
+
+    monkeypatch.setattr(measure, "measure_gpu", broken_off)
+    table = Path("engines/evidence/gpu/none.md")
+    table.unlink()
+    assert ztp("gpu-report", "--device", "cpu")[0] == 3
+    assert "- tensorrt fp8, failed (1 rows): RuntimeError: CUDA out of memory." in table.read_text()
 
 
 COMMANDS = [

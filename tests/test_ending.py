@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ztp_deploy.ending import end
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
 
 
 def refuse(error):
@@ -112,3 +112,10 @@ ending.end(command)
     assert "The engine is [old]." in done.stderr
     assert "ending.py:1" not in done.stderr
     assert "/elsewhere/library.py:7: UserWarning: a library's" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "message, told", [("", "ValueError"), ("\n \n", "ValueError"), ("\nbroken.\nmore", "broken"), ("so", "so")]
+)
+def test_foreign_errors_are_told_in_a_line_whatever_they_say(message, told):
+    assert first_line(ValueError(message)) == told

@@ -69,14 +69,23 @@ def test_partial_files_of_others_stay(name, tmp_path):
 
 
 def test_a_run_killed_between_two_folders_loses_none(tmp_path):
-    (tmp_path / ".engine-old.0123abcd.partial").mkdir()
-    (tmp_path / ".engine-old.0123abcd.partial" / "file").write_text("earlier")
+    (tmp_path / ".engine.0123abcd.old.partial").mkdir()
+    (tmp_path / ".engine.0123abcd.old.partial" / "file").write_text("earlier")
     sweep(tmp_path)
     assert (tmp_path / "engine" / "file").read_text() == "earlier"
-    (tmp_path / ".engine-old.89abcdef.partial").mkdir()
+    (tmp_path / ".engine.89abcdef.old.partial").mkdir()
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["engine"]
     assert (tmp_path / "engine" / "file").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name", ["engine-old", "engine.old", "engine.0123abcd.old"])
+def test_a_name_that_sounds_set_aside_is_a_name_like_any_other(name, tmp_path):
+    with new_directory(tmp_path / name) as scratch:
+        (scratch / "file").write_text("half")
+        sweep(tmp_path)
+        assert list(tmp_path.iterdir()) == [scratch]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_an_interrupted_replacement_keeps_what_stood(tmp_path, monkeypatch):
@@ -86,7 +95,7 @@ def test_an_interrupted_replacement_keeps_what_stood(tmp_path, monkeypatch):
     rename = Path.rename
 
     def interrupted(path, target):
-        if target == final and "-old" not in path.name:
+        if target == final and ".old." not in path.name:
             raise KeyboardInterrupt
         return rename(path, target)
 

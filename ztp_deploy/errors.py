@@ -60,6 +60,12 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return ", ".join(close or names[:6])
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a foreign error's message, without its full stop; the error's type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def write_failed(what: str, error: OSError) -> WriteFailed:
     """The `WriteFailed` that says why the operating system refused to write `what`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -20,8 +20,8 @@ from ztp_deploy.errors import write_failed
 
 _REFUSED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _PROBE = 1 << 20
-_REPLACED = "-old"
-_OURS = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_SET_ASIDE = ".old"  # behind the random part, where no name that a user gives can end
+_OURS = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}(?P<mark>\.old)?\.partial")
 """Nothing else is swept: the folder may be one in which others keep partial files, too."""
 
 
@@ -88,29 +88,25 @@ def sweep(parent: Path) -> None:
     if not parent.is_dir():
         return
     for left in parent.glob(".*.partial"):
-        if not _OURS.fullmatch(left.name):
+        if not (ours := _OURS.fullmatch(left.name)):
             continue
+        stood = parent / ours["name"] if ours["mark"] else None
         with suppress(OSError):
             # A folder is set aside only while its parent is locked (`_replace`).
-            lock = os.open(parent if _name_of(left).endswith(_REPLACED) else left, os.O_RDONLY)
+            lock = os.open(parent if stood else left, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(left)
+                _remove(left, stood)
             finally:
                 os.close(lock)
 
 
-def _name_of(left: Path) -> str:
-    return left.name[1:].rsplit(".", 2)[0]
-
-
-def _remove(left: Path) -> None:
-    name = _name_of(left)
-    earlier = left.with_name(name.removesuffix(_REPLACED))
+def _remove(left: Path, stood: Path | None) -> None:
+    """Removes what is left, or puts it back where it `stood` if nothing has taken that place."""
     if not left.is_dir():
         left.unlink(missing_ok=True)
-    elif name.endswith(_REPLACED) and not earlier.exists():
-        left.rename(earlier)
+    elif stood and not stood.exists():
+        left.rename(stood)
     else:
         shutil.rmtree(left, ignore_errors=True)
 
@@ -157,7 +153,7 @@ def _replace(scratch: Path, final: Path) -> None:
 
 
 def _swap(scratch: Path, final: Path) -> None:
-    old = _beside(final, _REPLACED)
+    old = _beside(final, _SET_ASIDE)
     try:
         final.rename(old)
         scratch.rename(final)
@@ -169,8 +165,8 @@ def _swap(scratch: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _beside(final: Path, suffix: str = "") -> Path:
-    return final.with_name(f".{final.name}{suffix}.{secrets.token_hex(4)}.partial")
+def _beside(final: Path, mark: str = "") -> Path:
+    return final.with_name(f".{final.name}.{secrets.token_hex(4)}{mark}.partial")
 
 
 def _is_within(error: OSError, parent: Path) -> bool:

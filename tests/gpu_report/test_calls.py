@@ -252,11 +252,14 @@ def test_what_other_code_measured_is_measured_again(machine, monkeypatch):
     machine.call(("tensorrt",))
     machine.call(("tensorrt",))
     assert machine.opened == []
-    monkeypatch.setattr(ledger, "sources_sha256", lambda *rooms: "of tomorrow")
+    hashed = []
+    monkeypatch.setattr(ledger, "sources_sha256", lambda *given: hashed.extend(given) or "of tomorrow")
     machine.faults = {"pruned": RuntimeError("out of memory")}
     machine.call(("tensorrt",))
     rows = GpuReport.model_validate_json(machine.path.read_bytes()).rows
     assert {row.sources for row in rows if row.plan == "dense"} == {"of tomorrow"}
+    timing = {"gpu_report/cell.py", "gpu_report/grid.py", "gpu_report/runtimes.py", "evidence/latency.py"}
+    assert timing < set(hashed)
     # What cannot be measured now leaves the figure of then, and is the last word.
     assert [row.status for row in rows if row.plan == "pruned" and row.batch == 1] == ["measured", "failed"]
     machine.call(("tensorrt",))

@@ -283,6 +283,9 @@ def test_refusals(grid, tmp_path, monkeypatch):
     assert str(refusal.value) == (
         "int8 was asked for, and none of eager, onnxruntime has it. Runtimes that have it: tensorrt, tensorrt_rtx."
     )
+    with pytest.raises(BadRequest, match="There is no model 'deit_q'"):  # before any other is measured
+        measure_gpu(Grid(**{**vars(grid), "models": ("deit_t", "deit_q")}), path)
+    assert not path.exists()
     path.write_text("{}")
     with pytest.raises(DamagedFiles, match="no GPU report"):
         measure_gpu(grid, path)

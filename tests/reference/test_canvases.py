@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ztp_deploy.evidence import images
 from ztp_deploy.reference import canvases
 
 GRID = canvases.SIDE // canvases.PATCH
@@ -71,6 +72,25 @@ def test_canvases_are_written_once_and_by_class(part, tmp_path):
     before = [path.stat().st_mtime_ns for path in paths]
     assert [path.stat().st_mtime_ns for path in canvases.write(tmp_path, part, 5, by_class=True)] == before
     assert len(list(tmp_path.rglob("*.*"))) == 5
+
+
+def test_a_killed_run_leaves_nothing_in_the_way(tmp_path):
+    left = tmp_path / ".canvas_00001.png.0123abcd.partial"
+    left.write_bytes(b"half")
+    paths = list(canvases.write(tmp_path, "test", 2, by_class=False))
+    assert sorted(tmp_path.iterdir()) == images.image_files(tmp_path) == paths
+
+
+def test_a_canvas_is_whole_or_not_there(tmp_path, monkeypatch):
+    def killed(path, target):
+        assert [path] == list(tmp_path.iterdir())
+        assert path.name.startswith(".")  # hidden: pictures beside it are read without it
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pathlib.Path.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(canvases.write(tmp_path, "test", 2, by_class=False))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_writes_canvases_without_labels(tmp_path, monkeypatch, capsys):

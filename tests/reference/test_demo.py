@@ -7,6 +7,7 @@ import pytest
 from ztp_deploy import environment, models
 from ztp_deploy.console import Bars
 from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.evidence.images import image_files
 from ztp_deploy.reference import demo, model
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 
@@ -39,6 +40,21 @@ def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, mo
     assert made.accuracy.comparison.agreement.hits >= 21
     assert len(made.pictures.drawn) == 4
     assert all(drawn.picture.is_file() for drawn in made.pictures.drawn)
+
+
+def test_what_a_larger_demonstration_drew_is_none_of_a_smaller_ones_pictures(tmp_path, monkeypatch):
+    found = []
+
+    def stop(*given, images, **more):
+        found.append(len(image_files(images)))
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "make_engine", stop)
+    for count in (6, 4):
+        with pytest.raises(KeyboardInterrupt):
+            demo.demonstrate(BuildRequest(backend="torchscript", device="cpu"), Bars(), count=count)
+    assert found == [6, 4]
 
 
 @pytest.mark.parametrize("nothing", [{"ratio": 1.0}, {"method": "dense"}])

@@ -26,7 +26,7 @@ from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.cuda_graph import Recorder
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, first_line
 from ztp_deploy.manifest import EngineManifest
 from ztp_deploy.quiet import quiet
 
@@ -158,7 +158,7 @@ class AotInductorRunner:
                     device_index=0 if manifest.device == "cuda" else -1,  # -1: whichever is the thread's own
                 )
         except Exception as error:  # a damaged archive raises anything
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise DamagedFiles(f"torch cannot open {package}: {reason}.", "Build the engine again.") from error
         self._replay = Recorder(self._model) if settings.cuda_graph else None
         self._one_at_a_time = threading.Lock()

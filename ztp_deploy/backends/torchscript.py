@@ -13,7 +13,7 @@ from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.errors import DamagedFiles
+from ztp_deploy.errors import DamagedFiles, first_line
 from ztp_deploy.manifest import EngineManifest
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class TorchScriptRunner:
                 self._module: Any = torch.jit.load(str(graph), map_location=manifest.provider)
                 point_at_device(self._module, manifest.provider)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise DamagedFiles(f"torch cannot open {graph}: {reason}.", "Build the engine again.") from error
 
     def run(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:

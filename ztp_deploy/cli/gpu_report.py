@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -52,16 +53,19 @@ def gpu_report(
 
     What cannot be measured is a row that says why.
     """
+    from pydantic import ValidationError
+
     from ztp_deploy.environment import usable_cores
     from ztp_deploy.evidence.latency import check_seconds
     from ztp_deploy.gpu_report.grid import Grid
     from ztp_deploy.gpu_report.measure import measure_gpu, report_path
+    from ztp_deploy.gpu_report.rows import GpuReport
     from ztp_deploy.gpu_report.runtimes import RUNTIMES
     from ztp_deploy.gpu_report.table import render_gpu_report
     from ztp_deploy.scratch import write_text
 
     check_seconds(seconds)
-    check_seconds(minutes * 60)
+    check_seconds(minutes, "minutes")
     if workers is None:
         workers = max(1, min(usable_cores() // 2, GPU_WORKERS))
     grid = Grid(
@@ -75,9 +79,19 @@ def gpu_report(
         workers=workers,
     )
     path = report_path(directory, device)
-    progress = measure_gpu(grid, path, minutes=minutes, retry=retry, command=command_line(), advance=err.print)
-    table = render_gpu_report(progress.report)
-    write_text(path.with_suffix(".md"), table)
+
+    def write_table(report: GpuReport) -> str:
+        table = render_gpu_report(report)
+        write_text(path.with_suffix(".md"), table)
+        return table
+
+    try:
+        progress = measure_gpu(grid, path, minutes=minutes, retry=retry, command=command_line(), advance=err.print)
+    except BaseException:  # Ctrl-C, too: the table beside the file shows what the file holds
+        with suppress(FileNotFoundError, ValidationError):
+            write_table(GpuReport.model_validate_json(path.read_bytes()))
+        raise
+    table = write_table(progress.report)
     if as_json:
         print_json(progress.report.model_dump(mode="json"))
         return

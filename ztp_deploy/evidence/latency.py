@@ -203,10 +203,10 @@ def orders_of_opening(roles: Sequence[str]) -> list[list[str]]:
     return orders
 
 
-def check_seconds(seconds: float) -> None:
-    """Raises BadRequest unless `seconds` is a positive, finite number."""
+def check_seconds(seconds: float, unit: str = "seconds") -> None:
+    """Raises BadRequest unless `seconds`, or what is given in another `unit`, is a positive, finite number."""
     if not (math.isfinite(seconds) and seconds > 0):
-        raise BadRequest(f"seconds={seconds} is no time to measure.", "Give a positive number of seconds.")
+        raise BadRequest(f"{unit}={seconds} is no time to measure.", f"Give a positive number of {unit}.")
 
 
 def _named(engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str]) -> dict[str, Engine]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from ztp_deploy.errors import DamagedFiles, GateFailed
+from ztp_deploy.errors import DamagedFiles, GateFailed, first_line
 from ztp_deploy.exporters.graph import AuditedGraph, InferenceGraph
 from ztp_deploy.exporters.lower import join_stages, lower
 
@@ -69,7 +69,7 @@ def read(path: Path) -> ExportedProgram:
             warnings.simplefilter("ignore")
             return torch.export.load(io.BytesIO(path.read_bytes()))
     except Exception as error:  # a damaged archive raises anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DamagedFiles(f"torch cannot open {path}: {reason}.", "Export the model again.") from error
 
 

@@ -19,7 +19,7 @@ from ztp_deploy.defaults import (
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.gpu_report.runtimes import RUNTIMES, precisions_of
 from ztp_deploy.methods.slice import twin_of
-from ztp_deploy.models import load_model
+from ztp_deploy.models import check_request, load_model
 from ztp_deploy.plan import Plan, make_plan
 
 Group = tuple[str, str, str]
@@ -61,7 +61,7 @@ class Grid:
     plans: Callable[[nn.Module], dict[str, Plan]] = plans_of
 
     def check(self) -> None:
-        """Raises BadRequest for what no report has."""
+        """Raises BadRequest for what no report has, and for a model or a checkpoint that is not there."""
         unknown = [runtime for runtime in self.runtimes if runtime not in RUNTIMES]
         unknown += [precision for precision in self.precisions if precision not in GPU_PRECISIONS]
         if self.workers < 1:
@@ -81,6 +81,9 @@ class Grid:
                     f"{precision} was asked for, and none of {', '.join(self.runtimes)} has it.",
                     f"Runtimes that have it: {', '.join(having)}.",
                 )
+
+        for name in self.models:
+            check_request(name, self.weights)
 
     def groups(self) -> list[Group]:
         """What there is to open, in order."""

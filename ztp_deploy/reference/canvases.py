@@ -10,6 +10,7 @@ known, so one writer's digits may lie in both parts.
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from PIL import Image, ImageDraw
 
 from ztp_deploy.ending import end
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.scratch import write_bytes
 
 Part = Literal["train", "test"]
 Floats = NDArray[np.float32]
@@ -183,7 +185,7 @@ def write(directory: Path, part: Part, count: int, *, by_class: bool, first: int
     """`count` canvases of a part as PNG files, one at a time, from number `first` on; what is there already is kept.
 
     In a folder for each class, or in one folder that says nothing of labels. Raises BadRequest for less than one and for
-    a `first` below 0.
+    a `first` below 0, WriteFailed where the system refuses to write.
     """
     if count < 1 or first < 0:
         raise BadRequest(f"--count {count} and --first {first} were asked for.", "Give at least 1, from number 0 on.")
@@ -195,10 +197,9 @@ def write(directory: Path, part: Part, count: int, *, by_class: bool, first: int
             label = int(labels[members[index % len(members)]]) if part == "test" else draw(part, index).label
             path = directory / LABELS[label] / path.name
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".part")
-            Image.fromarray(draw(part, index).pixels).save(partial, format="PNG", compress_level=1)
-            partial.replace(path)
+            written = io.BytesIO()
+            Image.fromarray(draw(part, index).pixels).save(written, format="PNG", compress_level=1)
+            write_bytes(path, written.getvalue())
         yield path
 
 

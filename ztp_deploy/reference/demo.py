@@ -53,7 +53,7 @@ def demonstrate(
         raise BadRequest(
             "The demonstration shows what pruning does; this plan prunes nothing.", "Give a smaller ratio."
         )
-    folder = directory / "canvases"
+    folder = directory / f"canvases-{count}"  # one of its own: evaluation takes all that a folder holds
     with clock.step(f"draw {count} test canvases"):
         paths = list(canvases.write(folder, "test", count, by_class=True))
     result = make_engine(wanted, build, monitor, images=folder, seconds=seconds, command=command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def load(name: str, weights: str, clock: Clock) -> nn.Module:
     if weights == "random":
         clock.monitor.warn("Random weights, as asked: latency is real, predictions mean nothing.")
     licence = models.source_of(model).weights.licence
-    if licence and any(word in licence.lower() for word in ("nc", "non-commercial", "noncommercial")):
+    if licence and re.search(r"\bnc\b|non-?commercial", licence, re.IGNORECASE):
         clock.monitor.warn(f"The weights of {name} are licensed {licence}: no commercial use.")
     return model
 

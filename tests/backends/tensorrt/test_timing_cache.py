@@ -57,6 +57,13 @@ def test_a_failed_update_leaves_the_file_as_it_was(tmp_path):
     assert timing_cache.read(tmp_path / "nothing") == b""
 
 
+def test_what_a_killed_update_left_is_swept(tmp_path):
+    path = tmp_path / "t.timings"
+    (tmp_path / ".t.timings.0123abcd.partial").write_bytes(b"half")
+    timing_cache.update(path, lambda had: b"good")
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["t.lock", "t.timings"]
+
+
 class FakeCache:
     def __init__(self, lines: set[str]) -> None:
         self.lines = lines
@@ -109,6 +116,9 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path):
     config.use_timings(builder, tmp_path / "file" / "t.timings")
     with pytest.warns(UserWarning, match="timings were not kept"):
         config.keep_timings(builder, tmp_path / "file" / "t.timings")
+    (tmp_path / "t.timings").mkdir()
+    with pytest.warns(UserWarning, match=r"were not kept in \S+/t\.timings: Is a directory\.$"):
+        config.keep_timings(builder, tmp_path / "t.timings")
 
 
 @pytest.mark.parametrize("standing", [b"damaged", b"of another GPU"])

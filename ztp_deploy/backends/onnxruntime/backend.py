@@ -19,7 +19,7 @@ from ztp_deploy.backends.cuda_graph import Turns
 from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ class OnnxRuntimeRunner:
         try:
             session = ort.InferenceSession(graph, options, providers=providers, enable_fallback=0)
         except Exception as error:  # ONNX Runtime raises a dozen unrelated classes
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if recording and self._provider == CUDA:
                 raise BadRequest(
                     f"ONNX Runtime cannot open {self._graph} with CUDA graphs: {reason}.",

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from ztp_deploy import environment
-from ztp_deploy.errors import MissingSoftware
+from ztp_deploy.errors import MissingSoftware, first_line
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest
 
 PROVIDER = "NvTensorRTRTXExecutionProvider"
@@ -53,7 +53,7 @@ def register() -> None:
     try:
         ort.register_execution_provider_library(PROVIDER, plugin.get_library_path())
     except Exception as error:  # ONNX Runtime's own classes, and FileNotFoundError of the plugin
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise MissingSoftware(
             f"ONNX Runtime cannot load TensorRT-RTX's provider: {reason}.",
             f"Check the driver, or install it whole: pip install --force-reinstall {PACKAGE}",

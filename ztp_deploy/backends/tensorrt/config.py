@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ztp_deploy.backends.tensorrt import timing_cache
 from ztp_deploy.backends.tensorrt.library import Library, member
 from ztp_deploy.backends.tensorrt.settings import Settings
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, WriteFailed
 from ztp_deploy.manifest import BatchRange
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def keep_timings(config: tensorrt.IBuilderConfig, path: Path) -> None:
     try:
         timing_cache.update(path, combined)
     except Exception as error:  # of the file system, or the bindings' own where the library gave no cache
-        reason = getattr(error, "strerror", None) or str(error)
+        cause = error.__cause__ if isinstance(error, WriteFailed) else error
+        reason = getattr(cause, "strerror", None) or str(cause)
         warnings.warn(f"TensorRT's timings were not kept in {path}: {reason}.", stacklevel=2)
 
 

@@ -24,7 +24,7 @@ from ztp_deploy import environment
 from ztp_deploy.backends.base import BuildJob
 from ztp_deploy.backends.tensorrt.graph import GRAPH_FILE, low_products
 from ztp_deploy.backends.tensorrt.settings import Settings
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
 from ztp_deploy.exporters import vocabulary
 from ztp_deploy.exporters.fold import constants, drop_unread
 from ztp_deploy.exporters.precision import lower, weight_products
@@ -162,7 +162,7 @@ def _calibrated(
             )
             return onnx.load(str(target))
         except Exception as error:  # it raises whatever ONNX Runtime, onnx and Python raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error)
             raise GateFailed(
                 f"ModelOpt could not quantise the graph to {calibration.precision}: {reason}.",
                 "Use fp16, or report this.",
@@ -175,7 +175,7 @@ def _modelopt() -> Any:
         with quiet("modelopt"):
             from modelopt.onnx.quantization import quantize
     except ImportError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise MissingSoftware(
             f"ModelOpt is installed but cannot be loaded: {reason}.", 'pip install "ztp_deploy[modelopt]"'
         ) from error

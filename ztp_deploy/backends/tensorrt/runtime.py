@@ -16,7 +16,7 @@ from torch import Tensor
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.cuda_graph import capture
 from ztp_deploy.backends.tensorrt.library import Library, listening, overhearing, sentence, started
-from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
 
 if TYPE_CHECKING:
     import tensorrt
@@ -256,7 +256,7 @@ class Executor:
             with capture(self._stream) as graph:
                 self._enqueue(lane, stream)
         except (RuntimeError, DamagedFiles) as error:  # torch's own, which may hide the library's
-            reason = _reason(self._errors, (str(error).splitlines() or [type(error).__name__])[0].rstrip("."))
+            reason = _reason(self._errors, first_line(error))
             warnings.warn(f"TensorRT runs without a CUDA graph, which could not be recorded: {reason}.", stacklevel=2)
             return None
         return graph

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ztp_deploy.scratch import write_bytes
+
 
 def directory() -> Path:
     """`$ZTP_CACHE/tensorrt`, or `ztp_deploy/tensorrt` in the user's cache folder."""
@@ -33,16 +35,11 @@ def read(path: Path) -> bytes:
 def update(path: Path, combine: Callable[[bytes], bytes]) -> None:
     """Replaces the file by `combine(what it holds now)`, whole or not at all; other processes wait.
 
-    Raises OSError where the folder cannot be written.
+    Raises OSError or WriteFailed where the folder cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_suffix(".lock")):
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            scratch.write_bytes(combine(read(path)))
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_bytes(path, combine(read(path)))
 
 
 @contextmanager
