@@ -31,12 +31,12 @@ from ztp_deploy.cli.options import (
     Seconds,
     Sites,
     Weights,
+    asked_plan,
     batch_sizes,
     build_request,
     check_record,
     command_line,
     engine_or_model,
-    plan_request,
     refuse_idle,
 )
 from ztp_deploy.console import Bars, print_json, recorded, show_result, show_rows, warn
@@ -97,17 +97,7 @@ def bench(
         refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
         _bench_engines(engine, sizes, seconds, record, as_json)
         return
-    wanted = plan_request(
-        model=model,
-        method=method,
-        ratio=ratio,
-        flops=flops,
-        keep=keep,
-        sites=sites,
-        option=option,
-        weights=weights,
-        recipe=recipe,
-    )
+    wanted = asked_plan(context)
     request = build_request(profile=profile, backend=backend, device=device, precision=precision, batch=batch)
     check_runnable(request)
     with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:

@@ -28,10 +28,10 @@ from ztp_deploy.cli.options import (
     Seconds,
     Sites,
     Weights,
+    asked_plan,
     batch_sizes,
     build_request,
     command_line,
-    plan_request,
     refuse_idle,
 )
 from ztp_deploy.console import Bars, show_result
@@ -70,17 +70,7 @@ def engine(
 
     if not measure:
         refuse_idle(context, ["batches", "seconds"], "--no-bench", "Leave one of them out.")
-    wanted = plan_request(
-        model=model,
-        method=method,
-        ratio=ratio,
-        flops=flops,
-        keep=keep,
-        sites=sites,
-        option=option,
-        weights=weights,
-        recipe=recipe,
-    )
+    wanted = asked_plan(context)
     request = build_request(
         profile=profile,
         backend=backend,

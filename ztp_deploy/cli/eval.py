@@ -17,10 +17,10 @@ from ztp_deploy.cli.options import (
     Ratio,
     Recipe,
     Sites,
+    asked_plan,
     check_record,
     command_line,
     engine_or_model,
-    plan_request,
     refuse_idle,
 )
 from ztp_deploy.console import Bars, err, out, print_json
@@ -93,17 +93,7 @@ def eval_(
         if engine is not None:
             report = evaluate_engine(engine, request, Bars(), dense_engine=dense_engine)
         else:
-            wanted = plan_request(
-                model=model,
-                method=method,
-                ratio=ratio,
-                flops=flops,
-                keep=keep,
-                sites=sites,
-                option=option,
-                weights=weights,
-                recipe=recipe,
-            )
+            wanted = asked_plan(context)
             report = evaluate_model(wanted, request, Bars(), record=record)
     except KeyboardInterrupt as interrupt:
         if interrupt.args:

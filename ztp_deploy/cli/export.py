@@ -21,14 +21,15 @@ from ztp_deploy.cli.options import (
     Recipe,
     Sites,
     Weights,
+    asked_plan,
     build_request,
-    plan_request,
 )
 from ztp_deploy.console import Bars, out, print_json
 from ztp_deploy.defaults import EXPORT_ROOT
 
 
 def export(
+    context: typer.Context,
     model: ModelOrRecipe = None,
     method: Method = None,
     ratio: Ratio = None,
@@ -50,17 +51,7 @@ def export(
     from ztp_deploy.workflow.steps import export_model, load
 
     exporters.get(format)
-    wanted = plan_request(
-        model=model,
-        method=method,
-        ratio=ratio,
-        flops=flops,
-        keep=keep,
-        sites=sites,
-        option=option,
-        weights=weights,
-        recipe=recipe,
-    )
+    wanted = asked_plan(context)
     request = build_request(precision=precision, input=input, export_root=directory)
     exporters.check_precision(format, request.precision)
     models.check_request(wanted.model, wanted.weights)

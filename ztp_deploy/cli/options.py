@@ -118,6 +118,11 @@ def plan_request(
     return PlanRequest(**asked, weights=weights)
 
 
+def asked_plan(context: typer.Context) -> PlanRequest:
+    """The plan that a command with all of `PLAN_OPTIONS` was asked for. Raises what `plan_request` raises."""
+    return plan_request(**{name: context.params[name] for name in PLAN_OPTIONS | {"model"}})
+
+
 def build_request(
     *,
     profile: str | None = None,

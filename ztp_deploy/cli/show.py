@@ -18,8 +18,8 @@ from ztp_deploy.cli.options import (
     Recipe,
     Sites,
     Weights,
+    asked_plan,
     engine_or_model,
-    plan_request,
     refuse_idle,
 )
 from ztp_deploy.console import Bars, out, print_json
@@ -52,17 +52,7 @@ def show(
     if engine:
         refuse_idle(context, PLAN_OPTIONS, "--engine", "The engine has its plan; or give --model.")
     else:
-        wanted = plan_request(
-            model=model,
-            method=method,
-            ratio=ratio,
-            flops=flops,
-            keep=keep,
-            sites=sites,
-            option=option,
-            weights=weights,
-            recipe=recipe,
-        )
+        wanted = asked_plan(context)
     from ztp_deploy.show.draw import show as draw
     from ztp_deploy.workflow.progress import Clock
 
