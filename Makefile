@@ -130,6 +130,8 @@ lock: $(READY)  ## Resolve requirements.lock anew from pyproject.toml (needs uv)
 	done
 	echo "amd-quark==0.6.0" | uv pip compile - --no-deps --universal --python-version 3.11 --generate-hashes \
 	    --no-header --no-annotate --no-emit-index-url -o tests/cpp/onnxruntime-headers.lock
+	echo "nvidia-pytriton==0.7.0; sys_platform == 'linux' and platform_machine == 'x86_64'" | uv pip compile - --no-deps --universal \
+	    --python-version 3.11 --generate-hashes --no-header --no-annotate --no-emit-index-url -o tests/cpp/triton-server.lock
 
 clean:  ## Remove .venv and everything that was exported or built
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
@@ -150,6 +152,9 @@ $(READY): requirements.lock pyproject.toml $(wildcard tests/backends/tensorrt/ha
 	done
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
 	    --target $(VENV)/onnxruntime-headers -r tests/cpp/onnxruntime-headers.lock
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --require-hashes \
+	    --target $(VENV)/triton-server -r tests/cpp/triton-server.lock \
+	    || echo "Triton's server, for tests alone, could not be installed: they will be skipped." >&2
 	@if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; then \
 	    echo "There is a GPU: installing TensorRT for it …"; \
 	    $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "tensorrt>=10.12" \

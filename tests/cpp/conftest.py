@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 import ztp_deploy as ztp
 from ztp_deploy.manifest import EngineManifest, hash_files, hash_of, read_manifest
@@ -113,8 +114,13 @@ def build_runtime(scratch: Path, *definitions: object) -> Runtime:
     assert installed.returncode == 0, installed.stderr
     cmake(HERE / "consumer", scratch / "consumer", f"-DCMAKE_PREFIX_PATH={scratch / 'prefix'}")
     known = ("aotinductor", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
-    found = tuple(name for name in known if f"  {name}: yes" in said)
-    return Runtime(scratch / "build", scratch / "prefix", scratch / "consumer" / "consumer", found)
+    found = [name for name in known if f"  {name}: yes" in said]
+    return runtime_in(scratch, *found)
+
+
+def runtime_in(scratch: Path, *backends: str) -> Runtime:
+    """What `build_runtime` made of a folder."""
+    return Runtime(scratch / "build", scratch / "prefix", scratch / "consumer" / "consumer", backends)
 
 
 @pytest.fixture(scope="session")
@@ -124,9 +130,19 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
     if find_spec("openvino") is None:
         pytest.skip("openvino is not installed: pip install openvino")
     onnxruntime = f"-DZTP_WITH_ONNXRUNTIME={'ON' if onnxruntime_header() else 'OFF'}"
-    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", onnxruntime]
+    triton = ["-DZTP_BUILD_TRITON=ON", f"-DTRITON_ROOT={HERE / 'triton'}"]
+    options = ["-DBUILD_SHARED_LIBS=ON", "-DZTP_WITH_OPENVINO=ON", onnxruntime, *triton]
     others = [f"-DZTP_WITH_{name}=OFF" for name in ("AOTINDUCTOR", "TENSORRT", "TENSORRT_RTX")]
-    return build_runtime(tmp_path_factory.mktemp("cpp"), *options, *others)
+    # Processes that run tests beside this one share the build.
+    shared = (
+        tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.mktemp("cpp")
+    )
+    built = shared / "runtime.json"
+    with FileLock(shared / "runtime.lock"):
+        if not built.exists():
+            backends = build_runtime(shared / "runtime", *options, *others).backends
+            built.write_text(json.dumps(backends), encoding="utf-8")
+    return runtime_in(shared / "runtime", *json.loads(built.read_text(encoding="utf-8")))
 
 
 def program(runtime: Runtime, source: Path, executable: Path, *options: object) -> Path:
