@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.cuda_graph import Turns
 from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
@@ -38,6 +38,9 @@ _LOG_ERRORS_ONLY = 3
 _PRECISIONS_OF = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 # Left to itself, CUDA computes float32 matrix products in TF32, which is not what was checked.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
+
+graph_precision = as_exported
+unrunnable = needs_its_gpu
 
 
 class Settings(BaseModel):
@@ -101,11 +104,6 @@ def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return parse(Settings, settings, "onnxruntime")
 
 
-def graph_precision(precision: str) -> str:
-    """The graph is run as it is."""
-    return precision
-
-
 def build(job: BuildJob) -> dict[str, Any]:
     """The engine is a graph. Raises BadRequest for precisions and settings that the device does not have."""
     settings = Settings(**job.settings)
@@ -142,11 +140,6 @@ def _build_for_rtx(job: BuildJob) -> dict[str, Any]:
         )
     job.copy_graph()
     return {"provider": rtx.PROVIDER}
-
-
-def unrunnable(device: Device) -> str | None:
-    """A GPU engine needs a GPU."""
-    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:
