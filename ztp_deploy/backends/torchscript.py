@@ -13,6 +13,7 @@ from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import DamagedFiles, first_line
+from ztp_deploy.exporters.torchscript import GRAPH_FILE, nodes_of
 from ztp_deploy.manifest import EngineManifest
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32",)
 CALIBRATED: tuple[str, ...] = ()
 GPU_REPORT: OnGpu | None = None  # the kernels of eager PyTorch, which is in it
-GRAPH_FILE = "model.ts"
 
 missing = torch_device.missing
 version = torch_device.version
@@ -113,8 +113,6 @@ class TorchScriptRunner:
 
 def point_at_device(module: Any, provider: str) -> None:
     """Makes what a trace creates, positions for example, on `provider`: it names the device it was traced on."""
-    from ztp_deploy.exporters.torchscript import nodes_of
-
     for method in ("forward", "audited"):
         for node in nodes_of(module._c._get_method(method).graph):
             if node.kind() == "prim::Constant" and node.output().type().kind() == "DeviceObjType":

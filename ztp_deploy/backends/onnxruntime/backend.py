@@ -20,6 +20,7 @@ from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
+from ztp_deploy.exporters.onnx import GRAPH_FILE, with_audit
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
 GPU_REPORT: OnGpu | None = OnGpu(records=True)
-GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_ERRORS_ONLY = 3
@@ -298,8 +298,6 @@ class OnnxRuntimeRunner:
 
     def _audited(self) -> bytes:
         import onnx
-
-        from ztp_deploy.exporters.onnx import with_audit
 
         # Large weights stay in their file: with them a message would be beyond protobuf's 2 GB.
         model = with_audit(onnx.load(str(self._graph), load_external_data=False), self._manifest.audit)

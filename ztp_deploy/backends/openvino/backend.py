@@ -17,6 +17,7 @@ from ztp_deploy.backends.openvino import attention, ir
 from ztp_deploy.backends.openvino import stage as stages
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
+from ztp_deploy.exporters.onnx import GRAPH_FILE
 from ztp_deploy.manifest import EngineManifest
 from ztp_deploy.scratch import ask_for_room
 
@@ -117,7 +118,7 @@ def build(job: BuildJob) -> dict[str, Any]:
     _check_processor(job.precision, settings)
     core = ov.Core()
     try:
-        model = core.read_model(str(job.artifact.directory / "model.onnx"))
+        model = core.read_model(str(job.artifact.directory / GRAPH_FILE))
     except RuntimeError as error:
         raise DamagedFiles(
             f"OpenVINO cannot read {job.artifact.directory}: {_reason(error)}.", "Export again."
