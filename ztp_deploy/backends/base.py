@@ -66,9 +66,6 @@ class Runner(Protocol):
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """The same graph's outputs with the stage scores."""
 
-    def close(self) -> None:
-        """Frees what the library holds."""
-
 
 class EngineRunner(Runner, Protocol):
     """An engine opened by its library."""
@@ -79,6 +76,9 @@ class EngineRunner(Runner, Protocol):
         The outputs are the caller's, ready in the order of its current stream. The pixels are not looked at, which
         would make a GPU wait. Raises BadRequest for a tensor that lies elsewhere.
         """
+
+    def close(self) -> None:
+        """Frees what the library holds."""
 
 
 @dataclass(frozen=True)

@@ -321,19 +321,3 @@ def _labels(model: nn.Module) -> tuple[str, ...] | None:
         return None
     names = tuple(timm.data.ImageNetInfo(subset).label_descriptions())
     return names if len(names) == geometry.num_classes else None
-
-
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "RandomWeightsWarning",
-    "describe",
-    "examples",
-    "family",
-    "host_of",
-    "load_model",
-    "method_weights_of",
-    "model_names",
-    "reload_model",
-    "source_of",
-]
