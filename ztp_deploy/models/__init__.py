@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -117,7 +117,7 @@ def load_model(
     host_of(model)
     record = _give_weights(model, key, architecture, size, weights)
     preprocessing = _preprocessing(model)
-    labels = _labels(model) if not (set(size.given()) & {"num_classes"}) else None
+    labels = None if size.num_classes else _labels(model)
     model.source = Source(  # type: ignore[assignment]
         name=name_or_module,
         family=key,
@@ -167,7 +167,7 @@ def source_of(model: nn.Module) -> Source:
         name=type(model).__name__,
         family=_family_of(model),
         architecture=None,
-        weights=Weights(kind="given", origin="in memory", sha256=weights_module.digest(weights_module.state_of(model))),
+        weights=_record(model, "given", "in memory"),
         preprocessing=_preprocessing(model),
         labels=_labels(model),
     )
@@ -211,12 +211,7 @@ def _give_weights(
 ) -> Weights:
     if isinstance(weights, Mapping):
         weights_module.load_given(model, weights, "The state dict", family(key).translate)
-        return Weights(
-            kind="given",
-            origin="state dict",
-            licence=_licence_of_others(model),
-            sha256=weights_module.digest(weights_module.state_of(model)),
-        )
+        return _record(model, "given", "state dict", _licence_of_others(model))
     if weights in ("auto", "pretrained"):
         try:
             return _pretrained(model, key, architecture, size)
@@ -231,12 +226,13 @@ def _give_weights(
             weights = "random"
     if weights == "random":
         weights_module.fill_random(model)
-        return Weights(
-            kind="random",
-            origin=f"seed {weights_module.RANDOM_SEED}",
-            sha256=weights_module.digest(weights_module.state_of(model)),
-        )
+        return _record(model, "random", f"seed {weights_module.RANDOM_SEED}")
     path = weights_module.user_path(weights)
+    _load_file(model, path, key, architecture)
+    return _record(model, "file", str(path.resolve()), _licence_of_others(model))
+
+
+def _load_file(model: nn.Module, path: Path, key: str, architecture: str) -> None:
     if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
         weights_module.check_file(path)
         try:
@@ -247,12 +243,14 @@ def _give_weights(
             ) from error
     else:
         weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
-    return Weights(
-        kind="file",
-        origin=str(path.resolve()),
-        licence=_licence_of_others(model),
-        sha256=weights_module.digest(weights_module.state_of(model)),
-    )
+
+
+def _record(
+    model: nn.Module, kind: Literal["pretrained", "random", "file", "given"], origin: str, licence: str | None = None
+) -> Weights:
+    """Where the model's weights came from, with the hash of those it has now."""
+    sha256 = weights_module.digest(weights_module.state_of(model))
+    return Weights(kind=kind, origin=origin, licence=licence, sha256=sha256)
 
 
 def _licence_of_others(model: nn.Module) -> str | None:
@@ -275,12 +273,7 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
                 "Train it (python -m ztp_deploy.reference.train --out FILE) and give their path: WEIGHTS=FILE.",
             )
         weights_module.load_given(model, weights_module.read_file(Path(shipped)), architecture, family(key).translate)
-        return Weights(
-            kind="pretrained",
-            origin="ztp_deploy",
-            licence=config.get("license"),
-            sha256=weights_module.digest(weights_module.state_of(model)),
-        )
+        return _record(model, "pretrained", "ztp_deploy", config.get("license"))
     repository = config.get("hf_hub_id")
     if not repository and "origin_url" in config:
         raise MissingSoftware(
@@ -292,12 +285,7 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
         raise MissingSoftware(f"timm knows no pre-trained weights for {architecture}.", "Give a checkpoint file.")
     path = weights_module.find_pretrained(str(repository))
     weights_module.load_given(model, weights_module.read_file(path), str(repository), family(key).translate)
-    return Weights(
-        kind="pretrained",
-        origin=str(repository),
-        licence=config.get("license"),
-        sha256=weights_module.digest(weights_module.state_of(model)),
-    )
+    return _record(model, "pretrained", str(repository), config.get("license"))
 
 
 def _preprocessing(model: nn.Module) -> Preprocessing:
