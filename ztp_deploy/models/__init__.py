@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
@@ -233,16 +234,25 @@ def _give_weights(
 
 
 def _load_file(model: nn.Module, path: Path, key: str, architecture: str) -> None:
-    if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
-        weights_module.check_file(path)
-        try:
-            cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
-        except Exception as error:  # numpy and timm raise what they like on a foreign file
-            raise BadRequest(
-                f"{path} is no AugReg checkpoint that fits {architecture}.", "Check the model name and the file."
-            ) from error
-    else:
+    if path.suffix != ".npz" or not hasattr(model, "load_pretrained"):
         weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
+        return
+    weights_module.check_file(path)
+    # timm leaves as it is what the file lacks, such as a classifier of as many classes.
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+    try:
+        cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
+    except Exception as error:  # numpy and timm raise what they like on a foreign file
+        raise BadRequest(
+            f"{path} is no AugReg checkpoint that fits {architecture}.", "Check the model name and the file."
+        ) from error
+    unfilled = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if unfilled:
+        raise BadRequest(
+            f"{path} does not fit {architecture}: it has no finite values for {', '.join(unfilled)}.",
+            "Check the model name, its number of classes too, and the file.",
+        )
 
 
 def _record(
