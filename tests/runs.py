@@ -79,6 +79,18 @@ def engine_report(pruned: PrunedModel, model: torch.nn.Module, folder: Path) -> 
     return ztp.check_parity(engine, model, tiny.images(5))
 
 
+def assert_engine_agrees(pruned: PrunedModel, model: torch.nn.Module, format: str, backend: str, folder: Path) -> None:
+    """The engine of a format passes the gate, and gives the module's own logits and kept tokens at a batch of 3."""
+    artifact = ztp.export(pruned, format, folder / "artifact")  # ONNX graphs are linted here
+    engine = ztp.build(artifact, backend, device="cpu", directory=folder / "engine")
+    assert ztp.check_parity(engine, model, tiny.images(5)).require().passed
+    images = tiny.images(3, seed=2)
+    expected = run(pruned, torch.from_numpy(images))
+    with ztp.load_engine(engine.directory) as session:
+        np.testing.assert_allclose(session.run(images), expected.logits, atol=1e-4)
+        assert [kept.tolist() for kept in session.kept()] == [kept.sort(1).values.tolist() for kept in expected.kept]
+
+
 def assert_traces(pruned: PrunedModel, folder: Path) -> None:
     """The TorchScript trace, made at batch 2, does the same at batch 3."""
     artifact = ztp.export(pruned, "torchscript", folder / "torchscript")

@@ -5,6 +5,10 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 GATE_FAILED = 1
 BAD_REQUEST = 2
@@ -53,10 +57,10 @@ class GateFailed(ZtpError):
     exit_code = GATE_FAILED
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """Up to `count` of the known names that look like `name`, as readable text; the first few if none do."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Up to three of the known names that look like `name`, as readable text; the first few if none do."""
     names = list(known)
-    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.55)
+    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.55)
     return ", ".join(close or names[:6])
 
 
@@ -64,6 +68,20 @@ def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message, without its full stop; the error's type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def first_fault(error: ValidationError, whole: str, depth: int | None = None) -> tuple[str, str]:
+    """Where the first thing lies that pydantic refuses, and all that it says of that place.
+
+    A place is a path of names and indices, `stages.0.block`, or `whole` where no single field is at fault. `depth` 1
+    takes fields whole: what has several types is refused by each of them, under paths of its own.
+    """
+    faults = error.errors()
+    place = faults[0]["loc"][:depth]
+    said = dict.fromkeys(
+        fault["msg"].removeprefix("Value error, ") for fault in faults if fault["loc"][:depth] == place
+    )
+    return ".".join(map(str, place)) or whole, "; or: ".join(said)
 
 
 def write_failed(what: str, error: OSError) -> WriteFailed:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ztp_deploy.errors import BadRequest, DamagedFiles, write_failed
+from ztp_deploy.errors import BadRequest, DamagedFiles, first_fault, write_failed
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
 
@@ -192,10 +192,9 @@ def read_manifest(directory: Path, kind: type[M]) -> M:
     try:
         manifest = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
+        where, why = first_fault(error, "the file")
         raise DamagedFiles(
-            f"{path} is not a valid {noun} manifest: {where}: {first['msg']}.", f"Run `ztp {verb} …` again."
+            f"{path} is not a valid {noun} manifest: {where}: {why}.", f"Run `ztp {verb} …` again."
         ) from error
     if manifest.seal != manifest.sealed():
         raise DamagedFiles(

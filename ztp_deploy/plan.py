@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ztp_deploy.defaults import METHOD
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, first_fault
 
 if TYPE_CHECKING:
     from torch import nn
@@ -175,10 +175,9 @@ class Plan(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "plan"
+            where, why = first_fault(error, "plan")
             raise BadRequest(
-                f"This is not a valid plan: {where}: {first['msg']}.",
+                f"This is not a valid plan: {where}: {why}.",
                 "Make one with `ztp plan --model … --ratio … --json > plan.json`.",
             ) from error
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT, EXPORT_ROOT, METHOD
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, first_fault
 
 
 class Recipe(BaseModel):
@@ -62,6 +62,5 @@ def _read(name: str, folder: Path, kind: type[T], noun: str) -> T:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path} is no valid TOML: {error}.", "Correct the file.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BadRequest(f"{path} is no valid {noun}: {where}: {first['msg']}.", "Correct the file.") from error
+        where, why = first_fault(error, "the file", depth=1)
+        raise BadRequest(f"{path} is no valid {noun}: {where}: {why}.", "Correct the file.") from error

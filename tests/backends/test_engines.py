@@ -242,9 +242,7 @@ def test_an_engine_finds_its_artifact_through_links(artifact, tmp_path):
 
 def test_audits_leave_weights_in_their_file(pruned, shared_engine, tmp_path, monkeypatch):
     """Beyond protobuf's 2 GB, for which a limit of nothing stands in."""
-    from ztp_deploy.exporters import onnx as exporter
-
-    monkeypatch.setattr(exporter, "_PROTOBUF_LIMIT", 0)
+    monkeypatch.setattr("ztp_deploy.exporters.onnx._PROTOBUF_LIMIT", 0)
     artifact = ztp.export(pruned, "onnx", tmp_path / "a")
     assert set(artifact.manifest.files) == {"model.onnx", "model.onnx.data"}
     engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")

@@ -123,7 +123,7 @@ def test_every_family_and_every_method_comes_up_in_every_part():
     assert {pair for due in range(PARTS) for pair in chosen(due)} == set(ALL)
 
 
-def test_a_commit_takes_one_part_and_commits_take_all(monkeypatch, tmp_path):
+def test_a_commit_takes_one_part_and_commits_take_all(monkeypatch):
     monkeypatch.delenv("ZTP_MATRIX", raising=False)
     monkeypatch.setattr(matrix, "commit", lambda: "0000000a" + 32 * "f")
     assert [matrix.part(), matrix.part()] == [2, 2]

@@ -143,7 +143,7 @@ def test_the_gate_has_bounds_for_low_precision(artifact, model, tmp_path, monkey
     assert {fault.kind for fault in broken.edges[-1].faults} == {"weights"}
 
 
-def test_bf16_exports_are_not_run_where_they_cannot(artifact, model, tmp_path, monkeypatch):
+def test_bf16_exports_are_not_run_where_they_cannot(artifact, tmp_path):
     low = exporters.convert(artifact, "bf16", tmp_path / "a")
     notes: list[str] = []
     engine = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")

@@ -9,7 +9,7 @@ import torch
 
 import ztp_deploy as ztp
 from tests import golden, tiny
-from tests.runs import assert_forced_runs_reproduce, flip, golden_model, observation, observe, run
+from tests.runs import assert_engine_agrees, assert_forced_runs_reproduce, flip, golden_model, observation, observe, run
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import differences
@@ -283,13 +283,4 @@ def test_a_stage_after_masked_ones_is_compared_without_them():
 @pytest.mark.parametrize("format, backend", [("onnx", "onnxruntime"), ("torchscript", "torchscript")])
 @pytest.mark.parametrize("form", FORMS)
 def test_graphs_keep_the_vocabulary_and_pass_the_gate(form, format, backend, tmp_path):
-    pruned = tiny_pruned(form)
-    artifact = ztp.export(pruned, format, tmp_path / "artifact")  # ONNX graphs are linted here
-    engine = ztp.build(artifact, backend, device="cpu", directory=tmp_path / "engine")
-    assert ztp.check_parity(engine, tiny.model(), tiny.images(5)).require().passed
-    with ztp.load_engine(engine.directory) as session:
-        images = tiny.images(3, seed=2)
-        logits = session.run(images)
-        expected = run(pruned, torch.from_numpy(images))
-        np.testing.assert_allclose(logits, expected.logits, atol=1e-4)
-        assert [kept.tolist() for kept in session.kept()] == [kept.sort(1).values.tolist() for kept in expected.kept]
+    assert_engine_agrees(tiny_pruned(form), tiny.model(), format, backend, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from tests import golden
@@ -49,8 +50,12 @@ def change(case: str, model: torch.nn.Module) -> float:
     return float(np.abs(logits - golden.arrays(case)["logits"]).max())
 
 
-def set_epsilon(model: torch.nn.Module, epsilon: float) -> None:
-    """Gives every LayerNorm another epsilon."""
+def assert_another_epsilon_is_seen(case: str, model: torch.nn.Module) -> None:
+    """With LayerNorms of epsilon 1e-5 the module is off by as much as was recorded, and its readings fail."""
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
-            module.eps = epsilon
+            module.eps = 1e-5
+    recorded = golden.CASES[case]["logit_change_under_mistakes"]["LayerNorm eps 1e-05"]
+    assert change(case, model) == pytest.approx(recorded, rel=0.01)
+    with pytest.raises(AssertionError):
+        assert_reads(case, model)

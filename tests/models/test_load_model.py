@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -121,6 +122,61 @@ def test_files_that_are_no_checkpoints_are_refused(name, tmp_path):
         (tmp_path / name).write_text("" if name.startswith("empty") else "hello")
     with pytest.raises(BadRequest, match=name.replace(".", r"\.")):
         ztp.load_model("augreg_vit_t", weights=tmp_path / name)
+
+
+def augreg(model):
+    """A model's weights as AugReg's files hold them, by JAX's names."""
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    heads = model.blocks[0].attn.num_heads
+
+    def pair(theirs, ours):
+        return {f"{theirs}/kernel": state[f"{ours}.weight"].T, f"{theirs}/bias": state[f"{ours}.bias"]}
+
+    def norm(theirs, ours):
+        return {f"{theirs}/scale": state[f"{ours}.weight"], f"{theirs}/bias": state[f"{ours}.bias"]}
+
+    found = {
+        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        **norm("Transformer/encoder_norm", "norm"),
+        **pair("head", "head"),
+    }
+    for number in range(len(model.blocks)):
+        block, ours = f"Transformer/encoderblock_{number}", f"blocks.{number}"
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        found |= norm(f"{block}/LayerNorm_0", f"{ours}.norm1") | norm(f"{block}/LayerNorm_2", f"{ours}.norm2")
+        found |= pair(f"{block}/MlpBlock_3/Dense_0", f"{ours}.mlp.fc1")
+        found |= pair(f"{block}/MlpBlock_3/Dense_1", f"{ours}.mlp.fc2")
+        weights, biases = (state[f"{ours}.attn.qkv.{kind}"].chunk(3) for kind in ("weight", "bias"))
+        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
+            found[f"{attention}/{name}/kernel"] = weight.T.unflatten(1, (heads, -1))
+            found[f"{attention}/{name}/bias"] = bias.unflatten(0, (heads, -1))
+        found[f"{attention}/out/kernel"] = state[f"{ours}.attn.proj.weight"].unflatten(1, (heads, -1)).permute(1, 2, 0)
+        found[f"{attention}/out/bias"] = state[f"{ours}.attn.proj.bias"]
+    return {name: value.numpy() for name, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    "changes, unfilled",
+    [
+        ({}, None),
+        ({"head/bias": np.zeros(21), "head/kernel": np.zeros((48, 21))}, "head.weight, head.bias"),
+        ({"cls": np.full((1, 1, 48), np.nan)}, "cls_token"),
+    ],
+)
+def test_augregs_files_fill_every_weight_or_are_refused(changes, unfilled, tmp_path):
+    """timm would leave a classifier of other classes as it was drawn."""
+    path, model = tmp_path / "s.npz", tiny.model("augreg_vit_t")
+    np.savez(path, **augreg(model) | changes)
+    if unfilled:
+        with pytest.raises(BadRequest, match=f"has no finite values for {unfilled}"):
+            ztp.load_model("augreg_vit_t", weights=path, overrides=tiny.SIZE)
+        return
+    loaded = ztp.load_model("augreg_vit_t", weights=path, overrides=tiny.SIZE)
+    assert loaded.source.weights.sha256 == model.source.weights.sha256
+    assert loaded.source.weights.kind == "file"
 
 
 class _Evil:

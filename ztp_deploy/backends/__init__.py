@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ztp_deploy import environment, exporters
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
-from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
+from ztp_deploy.errors import BadRequest, MissingSoftware, ZtpError, nearest
 from ztp_deploy.exporters import Artifact, load_artifact
 from ztp_deploy.manifest import (
     ArtifactManifest,
@@ -234,11 +234,38 @@ def build_target(
     progress: Callable[[float], None] | None = None,
 ) -> Engine:
     """What `build` does once its words are resolved. Raises what it raises."""
-    name, module, source = target.name, target.backend, artifact.manifest
-    if source.format != module.FORMAT:
+    _check_fits(artifact.manifest, target, calibration)
+    check_replaceable(directory, EngineManifest)
+    sweep(directory.parent)
+    wanted = _wanted(artifact, target, directory, calibration)
+    standing = _standing(directory, wanted)
+    if standing is not None:
+        return standing
+    verify_files(artifact.directory, artifact.manifest)
+    with new_directory(directory) as scratch:
+        advance = progress or (lambda share: None)
+        job = BuildJob(
+            artifact, scratch, target.device, target.precision, target.batch, target.settings, calibration, advance
+        )
+        built = target.backend.build(job)
+        if calibration is not None and target.calibrated:
+            built["calibration_images"] = len(calibration)
+        provider = built.pop("provider", wanted.provider)
+        manifest = wanted.model_copy(update={"provider": provider, "built": built, "files": hash_files(scratch)})
+        # Opening it once proves that the device takes it before anything is called built.
+        if manifest.unproved is None:
+            target.backend.open_runner(scratch, manifest).close()
+        manifest = write_manifest(manifest, scratch)
+    return Engine(directory, manifest)
+
+
+def _check_fits(source: ArtifactManifest, target: Target, calibration: NDArray[Any] | None) -> None:
+    """Raises BadRequest where the target is not built from such an artifact, or needs images to be fitted to."""
+    name, wanted = target.name, target.backend.FORMAT
+    if source.format != wanted:
         raise BadRequest(
-            f"Back end {name} is built from {module.FORMAT}; the artifact is {source.format}.",
-            f"Export it with format={module.FORMAT!r}.",
+            f"Back end {name} is built from {wanted}; the artifact is {source.format}.",
+            f"Export it with format={wanted!r}.",
         )
     graph_precision = target.graph_precision
     if graph_precision != source.precision:
@@ -251,68 +278,45 @@ def build_target(
             f"A {target.precision} engine is calibrated on images and none were given.",
             "Give calibration=images [M, 3, H, W].",
         )
-    check_replaceable(directory, EngineManifest)
-    sweep(directory.parent)
-    artifact_sha256 = manifest_sha256(artifact.directory)
+
+
+def _wanted(artifact: Artifact, target: Target, directory: Path, calibration: NDArray[Any] | None) -> EngineManifest:
+    """The manifest of an engine in `directory` as it is known before the build, which adds files and particulars."""
+    source, backend = artifact.manifest, target.backend
     fingerprint = hash_of(
         artifact=source.fingerprint,
         sources=sources_sha256(*SOURCES),
-        backend=name,
-        version=module.version(),
-        instructions=module.instructions(target.settings),
+        backend=target.name,
+        version=backend.version(),
+        instructions=backend.instructions(target.settings),
         device=target.device.slug,
         precision=target.precision,
         batch=target.batch.model_dump(),
         settings=target.settings,
         calibration=_fitted_to(target, calibration),
     )
-    standing = _standing(directory, fingerprint, artifact_sha256)
-    if standing is not None:
-        return standing
-    verify_files(artifact.directory, source)
-    with new_directory(directory) as scratch:
-        built = module.build(
-            BuildJob(
-                artifact,
-                scratch,
-                target.device,
-                target.precision,
-                target.batch,
-                target.settings,
-                calibration,
-                progress or (lambda share: None),
-            )
-        )
-        if calibration is not None and target.calibrated:
-            built["calibration_images"] = len(calibration)
-        manifest = EngineManifest(
-            source=source.source,
-            plan=source.plan,
-            precision=target.precision,
-            input=source.input,
-            outputs=source.outputs,
-            audit=source.audit,
-            versions=source.versions,
-            fingerprint=fingerprint,
-            files=hash_files(scratch),
-            backend=name,
-            backend_version=module.version(),
-            device=target.device.name,
-            provider=built.pop("provider", target.device.provider),
-            batch=target.batch,
-            settings=target.settings,
-            built=built,
-            unproved=target.unrunnable,
-            format=source.format,
-            # Links resolved as whoever follows it will: `engines/` may be one.
-            artifact=os.path.relpath(artifact.directory.resolve(), directory.parent.resolve() / directory.name),
-            artifact_sha256=artifact_sha256,
-        )
-        # Opening it once proves that the device takes it before anything is called built.
-        if manifest.unproved is None:
-            module.open_runner(scratch, manifest).close()
-        manifest = write_manifest(manifest, scratch)
-    return Engine(directory, manifest)
+    return EngineManifest(
+        source=source.source,
+        plan=source.plan,
+        precision=target.precision,
+        input=source.input,
+        outputs=source.outputs,
+        audit=source.audit,
+        versions=source.versions,
+        fingerprint=fingerprint,
+        files={},
+        backend=target.name,
+        backend_version=backend.version(),
+        device=target.device.name,
+        provider=target.device.provider,
+        batch=target.batch,
+        settings=target.settings,
+        unproved=target.unrunnable,
+        format=source.format,
+        # Links resolved as whoever follows it will: `engines/` may be one.
+        artifact=os.path.relpath(artifact.directory.resolve(), directory.parent.resolve() / directory.name),
+        artifact_sha256=manifest_sha256(artifact.directory),
+    )
 
 
 def check_precision(backend: str, precision: str) -> None:
@@ -365,13 +369,12 @@ def load_engine(directory: Path | str) -> Session:
     return Session(engine.directory, manifest, runner)
 
 
-def _standing(directory: Path, fingerprint: str, artifact_sha256: str) -> Engine | None:
+def _standing(directory: Path, wanted: EngineManifest) -> Engine | None:
     """The finished engine of the same fingerprint, if it is there and whole."""
-    from ztp_deploy.errors import ZtpError
-
     try:
         engine = find_engine(directory)
     except ZtpError:
         return None
-    same = engine.manifest.fingerprint == fingerprint and engine.manifest.artifact_sha256 == artifact_sha256
+    found = engine.manifest
+    same = found.fingerprint == wanted.fingerprint and found.artifact_sha256 == wanted.artifact_sha256
     return engine if same else None

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.cuda_graph import Recorder
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, first_line
@@ -43,6 +43,11 @@ PACKAGE_FILE = "model.pt2"
 _CXX_LIBRARY = b"libstdc++.so"
 _OPENING_S = 300
 
+missing = torch_device.missing
+version = torch_device.version
+graph_precision = as_exported
+unrunnable = needs_its_gpu
+
 
 class Settings(BaseModel):
     """How the package is compiled.
@@ -61,16 +66,6 @@ class Settings(BaseModel):
     kernels: bool = True
 
 
-def missing() -> str | None:
-    """The pip package to install, None when it is here."""
-    return None if environment.installed("torch") else "torch"
-
-
-def version() -> str:
-    """torch's version."""
-    return environment.installed("torch") or "none"
-
-
 def instructions(settings: dict[str, Any]) -> list[str]:
     """All that the compiler may use."""
     return sorted(environment.instruction_flags())
@@ -84,16 +79,6 @@ def resolve_device(device: str) -> Device:
 def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """See `Settings`."""
     return parse(Settings, settings, "aotinductor")
-
-
-def graph_precision(precision: str) -> str:
-    """The program is compiled as it is."""
-    return precision
-
-
-def unrunnable(device: Device) -> str | None:
-    """A GPU engine needs a GPU."""
-    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
 
 
 def build(job: BuildJob) -> dict[str, Any]:
@@ -178,7 +163,6 @@ class AotInductorRunner:
         self._model = self._replay = None
 
     def _host(self, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-
         batch = torch_device.tensor_of(images).to(self._manifest.provider)
         return {name: value.cpu().numpy() for name, value in self._run(batch, names).items()}
 
@@ -233,9 +217,9 @@ def _compile(program: Any, job: BuildJob, settings: Settings, sharing: dict[str,
     except OSError:
         raise
     except Exception as error:  # compilers of three languages, each with errors of its own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
         raise GateFailed(
-            f"AOTInductor could not compile the program for {job.device.name}: {type(error).__name__}: {reason}.",
+            f"AOTInductor could not compile the program for {job.device.name}: "
+            f"{type(error).__name__}: {first_line(error)}.",
             "Try other settings, or another back end (`ztp list`).",
         ) from error
     return buffer.getvalue()

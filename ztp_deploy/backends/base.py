@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ztp_deploy import environment
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, EngineManifest
@@ -65,9 +66,6 @@ class Runner(Protocol):
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """The same graph's outputs with the stage scores."""
 
-    def close(self) -> None:
-        """Frees what the library holds."""
-
 
 class EngineRunner(Runner, Protocol):
     """An engine opened by its library."""
@@ -78,6 +76,9 @@ class EngineRunner(Runner, Protocol):
         The outputs are the caller's, ready in the order of its current stream. The pixels are not looked at, which
         would make a GPU wait. Raises BadRequest for a tensor that lies elsewhere.
         """
+
+    def close(self) -> None:
+        """Frees what the library holds."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,22 @@ class Backend(Protocol):
 
     def open_runner(self, directory: Path, manifest: EngineManifest) -> EngineRunner:
         """Opens the files of an engine folder; raises DamagedFiles and MissingSoftware."""
+
+
+# --- answers that several back ends give -------------------------------------------------------
+
+
+def as_exported(precision: str) -> str:
+    """`Backend.graph_precision` of back ends that run the graph in the precision it has."""
+    return precision
+
+
+def needs_its_gpu(device: Device) -> str | None:
+    """`Backend.unrunnable` of back ends that run on any CPU, and on any GPU that is here."""
+    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
+
+
+# --- the session -------------------------------------------------------------------------------
 
 
 class Session:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, first_fault
 
 
 def parse(schema: type[BaseModel], settings: dict[str, Any], backend: str) -> dict[str, Any]:
@@ -14,9 +14,8 @@ def parse(schema: type[BaseModel], settings: dict[str, Any], backend: str) -> di
     try:
         return schema.model_validate(settings).model_dump()
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where, why = first_fault(error, "settings", depth=1)
         raise BadRequest(
-            f"Back end {backend} does not take {where}={first.get('input')!r}: {first['msg']}.",
+            f"Back end {backend} does not take {where}={settings.get(where, settings)!r}: {why}.",
             f"Its settings are: {', '.join(schema.model_fields)}.",
         ) from error

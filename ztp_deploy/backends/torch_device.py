@@ -1,4 +1,4 @@
-"""Devices as torch names them: of the back ends that it runs itself, and of tensors that engines are given."""
+"""torch under the back ends that it runs itself: its version, its devices, and the tensors that engines are given."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from ztp_deploy.errors import BadRequest, MissingSoftware
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def missing() -> str | None:
+    """`Backend.missing` of the back ends that torch runs."""
+    return None if environment.installed("torch") else "torch"
+
+
+def version() -> str:
+    """`Backend.version` of the back ends that torch runs."""
+    return environment.installed("torch") or "none"
 
 
 def resolve(device: str, backend: str) -> Device:

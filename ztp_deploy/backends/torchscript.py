@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import DamagedFiles, first_line
+from ztp_deploy.exporters.torchscript import GRAPH_FILE, nodes_of
 from ztp_deploy.manifest import EngineManifest
 
 if TYPE_CHECKING:
@@ -25,7 +25,11 @@ DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32",)
 CALIBRATED: tuple[str, ...] = ()
 GPU_REPORT: OnGpu | None = None  # the kernels of eager PyTorch, which is in it
-GRAPH_FILE = "model.ts"
+
+missing = torch_device.missing
+version = torch_device.version
+graph_precision = as_exported
+unrunnable = needs_its_gpu
 
 
 class Settings(BaseModel):
@@ -34,16 +38,6 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     threads: int = Field(default=0, ge=0, le=1024)
-
-
-def missing() -> str | None:
-    """The pip package to install, None when it is here."""
-    return None if environment.installed("torch") else "torch"
-
-
-def version() -> str:
-    """torch's version."""
-    return environment.installed("torch") or "none"
 
 
 def instructions(settings: dict[str, Any]) -> list[str]:
@@ -61,20 +55,10 @@ def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return parse(Settings, settings, "torchscript")
 
 
-def graph_precision(precision: str) -> str:
-    """The graph is run as it is."""
-    return precision
-
-
 def build(job: BuildJob) -> dict[str, Any]:
     """The engine is the graph itself."""
     job.copy_graph()
     return {}
-
-
-def unrunnable(device: Device) -> str | None:
-    """A GPU engine needs a GPU."""
-    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> TorchScriptRunner:
@@ -117,7 +101,6 @@ class TorchScriptRunner:
         self._module = None
 
     def _host(self, method: str, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-
         batch = torch_device.tensor_of(images).to(self._manifest.provider)
         return {name: value.cpu().numpy() for name, value in self._run(method, batch, names).items()}
 
@@ -130,8 +113,6 @@ class TorchScriptRunner:
 
 def point_at_device(module: Any, provider: str) -> None:
     """Makes what a trace creates, positions for example, on `provider`: it names the device it was traced on."""
-    from ztp_deploy.exporters.torchscript import nodes_of
-
     for method in ("forward", "audited"):
         for node in nodes_of(module._c._get_method(method).graph):
             if node.kind() == "prim::Constant" and node.output().type().kind() == "DeviceObjType":

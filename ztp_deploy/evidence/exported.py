@@ -30,9 +30,6 @@ class _Program:
 
     audit = run
 
-    def close(self) -> None:
-        """Nothing of its own."""
-
 
 def _nodes(artifact: Artifact) -> Runner:
     return onnxruntime.open_unoptimised(artifact.directory, artifact.manifest)

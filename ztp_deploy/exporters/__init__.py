@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
-from ztp_deploy.errors import BadRequest, nearest
+from ztp_deploy.errors import BadRequest, ZtpError, nearest
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import (
     ArtifactManifest,
@@ -186,8 +186,6 @@ def load_artifact(directory: Path | str) -> Artifact:
 
 def _standing(directory: Path, fingerprint: str) -> Artifact | None:
     """The finished artifact of the same fingerprint, if it is there and whole."""
-    from ztp_deploy.errors import ZtpError
-
     try:
         artifact = load_artifact(directory)
     except ZtpError:

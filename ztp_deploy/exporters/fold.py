@@ -16,7 +16,7 @@ def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
     """The graph's constant tensors by name, initializers and Constant nodes alike."""
     found = {tensor.name: tensor for tensor in graph.initializer}
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].HasField("t"):
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
             found[node.output[0]] = node.attribute[0].t
     return found
 

@@ -22,6 +22,7 @@ OPSET: int | None = 18
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 _PROTOBUF_LIMIT = 1_900_000_000
+"""Bytes; one message holds 2 GB at most."""
 
 
 def write(graph: InferenceGraph, directory: Path, image_batch: int, precision: str) -> None:
@@ -46,11 +47,18 @@ def _save(model: onnx.ModelProto, plan: Plan, directory: Path, wanted: str) -> N
     model = precision.lower(model, wanted)
     path = directory / GRAPH_FILE
     vocabulary.check(model, plan, path)
-    if sum(len(weights.raw_data) for weights in model.graph.initializer) > _PROTOBUF_LIMIT:
-        onnx.save_model(model, path, save_as_external_data=True, location=WEIGHTS_FILE)
-    else:
-        onnx.save_model(model, path)
+    save(model, path)
     onnx.checker.check_model(str(path), full_check=False)
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Writes a graph, and its weights into `model.onnx.data` beside it where one message cannot hold them."""
+    onnx.save_model(model, path, save_as_external_data=outgrows_message(model), location=WEIGHTS_FILE)
+
+
+def outgrows_message(model: onnx.ModelProto) -> bool:
+    """Whether the weights have to lie in a file beside the graph."""
+    return sum(len(weights.raw_data) for weights in model.graph.initializer) > _PROTOBUF_LIMIT
 
 
 def with_audit(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ztp_deploy.exporters.fold import constants
+from ztp_deploy.exporters.fold import constants, drop_unread
 from ztp_deploy.exporters.vocabulary import MATRIX
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -82,10 +82,7 @@ class _Lowering:
         self.low = low
         self.types = _float_types(graph)
         self.producer = {name: node for node in graph.node for name in node.output}
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        for node in graph.node:
-            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-                self.constants[node.output[0]] = node.attribute[0].t
+        self.constants = constants(graph)
         self.lowered = self._tokens_way() - self._before_matrices() - self._classifier() - self._exponentials()
         for node in graph.node:  # a node's outputs have one type (Split)
             if self.lowered.intersection(node.output):
@@ -109,7 +106,7 @@ class _Lowering:
                 if node.op_type in ("Cast", "Shape") or (not floats and have == self.low):
                     continue
                 if name in self.constants and wanted == self.low:
-                    node.input[index] = self._constant(name, rewritten)
+                    node.input[index] = self._constant(name)
                 elif name not in self.constants and have != wanted:
                     node.input[index] = self._cast(name, wanted, rewritten)
             if wanted == self.low:
@@ -118,7 +115,7 @@ class _Lowering:
         del self.graph.node[:]
         self.graph.node.extend(rewritten)
         del self.graph.value_info[:]
-        self._drop_unused()
+        drop_unread(self.graph, ["Constant"])
 
     def _tokens_way(self) -> set[str]:
         """Float tensors from which logits are reached through float tensors alone."""
@@ -178,7 +175,7 @@ class _Lowering:
             self.casts[key] = cast
         return self.casts[key]
 
-    def _constant(self, name: str, nodes: list[onnx.NodeProto]) -> str:
+    def _constant(self, name: str) -> str:
         key = (name, self.low)
         if key not in self.casts:
             cast = f"{name}_as_{TensorProto.DataType.Name(self.low).lower()}"
@@ -186,15 +183,6 @@ class _Lowering:
             self.graph.initializer.append(tensor)
             self.casts[key] = cast
         return self.casts[key]
-
-    def _drop_unused(self) -> None:
-        used = {name for node in self.graph.node for name in node.input} | {value.name for value in self.graph.output}
-        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
-        nodes = [node for node in self.graph.node if node.op_type != "Constant" or node.output[0] in used]
-        del self.graph.node[:]
-        self.graph.node.extend(nodes)
 
 
 def _rounded(values: NDArray[Any], low: int) -> NDArray[Any]:

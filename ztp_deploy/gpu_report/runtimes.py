@@ -206,9 +206,6 @@ class _Runner:
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
         return self._module.outputs(images, audited=True)
 
-    def close(self) -> None:
-        """Nothing of its own."""
-
 
 class _Engine:
     """An engine of a back end, built into its canonical folder."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from ztp_deploy.errors import BadRequest, nearest
+from ztp_deploy.errors import BadRequest, first_fault, nearest
 from ztp_deploy.methods.base import Method, MethodOptions
 from ztp_deploy.plan import Geometry, Plan
 
@@ -63,11 +63,8 @@ def parse_options(name: str, options: Mapping[str, Any]) -> MethodOptions:
     try:
         return schema.model_validate(dict(options))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = str(first["loc"][0]) if first["loc"] else "options"
-        # A field that takes several types names them all where none fits.
-        why = dict.fromkeys(one["msg"] for one in error.errors() if one["loc"][:1] == first["loc"][:1])
+        where, why = first_fault(error, "options", depth=1)
         raise BadRequest(
-            f"Method {name} does not take {where}={options.get(where, first.get('input'))!r}: {'; or: '.join(why)}.",
+            f"Method {name} does not take {where}={options.get(where, options)!r}: {why}.",
             f"Its options are: {', '.join(schema.model_fields) or 'none'}.",
         ) from error

@@ -26,13 +26,13 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import (
     Decision,
     MethodOptions,
     Replay,
     StageModule,
     StageOutput,
+    misnumbered,
     needs_no_training,
     only_drops,
     top_k_margin,
@@ -230,11 +230,7 @@ def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weight
     """The stage for `stage`. Raises BadRequest where its fixed numbers cannot be (a plan edited by hand)."""
     assert isinstance(options, Options)
     if not 1 <= stage.static.get("points", 0) <= stage.tokens_out:
-        raise BadRequest(
-            f"The stage at block {stage.block} has the fixed numbers {stage.static}; ATS needs points from 1 to "
-            f"{stage.tokens_out}, the tokens it keeps.",
-            "Make the plan anew with `ztp plan`.",
-        )
+        raise misnumbered(stage, f"ATS needs points from 1 to {stage.tokens_out}, the tokens it keeps")
     return AtsStage(stage, geometry, options)
 
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.plan import Geometry, Place, Stage
 
 if TYPE_CHECKING:
@@ -188,6 +189,14 @@ def only_drops(options: MethodOptions) -> bool:
 def needs_no_training(options: MethodOptions) -> str | None:
     """`Method.untrained` of methods that leave a pre-trained model's weights as they are."""
     return None
+
+
+def misnumbered(stage: Stage, needs: str) -> BadRequest:
+    """The refusal of a stage whose fixed numbers cannot be, as in a plan edited by hand; `needs`: which could."""
+    return BadRequest(
+        f"The stage at block {stage.block} has the fixed numbers {stage.static}; {needs}.",
+        "Make the plan anew with `ztp plan`.",
+    )
 
 
 # --- margins -----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ztp_deploy.methods.base import (
     Replay,
     StageModule,
     StageOutput,
+    misnumbered,
     needs_no_training,
     top_k_margin,
 )
@@ -221,11 +222,7 @@ def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weight
     assert isinstance(options, Options)
     most, pruned = stage.tokens_in - stage.tokens_out, stage.static.get("pruned", -1)
     if not 0 <= pruned <= most or stage.static != {"pruned": pruned, "top_k": stage.tokens_in - pruned}:
-        raise BadRequest(
-            f"The stage at block {stage.block} has the fixed numbers {stage.static}; DiffRate needs pruned from 0 to "
-            f"{most} and top_k = {stage.tokens_in} - pruned.",
-            "Make the plan anew with `ztp plan`.",
-        )
+        raise misnumbered(stage, f"DiffRate needs pruned from 0 to {most} and top_k = {stage.tokens_in} - pruned")
     return DiffRateStage(stage, geometry, options)
 
 

@@ -21,11 +21,12 @@ from ztp_deploy.methods.base import (
     StageModule,
     StageOutput,
     any_backbone,
+    misnumbered,
     only_drops,
     top_k_margin,
 )
 from ztp_deploy.models.base import Attention
-from ztp_deploy.models.weights import fill_random
+from ztp_deploy.models.weights import fill_random, misfits
 from ztp_deploy.plan import Geometry, Place, Stage, following_sites, kept_chain, share_of
 from ztp_deploy.pruning.tokens import TokenState, keep_tokens, slots_of, top_k
 
@@ -125,21 +126,11 @@ def predictor_for(stage: Stage, width: int, options: Options, weights: Mapping[s
             "Give a DynamicViT checkpoint (WEIGHTS=path), or --option weights=random to measure latency alone.",
         )
     prefix = f"{PREFIX}.{number}."
-    expected = {prefix + name: value.shape for name, value in predictor.state_dict().items()}
+    expected = {prefix + name: value for name, value in predictor.state_dict().items()}
     found = {name: value for name, value in weights.items() if name.startswith(prefix)}
-    problems = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "misshapen": [
-            f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name])}"
-            for name in sorted(expected.keys() & found.keys())
-            if found[name].shape != expected[name]
-        ],
-    }
-    listed = [f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-    if listed:
+    if problems := misfits(expected, found):
         raise BadRequest(
-            f"The checkpoint's predictors do not fit the stage at block {stage.block}. {'; '.join(listed)}.",
+            f"The checkpoint's predictors do not fit the stage at block {stage.block}. {problems}.",
             "Give as many stages as the checkpoint has predictors, in a model of its size.",
         )
     predictor.load_state_dict({name.removeprefix(prefix): value for name, value in found.items()})
@@ -173,10 +164,7 @@ def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weight
     """
     assert isinstance(options, Options)
     if set(stage.static) != {"predictor"}:
-        raise BadRequest(
-            f"The stage at block {stage.block} has the fixed numbers {stage.static}; DynamicViT needs predictor alone.",
-            "Make the plan anew with `ztp plan`.",
-        )
+        raise misnumbered(stage, "DynamicViT needs predictor alone")
     return DynamicVitStage(stage, geometry, predictor_for(stage, geometry.embed_dim, options, weights))
 
 

@@ -29,6 +29,7 @@ from ztp_deploy.methods.base import (
     StageModule,
     StageOutput,
     any_backbone,
+    misnumbered,
     needs_no_training,
     only_drops,
     top_k_margin,
@@ -443,11 +444,7 @@ def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weight
     most = min(stage.tokens_in - staying(stage.tokens_in, options.partition), stage.tokens_in - stage.tokens_out)
     rounds, similar = stage.static.get("rounds", 0), stage.static.get("similar", -1)
     if not (1 <= rounds <= MAX_ROUNDS and 0 <= similar <= most):
-        raise BadRequest(
-            f"The stage at block {stage.block} has the fixed numbers {stage.static}; Zero-TPrune needs "
-            f"rounds from 1 to {MAX_ROUNDS} and similar from 0 to {most}.",
-            "Make the plan anew with `ztp plan`.",
-        )
+        raise misnumbered(stage, f"Zero-TPrune needs rounds from 1 to {MAX_ROUNDS} and similar from 0 to {most}")
     return ZeroTPruneStage(stage, geometry, options)
 
 

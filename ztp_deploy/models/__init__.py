@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -117,7 +118,7 @@ def load_model(
     host_of(model)
     record = _give_weights(model, key, architecture, size, weights)
     preprocessing = _preprocessing(model)
-    labels = _labels(model) if not (set(size.given()) & {"num_classes"}) else None
+    labels = None if size.num_classes else _labels(model)
     model.source = Source(  # type: ignore[assignment]
         name=name_or_module,
         family=key,
@@ -167,7 +168,7 @@ def source_of(model: nn.Module) -> Source:
         name=type(model).__name__,
         family=_family_of(model),
         architecture=None,
-        weights=Weights(kind="given", origin="in memory", sha256=weights_module.digest(weights_module.state_of(model))),
+        weights=_record(model, "given", "in memory"),
         preprocessing=_preprocessing(model),
         labels=_labels(model),
     )
@@ -211,12 +212,7 @@ def _give_weights(
 ) -> Weights:
     if isinstance(weights, Mapping):
         weights_module.load_given(model, weights, "The state dict", family(key).translate)
-        return Weights(
-            kind="given",
-            origin="state dict",
-            licence=_licence_of_others(model),
-            sha256=weights_module.digest(weights_module.state_of(model)),
-        )
+        return _record(model, "given", "state dict", _licence_of_others(model))
     if weights in ("auto", "pretrained"):
         try:
             return _pretrained(model, key, architecture, size)
@@ -231,28 +227,40 @@ def _give_weights(
             weights = "random"
     if weights == "random":
         weights_module.fill_random(model)
-        return Weights(
-            kind="random",
-            origin=f"seed {weights_module.RANDOM_SEED}",
-            sha256=weights_module.digest(weights_module.state_of(model)),
-        )
+        return _record(model, "random", f"seed {weights_module.RANDOM_SEED}")
     path = weights_module.user_path(weights)
-    if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
-        weights_module.check_file(path)
-        try:
-            cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
-        except Exception as error:  # numpy and timm raise what they like on a foreign file
-            raise BadRequest(
-                f"{path} is no AugReg checkpoint that fits {architecture}.", "Check the model name and the file."
-            ) from error
-    else:
+    _load_file(model, path, key, architecture)
+    return _record(model, "file", str(path.resolve()), _licence_of_others(model))
+
+
+def _load_file(model: nn.Module, path: Path, key: str, architecture: str) -> None:
+    if path.suffix != ".npz" or not hasattr(model, "load_pretrained"):
         weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
-    return Weights(
-        kind="file",
-        origin=str(path.resolve()),
-        licence=_licence_of_others(model),
-        sha256=weights_module.digest(weights_module.state_of(model)),
-    )
+        return
+    weights_module.check_file(path)
+    # timm leaves as it is what the file lacks, such as a classifier of as many classes.
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)
+    try:
+        cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
+    except Exception as error:  # numpy and timm raise what they like on a foreign file
+        raise BadRequest(
+            f"{path} is no AugReg checkpoint that fits {architecture}.", "Check the model name and the file."
+        ) from error
+    unfilled = [name for name, value in model.named_parameters() if not value.isfinite().all()]
+    if unfilled:
+        raise BadRequest(
+            f"{path} does not fit {architecture}: it has no finite values for {', '.join(unfilled)}.",
+            "Check the model name, its number of classes too, and the file.",
+        )
+
+
+def _record(
+    model: nn.Module, kind: Literal["pretrained", "random", "file", "given"], origin: str, licence: str | None = None
+) -> Weights:
+    """Where the model's weights came from, with the hash of those it has now."""
+    sha256 = weights_module.digest(weights_module.state_of(model))
+    return Weights(kind=kind, origin=origin, licence=licence, sha256=sha256)
 
 
 def _licence_of_others(model: nn.Module) -> str | None:
@@ -275,12 +283,7 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
                 "Train it (python -m ztp_deploy.reference.train --out FILE) and give their path: WEIGHTS=FILE.",
             )
         weights_module.load_given(model, weights_module.read_file(Path(shipped)), architecture, family(key).translate)
-        return Weights(
-            kind="pretrained",
-            origin="ztp_deploy",
-            licence=config.get("license"),
-            sha256=weights_module.digest(weights_module.state_of(model)),
-        )
+        return _record(model, "pretrained", "ztp_deploy", config.get("license"))
     repository = config.get("hf_hub_id")
     if not repository and "origin_url" in config:
         raise MissingSoftware(
@@ -292,12 +295,7 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
         raise MissingSoftware(f"timm knows no pre-trained weights for {architecture}.", "Give a checkpoint file.")
     path = weights_module.find_pretrained(str(repository))
     weights_module.load_given(model, weights_module.read_file(path), str(repository), family(key).translate)
-    return Weights(
-        kind="pretrained",
-        origin=str(repository),
-        licence=config.get("license"),
-        sha256=weights_module.digest(weights_module.state_of(model)),
-    )
+    return _record(model, "pretrained", str(repository), config.get("license"))
 
 
 def _preprocessing(model: nn.Module) -> Preprocessing:
@@ -321,19 +319,3 @@ def _labels(model: nn.Module) -> tuple[str, ...] | None:
         return None
     names = tuple(timm.data.ImageNetInfo(subset).label_descriptions())
     return names if len(names) == geometry.num_classes else None
-
-
-__all__ = [
-    "FAMILIES",
-    "Family",
-    "RandomWeightsWarning",
-    "describe",
-    "examples",
-    "family",
-    "host_of",
-    "load_model",
-    "method_weights_of",
-    "model_names",
-    "reload_model",
-    "source_of",
-]

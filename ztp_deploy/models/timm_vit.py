@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import layouts, timm_head
 from ztp_deploy.models.base import Attention, ModelSize
-from ztp_deploy.models.parts import project, typed
+from ztp_deploy.models.parts import project, typed, unready
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
 from ztp_deploy.reference import model as reference
@@ -95,10 +95,8 @@ def check(model: Any, *kinds: type[nn.Module]) -> None:
         reason = f"its stem is a {type(model.patch_embed).__name__}, not a plain patch embedding"
     elif model.patch_embed.proj.in_channels != 3:
         reason = f"it takes {model.patch_embed.proj.in_channels} channels, not 3"
-    elif any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-        reason = "its parameters are not float32 (precision is chosen at export)"
-    elif any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
-        reason = "it carries forward hooks, which no engine would run"
+    elif unfit := unready(model):
+        reason = unfit
     elif getattr(model, "dynamic_img_size", False):
         reason = "dynamic_img_size leaves its token count open"
         advice = "Build it with timm.create_model(…, dynamic_img_size=False); its weights stay the same."

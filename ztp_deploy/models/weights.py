@@ -98,6 +98,15 @@ def load_given(model: nn.Module, state: Mapping[str, Any], origin: str, translat
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
     """Raises BadRequest that lists missing, unexpected and misshapen keys."""
+    if problems := misfits(expected, found):
+        raise BadRequest(
+            f"{origin} does not fit the model. {problems}.",
+            "Check the model name, or give the sizes as overrides.",
+        )
+
+
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """Missing, unexpected and misshapen keys, listed; empty where there are none."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -107,12 +116,7 @@ def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], orig
             if found[name].shape != expected[name].shape
         ],
     }
-    listed = [f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
-    if listed:
-        raise BadRequest(
-            f"{origin} does not fit the model. {'; '.join(listed)}.",
-            "Check the model name, or give the sizes as overrides.",
-        )
+    return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
 
 
 def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:

@@ -135,8 +135,8 @@ def test_an_old_onnxruntime_is_named(half, machine, tmp_path, monkeypatch):
         build(half, tmp_path / "e")
 
 
-def test_a_library_that_does_not_load_says_why(half, machine, tmp_path, monkeypatch):
-    monkeypatch.undo()  # ONNX Runtime itself is asked, for a library that is not there
+def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):
+    """ONNX Runtime itself is asked, for a library that is not there."""
     monkeypatch.setattr(environment, "gpus", lambda: (GPU,))
     plugin = SimpleNamespace(get_library_path=lambda: str(tmp_path / "libprovider.so"))
     monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)

@@ -325,7 +325,7 @@ except ztp.ZtpError as error:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_go_together_is_refused(artifact, tmp_path):
+def test_what_does_not_go_together_is_refused():
     for precision, settings in (("int8", {}), ("fp32", {"cache": True})):
         with pytest.raises(BadRequest, match="stage=compiled"):
             backend._check_stage(precision, backend.Settings(stage="compiled", **settings))

@@ -367,7 +367,7 @@ def test_a_plan_is_opened_on_the_first_gpu(monkeypatch, tmp_path):
     assert current == [1]
 
 
-def test_there_is_one_logger_and_one_listener_at_a_time(monkeypatch):
+def test_there_is_one_logger_and_one_listener_at_a_time():
     trt = type("Module", (), {"ILogger": FakeLogger})
     outer, inner = [], []
     with listening(trt, lambda *heard: outer.append(heard)) as log:

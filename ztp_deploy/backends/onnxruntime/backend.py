@@ -14,12 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.cuda_graph import Turns
 from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
+from ztp_deploy.exporters.onnx import GRAPH_FILE, with_audit
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ DEVICES: tuple[str, ...] = ("cpu", "cuda")
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16")
 CALIBRATED: tuple[str, ...] = ()
 GPU_REPORT: OnGpu | None = OnGpu(records=True)
-GRAPH_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _LOG_ERRORS_ONLY = 3
 _PRECISIONS_OF = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 # Left to itself, CUDA computes float32 matrix products in TF32, which is not what was checked.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
+
+graph_precision = as_exported
+unrunnable = needs_its_gpu
 
 
 class Settings(BaseModel):
@@ -101,11 +104,6 @@ def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return parse(Settings, settings, "onnxruntime")
 
 
-def graph_precision(precision: str) -> str:
-    """The graph is run as it is."""
-    return precision
-
-
 def build(job: BuildJob) -> dict[str, Any]:
     """The engine is a graph. Raises BadRequest for precisions and settings that the device does not have."""
     settings = Settings(**job.settings)
@@ -142,11 +140,6 @@ def _build_for_rtx(job: BuildJob) -> dict[str, Any]:
         )
     job.copy_graph()
     return {"provider": rtx.PROVIDER}
-
-
-def unrunnable(device: Device) -> str | None:
-    """A GPU engine needs a GPU."""
-    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:
@@ -305,8 +298,6 @@ class OnnxRuntimeRunner:
 
     def _audited(self) -> bytes:
         import onnx
-
-        from ztp_deploy.exporters.onnx import with_audit
 
         # Large weights stay in their file: with them a message would be beyond protobuf's 2 GB.
         model = with_audit(onnx.load(str(self._graph), load_external_data=False), self._manifest.audit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ from ztp_deploy.backends.openvino import attention, ir
 from ztp_deploy.backends.openvino import stage as stages
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
+from ztp_deploy.exporters.onnx import GRAPH_FILE
 from ztp_deploy.manifest import EngineManifest
 from ztp_deploy.scratch import ask_for_room
 
@@ -30,7 +32,7 @@ PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "int8")
 CALIBRATED: tuple[str, ...] = ("int8",)
 GPU_REPORT: OnGpu | None = None
 DEVICE = "CPU"
-MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
+MODEL_FILE, CACHE_FILE = "model.xml", "model.blob"
 _AMX = "amx_bf16"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _RUNTIME_NAMES = {"fp32": {"f32"}, "bf16": {"bf16"}, "int8": {"i8", "u8"}}
@@ -117,12 +119,47 @@ def build(job: BuildJob) -> dict[str, Any]:
     _check_processor(job.precision, settings)
     core = ov.Core()
     try:
-        model = core.read_model(str(job.artifact.directory / "model.onnx"))
+        model = core.read_model(str(job.artifact.directory / GRAPH_FILE))
     except RuntimeError as error:
         raise DamagedFiles(
             f"OpenVINO cannot read {job.artifact.directory}: {_reason(error)}.", "Export again."
         ) from error
     job.advance(0.1)
+    fitted = _fit(core, model, job, settings)
+    path = job.directory / MODEL_FILE
+    try:
+        ov.save_model(fitted.model, str(path), compress_to_fp16=False)
+    except RuntimeError:
+        ask_for_room(job.directory)
+        raise
+    ir.keep_float32(path, fitted.scores - fitted.as_they_are)
+    properties = _properties(job.precision, settings)
+    compiled = core.compile_model(str(path), DEVICE, properties)
+    counts, score_counts = ir.matrix_precisions(compiled, fitted.scores, fitted.as_they_are)
+    _check_precision(job.precision, counts)
+    if settings.cache:
+        (job.directory / CACHE_FILE).write_bytes(compiled.export_model().getvalue())
+    notes = _notes(job.precision, score_counts, fitted.stages)
+    built = {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes}
+    return built | fitted.stages
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """A model in the form that is saved.
+
+    `scores`: names of the operations off the tokens' way; of these, `as_they_are` need no mark to be in float32.
+    `stages`: what the manifest says of compiled ones.
+    """
+
+    model: Any
+    scores: set[str]
+    as_they_are: set[str]
+    stages: dict[str, Any]
+
+
+def _fit(core: Any, model: Any, job: BuildJob, settings: Settings) -> _Fitted:
+    """Rewrites the graph for precision, processor, batch and settings; the order of the steps matters."""
     ir.fuse(model)
     fixed = job.batch.min == job.batch.max
     on_amx = _float_precision(job.precision, settings) == "bf16" and _has_amx()
@@ -144,34 +181,24 @@ def build(job: BuildJob) -> dict[str, Any]:
         # Shapes that are known spare OpenVINO working them out in every run.
         [images] = model.inputs
         model.reshape({images: [job.batch.max, *images.get_partial_shape()[1:]]})
-    scores -= stages.passes_on(model)
-    path = job.directory / MODEL_FILE
-    try:
-        ov.save_model(model, str(path), compress_to_fp16=False)
-    except RuntimeError:
-        ask_for_room(job.directory)
-        raise
-    ir.keep_float32(path, scores - as_they_are)
-    properties = _properties(job.precision, settings)
-    compiled = core.compile_model(str(path), DEVICE, properties)
-    counts, score_counts = ir.matrix_precisions(compiled, scores, as_they_are)
-    _check_precision(job.precision, counts)
-    if settings.cache:
-        (job.directory / CACHE_FILE).write_bytes(compiled.export_model().getvalue())
+    return _Fitted(model, scores - stages.passes_on(model), as_they_are, made_of_stages)
+
+
+def _notes(precision: str, score_counts: dict[str, int], made_of_stages: dict[str, Any]) -> list[str]:
+    """What the user must not miss."""
     notes = []
     if lower := set(score_counts) - {"f32", "bf16 to f32"}:
         notes.append(
             f"OpenVINO computes {sum(score_counts[name] for name in lower)} of {sum(score_counts.values())} products of "
             f"scores and classifier in {', '.join(sorted(lower))} although float32 was asked for."
         )
-    if job.precision == "int8" and not _FAST_INT8 & set(environment.cpu_features()):
+    if precision == "int8" and not _FAST_INT8 & set(environment.cpu_features()):
         notes.append(
             "This processor has no int8 dot products (VNNI): int8 can be slower here than fp32. Measure before you ship."
         )
     if made_of_stages.get("compiled_stages", "").startswith("0 of"):
         notes.append("No stage was compiled: the operator knows Zero-TPrune alone, and not all of its options.")
-    built = {"properties": properties, "matrix_precisions": counts, "score_precisions": score_counts, "notes": notes}
-    return built | made_of_stages
+    return notes
 
 
 def _compile_stages(core: Any, model: Any, job: BuildJob) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.backends.tensorrt import quantise, runtime, timing_cache
 from ztp_deploy.backends.tensorrt.build import BuiltPlan, Order, build_plan
-from ztp_deploy.backends.tensorrt.graph import GRAPH_FILE, LOW, QUANTISED, with_batch
+from ztp_deploy.backends.tensorrt.graph import LOW, QUANTISED, with_batch
 from ztp_deploy.backends.tensorrt.home import check_gpu, check_home
 from ztp_deploy.backends.tensorrt.layers import Fusion, read_layers
 from ztp_deploy.backends.tensorrt.library import Library
 from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.exporters.onnx import GRAPH_FILE, with_audit
 from ztp_deploy.manifest import EngineManifest
 
 PLAN_FILE = "model.plan"
@@ -114,8 +115,6 @@ class TensorRT:
         (job.directory / PLAN_FILE).write_bytes(plan.data)
         built = self._proved(main, plan, job.directory / PLAN_FILE)
         if audited:
-            from ztp_deploy.exporters.onnx import with_audit
-
             second = order(model=with_audit(shipped, manifest.audit))
             (job.directory / AUDIT_FILE).write_bytes(build_plan(second, Progress(job.advance, share)).data)
         if derived:

@@ -12,7 +12,6 @@ from ztp_deploy.exporters.precision import matrix_nodes
 from ztp_deploy.exporters.vocabulary import ELEMENTWISE
 from ztp_deploy.manifest import BatchRange
 
-GRAPH_FILE = "model.onnx"
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 QUANTISED = {"int8": TensorProto.INT8, "fp8": TensorProto.FLOAT8E4M3FN}
 _PASSING = ELEMENTWISE | {"Reshape", "Transpose", "Expand"}
