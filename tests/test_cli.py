@@ -229,7 +229,7 @@ def test_export_then_build(ztp, tmp_path):
 def test_plan_prints_counts_and_flops(ztp):
     code, out, _ = ztp("plan", "-m", "deit_s", "-r", 0.7)
     assert code == 0
-    for word in ("137", "95", "66", "4.60 G dense", "2.87 G planned (62.3 %)", "FLOP limit"):
+    for word in ("137", "95", "66", "dense 4.60 G", "plan 2.87 G (62.3 %)", "FLOP limit"):
         assert word in " ".join(out.split())
     code, out, _ = ztp("plan", "-m", "deit_s", "--keep", "0.9,0.8,0.7", "--json")
     assert json.loads(out)["flops"]["planned"] == 3547539456

@@ -32,6 +32,7 @@ from ztp_deploy import environment, models
 from ztp_deploy.ending import end
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import Comparison, Proportion, compare, hits, image_kl, paired_bootstrap, wilson
+from ztp_deploy.evidence.report.accuracy import change_text, points_text
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.pruning.prune import prune
@@ -391,13 +392,12 @@ def render_study(study: Study) -> str:
     lines = [f"| {head} |", "|---:|---|---:|---|---|---:|---:|---|"] if study.rows else []
     first = study.rows[0].name if study.rows else ""
     for row in study.rows:
-        change = row.comparison.top1
         cells = (
             f"{row.planned_share:.1%}",
             row.name,
             f"{row.comparison.pruned.top1.share:.2%}",
-            _points(change.difference, change.low, change.high),
-            "" if row.name == first else f"{_points(*row.ahead)} {row.verdict}",
+            change_text(row.comparison.top1),
+            "" if row.name == first else f"{points_text(*row.ahead)} {row.verdict}",
             f"{row.comparison.agreement.share:.2%}",
             f"{row.comparison.mean_kl:.4f}",
             "" if row.name == first else "{:+.4f} ({:+.4f} to {:+.4f})".format(*row.closer),
@@ -416,10 +416,6 @@ def render_study(study: Study) -> str:
         )
     lines.append(f"- `{study.command}`, eager PyTorch fp32 on {study.environment['cpu']}.")
     return "\n".join(lines).lstrip() + "\n"
-
-
-def _points(middle: float, low: float, high: float) -> str:
-    return f"{middle * 100:+.2f} ({low * 100:+.2f} to {high * 100:+.2f})"
 
 
 def picture(study: Study) -> bytes:
