@@ -16,7 +16,7 @@ from ztp_deploy.cli.options import (
     Model,
     Precision,
     Profile,
-    build_request,
+    asked_build,
     command_line,
     refuse_idle,
 )
@@ -68,7 +68,7 @@ def tune(
         budget=budget,
         method=method or METHOD,
         weights=weights,
-        build=build_request(profile=profile, backend=backend, device=device, precision=precision),
+        build=asked_build(context),
         trials=trials,
         count=count,
         seed=seed,
