@@ -19,9 +19,10 @@ from ztp_deploy.tune.cost import Budget, Timing
 from ztp_deploy.tune.damage import HeldOut, held_out, split
 from ztp_deploy.tune.report import TuneReport, recipe_of, recipe_toml
 from ztp_deploy.tune.run import _conclude, tune
+from ztp_deploy.workflow.progress import Silent
 from ztp_deploy.workflow.requests import BuildRequest
 
-from .conftest import NAME, Silent
+from .conftest import NAME
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +59,7 @@ def test_a_search_writes_plan_recipe_record_and_picture(request_):
     ]
     assert TuneReport.model_validate_json((folder / "tune.json").read_text()) == report
     assert json.loads((folder / "tune.json").read_text())["schema"] == "ztp.tune/1"
-    assert report.command == "ztp.tune"
+    assert report.command == "ztp_deploy.tune.run.tune"
     plan = Plan.from_json((folder / "plan.json").read_text())
     assert plan == report.winner.plan
     recipe = read_recipe(str(folder / "recipe.toml"))
