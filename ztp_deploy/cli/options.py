@@ -38,6 +38,9 @@ Option = Annotated[
 Weights = Annotated[
     str, typer.Option(help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path.")
 ]
+TrainedWeights = Annotated[
+    str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
+]
 Recipe = Annotated[
     str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
 ]

@@ -59,7 +59,7 @@ def measure_cell(
             )
     except Exception as error:  # out of memory, a kernel that is not there: the cell says so, the next goes on
         return [_failed(row, error) if label in opened else row for (label, _), row in rows.items()]
-    sittings = {name: [seconds] for name, seconds in times.items()}
+    sittings = {name: [taken] for name, taken in times.items()}
     for way in runs:
         label, replayed_too = way
         milliseconds = np.array(times[_named(way)]) * 1e3
