@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,16 +19,22 @@ from ztp_deploy.exporters import torchscript
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.models.base import ModelSize
 from ztp_deploy.pruning.prune import Outputs, PrunedModel
+from ztp_deploy.workflow.progress import Silent
 
 
-class Silent:
-    """A monitor that shows nothing."""
+class Listening(Silent):
+    """A monitor that keeps the steps and what it is warned of."""
 
-    def step(self, title: str, total: float | None) -> AbstractContextManager[Callable[[float], None]]:
-        return nullcontext(lambda amount: None)
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.warned: list[str] = []
+
+    def step(self, title: str, total: float | None) -> AbstractContextManager[Any]:
+        self.steps.append(title)
+        return super().step(title, total)
 
     def warn(self, text: str) -> None:
-        """Nothing."""
+        self.warned.append(text)
 
 
 def observe(pruned: PrunedModel, images: np.ndarray, forced: list[np.ndarray] | None = None) -> Observation:

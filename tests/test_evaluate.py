@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
@@ -18,6 +17,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from tests.commands import typed
 from tests.pictures import write_pictures
+from tests.runs import Listening
 from ztp_deploy import ending, evaluate
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest, MissingSoftware
@@ -29,20 +29,8 @@ from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.models import weights as weights_module
 from ztp_deploy.models.preprocessing import open_image, transform_for
+from ztp_deploy.workflow.progress import Silent
 from ztp_deploy.workflow.requests import PlanRequest
-
-
-class Silent:
-    """A monitor that keeps what it is warned of."""
-
-    def __init__(self) -> None:
-        self.warned: list[str] = []
-
-    def step(self, title, total):
-        return contextlib.nullcontext(lambda share: None)
-
-    def warn(self, text):
-        self.warned.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +103,7 @@ def test_the_manifest_is_named_and_the_last_batch_may_be_smaller_than_the_engine
     engine = engines["pruned"]
     report = evaluate_engine(engine.directory, EvalRequest(pictures, dense=False, batch=7), Silent())
     assert report.manifest_sha256 == manifest_sha256(engine.directory)
-    assert report.command == "ztp.evaluate"
+    assert report.command == "ztp_deploy.evaluate"
     assert report.comparison is None
     assert report.per_class[0].dense is None
     assert [row[0] for row in accuracy_rows(report)] == ["pruned"]
@@ -167,7 +155,7 @@ def test_an_interrupted_evaluation_goes_on(engines, pictures, monkeypatch):
 
 
 def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load", lambda name, weights, clock: trained)
+    monkeypatch.setattr(evaluate, "load_trained", lambda name, weights, clock: trained)
     monkeypatch.setattr(evaluate.models, "check_request", lambda name, weights: None)
     weights = trained.source.weights.origin
     wanted = PlanRequest(model="deit_t", ratio=0.7, options={"rounds": 2}, weights=weights)
@@ -226,7 +214,7 @@ def test_sorted_order_is_said_aloud(engines, tmp_path):
     for name in "jihgfedcba":
         (tmp_path / name).mkdir()
         Image.new("RGB", (100, 100)).save(tmp_path / name / "x.png")
-    monitor = Silent()
+    monitor = Listening()
     report = evaluate_engine(engines["dense"].directory, EvalRequest(tmp_path, dense=False), monitor)
     assert [row.label for row in report.per_class] == list(range(10))
     assert monitor.warned == [report.mapping]
@@ -349,7 +337,7 @@ def test_bad_requests(command, tmp_path, arguments, words):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_that_cannot_be_had_are_missing_software(command, monkeypatch, tmp_path):
+def test_weights_that_cannot_be_had_are_missing_software(command, monkeypatch):
     def none(repository: str) -> Path:
         raise MissingSoftware("The weights are not in the cache.", "Connect.")
 

@@ -36,7 +36,6 @@ METHODS_MEASURED = list((ROOT / "engines" / "evidence").glob("*--methods--*.samp
 GPU_REPORTS = list((ROOT / "engines" / "evidence" / "gpu").glob("*.json"))
 GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 COMPARISONS = list((ROOT / "engines" / "evidence").glob("*--comparison*.samples.json"))
-MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 PAGES = [ROOT / name for name in subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from ztp_deploy.backends import Engine, find_engine, load_engine, require_runnab
 from ztp_deploy.backends.base import Device, Session
 from ztp_deploy.backends.batches import filled
 from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
-from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, Speed, accuracy, class_rows, compare
 from ztp_deploy.evidence.labelled import Labelled, read_labelled
 from ztp_deploy.evidence.parity import proof_of
@@ -33,7 +34,7 @@ from ztp_deploy.pruning.prune import prune
 from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import PlanRequest
-from ztp_deploy.workflow.steps import load
+from ztp_deploy.workflow.steps import load_trained
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class EvalRequest:
     batch: int | None = None
     workers: int | None = None
     device: str = "auto"
-    command: str = "ztp.evaluate"
+    command: str = "ztp_deploy.evaluate"
 
     def check(self) -> None:
         """Raises BadRequest for numbers that are none, and for data that is not there."""
@@ -68,14 +69,13 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is evaluated, as reports name it, and where its unfinished runs are kept."""
+    """What is evaluated, as reports name it."""
 
     source: Source
     plan: Plan
     runs: str
     precision: str
     manifest_sha256: str | None
-    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -108,43 +108,29 @@ def evaluate_engine(
             "Give an engine of it with --dense-engine, or leave the comparison out with --no-dense.",
         )
     clock = Clock(monitor)
-    notes: list[str] = []
-    if proof_of(engine) is None:
-        notes.append(f"The parity gate has not passed this engine: ztp check --engine {engine.directory.name}.")
-    if manifest.precision != "fp32" and request.dense and (other is None or other.manifest.precision == "fp32"):
-        notes.append(f"The dense model ran in fp32: the difference holds what {manifest.precision} costs besides.")
     subject = _Subject(
         manifest.source,
         manifest.plan,
         f"{manifest.backend} {manifest.backend_version}",
         manifest.precision,
         manifest_sha256(engine.directory),
-        engine.evidence,
     )
     for one in (engine, other):
         if one is not None:
             _batch_size(one, request.batch)
-    speeds: list[Speed] = []
-    finished: list[Path] = []
     reference = None
     with load_engine(engine.directory) as session:
         classes = _classes(session)
-        data = _read(request, classes, manifest.source, clock)
+        runs = _Runs(request, _read(request, classes, manifest.source, clock), classes, engine.evidence, clock)
         if request.dense:
             with _dense_predictor(manifest.source, other, request, clock) as dense:
-                found, speed = _run(dense, data, classes, request, engine.evidence, clock)
-            speeds.append(speed)
-            finished.append(partial_file(engine.evidence, dense, data))
-            reference = _Reference(dense.runs, None if other is None else manifest_sha256(other.directory), found)
-        pruned = _engine_predictor(session, engine, "pruned", request.batch)
-        logits, speed = _run(pruned, data, classes, request, engine.evidence, clock)
-        speeds.append(speed)
-        finished.append(partial_file(engine.evidence, pruned, data))
-    report = _report(subject, data, logits, reference, speeds, notes, request)
+                sha256 = None if other is None else manifest_sha256(other.directory)
+                reference = _Reference(dense.runs, sha256, runs.logits(dense))
+        logits = runs.logits(_engine_predictor(session, engine, "pruned", request.batch))
+    report = _report(subject, runs, logits, reference, _notes(engine, other, request.dense))
     write_text(engine.evidence / ACCURACY_FILE, report.to_json())
     write_report(engine.directory)
-    for path in finished:
-        path.unlink(missing_ok=True)
+    runs.forget()
     return report
 
 
@@ -162,36 +148,23 @@ def evaluate_model(
     wanted.check()
     device = torch_device.resolve(request.device, "Eager PyTorch")
     clock = Clock(monitor)
-    try:
-        # What cannot be had is an error here: random weights in its place would give an accuracy of chance.
-        model = load(wanted.model, "pretrained" if wanted.weights == "auto" else wanted.weights, clock)
-    except MissingSoftware as error:
-        raise MissingSoftware(error.problem, "Give a checkpoint: --weights path.") from error
+    model = load_trained(wanted.model, wanted.weights, clock)
     plan = wanted.plan(model)
     source = models.source_of(model)
     refuse_meaningless(source, plan)
     classes = models.host_of(model).geometry.num_classes
-    data = _read(request, classes, source, clock)
-    speeds: list[Speed] = []
-    finished: list[Path] = []
+    runs = _Runs(request, _read(request, classes, source, clock), classes, record, clock)
     reference = None
     if request.dense and plan.stages:
         dense = _eager_predictor(model, source, None, "dense", request, device)
-        found, speed = _run(dense, data, classes, request, record, clock)
-        speeds.append(speed)
-        reference = _Reference(dense.runs, None, found)
-        finished += [partial_file(record, dense, data)] if record else []
+        reference = _Reference(dense.runs, None, runs.logits(dense))
     predictor = _eager_predictor(prune(model, plan), source, plan, "pruned", request, device)
-    logits, speed = _run(predictor, data, classes, request, record, clock)
-    speeds.append(speed)
-    finished += [partial_file(record, predictor, data)] if record else []
-    subject = _Subject(source, plan, predictor.runs, "fp32", None, record)
-    report = _report(subject, data, logits, reference, speeds, [], request)
+    logits = runs.logits(predictor)
+    report = _report(_Subject(source, plan, predictor.runs, "fp32", None), runs, logits, reference, [])
     if record is not None:
-        name = f"{source.name}--{plan.label}--accuracy-{data.sha256[:6]}.json"
+        name = f"{source.name}--{plan.label}--accuracy-{runs.data.sha256[:6]}.json"
         write_text(record / name, report.to_json())
-    for path in finished:
-        path.unlink(missing_ok=True)
+    runs.forget()
     return report
 
 
@@ -243,12 +216,47 @@ def _read(request: EvalRequest, classes: int, source: Source, clock: Clock) -> L
     return data
 
 
-def _run(
-    predictor: Predictor, data: Labelled, classes: int, request: EvalRequest, folder: Path | None, clock: Clock
-) -> tuple[NDArray[np.float32], Speed]:
-    count = len(data.files)
-    with clock.step(f"run {predictor.role} on {count} images ({predictor.runs})", float(count)) as advance:
-        return predict(predictor, data, classes, workers=request.threads, folder=folder, advance=advance)
+class _Runs:
+    """The runs of one evaluation: `data` through model after model, and how fast; unfinished ones lie in `folder`."""
+
+    def __init__(self, request: EvalRequest, data: Labelled, classes: int, folder: Path | None, clock: Clock) -> None:
+        self.request, self.data = request, data
+        self.speeds: list[Speed] = []
+        self._classes, self._folder, self._clock = classes, folder, clock
+        self._kept: list[Path] = []
+
+    def logits(self, predictor: Predictor) -> NDArray[np.float32]:
+        """Those of all images, [n, classes]."""
+        count = len(self.data.files)
+        with self._clock.step(f"run {predictor.role} on {count} images ({predictor.runs})", float(count)) as advance:
+            found, speed = predict(
+                predictor,
+                self.data,
+                self._classes,
+                workers=self.request.threads,
+                folder=self._folder,
+                advance=advance,
+            )
+        self.speeds.append(speed)
+        if self._folder:
+            self._kept.append(partial_file(self._folder, predictor, self.data))
+        return found
+
+    def forget(self) -> None:
+        """Removes what an interrupted evaluation would have gone on from: the report is written."""
+        for path in self._kept:
+            path.unlink(missing_ok=True)
+
+
+def _notes(engine: Engine, dense_engine: Engine | None, compared: bool) -> list[str]:
+    """What a reader of an engine's accuracy must know besides."""
+    precision, notes = engine.manifest.precision, []
+    if proof_of(engine) is None:
+        name = shlex.quote(engine.directory.name)
+        notes.append(f"The parity gate has not passed this engine: ztp check --engine {name}.")
+    if precision != "fp32" and compared and (dense_engine is None or dense_engine.manifest.precision == "fp32"):
+        notes.append(f"The dense model ran in fp32: the difference holds what {precision} costs besides.")
+    return notes
 
 
 def _batch_size(engine: Engine, batch: int | None) -> int:
@@ -326,17 +334,12 @@ def _dense_predictor(source: Source, engine: Engine | None, request: EvalRequest
 
 
 def _report(
-    subject: _Subject,
-    data: Labelled,
-    logits: NDArray[np.float32],
-    reference: _Reference | None,
-    speeds: list[Speed],
-    notes: list[str],
-    request: EvalRequest,
+    subject: _Subject, runs: _Runs, logits: NDArray[np.float32], reference: _Reference | None, notes: list[str]
 ) -> AccuracyReport:
+    data = runs.data
     before = None if reference is None else reference.logits
     return AccuracyReport(
-        command=request.command,
+        command=runs.request.command,
         started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         model=subject.source.name,
         plan=subject.plan.label,
@@ -355,7 +358,7 @@ def _report(
         accuracy=accuracy(logits, data.labels),
         comparison=None if before is None else compare(before, logits, data.labels),
         per_class=class_rows(logits, data.labels, before, subject.source.labels),
-        speed=tuple(speeds),
+        speed=tuple(runs.speeds),
         notes=tuple(notes),
         environment=environment.snapshot(),
     )

@@ -220,7 +220,7 @@ def test_batches_come_in_order_whatever_the_workers(several):
     assert list(batches(several, transform, 3, 2, first=7)) == []
 
 
-def test_a_picture_that_cannot_be_read_is_named(several, tmp_path):
+def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "broken.png").write_bytes(b"no image")
     data = read_labelled(tmp_path, 2, None)

@@ -109,7 +109,7 @@ def test_p99_needs_a_hundred_samples(shared_engine):
     assert many.p99 == pytest.approx(1.01, abs=0.02)
 
 
-def test_the_order_of_a_round_is_random(shared_engine):
+def test_the_order_of_a_round_is_random():
     """Whoever always ran after the same neighbour would inherit its caches."""
     order = []
 
@@ -147,7 +147,7 @@ def test_caches_settle_before_a_run_is_timed():
         0.01,
         np.random.default_rng(0),
         lambda share: None,
-        clock=lambda run: runs.append("turn") or run() or 0.001,
+        stopwatch=lambda run: runs.append("turn") or run() or 0.001,
     )
     assert runs.count("turn") == runs.count("image")
     assert len(runs) > 2 * 100 * latency.MIN_ROUNDS
@@ -158,7 +158,7 @@ def test_caches_settle_before_a_run_is_timed():
         0.01,
         np.random.default_rng(0),
         lambda share: None,
-        clock=lambda run: run() or time.sleep(0.06) or 0.06,
+        stopwatch=lambda run: run() or time.sleep(0.06) or 0.06,
     )["a"]
     warm_up = -(-latency.WARM_UP_SECONDS // 0.06)
     assert len(times) == latency.MIN_ROUNDS

@@ -6,7 +6,6 @@ import onnx
 import pytest
 
 import ztp_deploy as ztp
-from tests.runs import Silent
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.evidence.latency import LatencyReport, Samples, paired_ratio
 from ztp_deploy.evidence.methods import MethodRow, MethodsReport, twin_role
@@ -16,6 +15,7 @@ from ztp_deploy.plan import make_plan
 from ztp_deploy.workflow import compare, make, steps
 from ztp_deploy.workflow.compare import compare_methods
 from ztp_deploy.workflow.make import make_engine
+from ztp_deploy.workflow.progress import Silent
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 
 MILLISECONDS = {"dense": 20.0, "tome": 12.5, "tome slice twin": 12.0, "evit": 12.25, "evit slice twin": 12.25}
@@ -102,7 +102,7 @@ def test_every_engine_is_proved_and_measured(build):
         compare_methods("deit_t", [WANTED], build, Silent(), images="no-such-folder")
     assert not build.export_root.exists()  # told before anything is built
     found = compare_methods("deit_t", [WANTED], build, Silent(), seconds=0.2)
-    assert found.latency.command == "ztp.compare_methods"
+    assert found.latency.command == "ztp_deploy.workflow.compare.compare_methods"
     assert {sample.batch for sample in found.latency.samples} == {2}
     assert [sample.role for sample in found.latency.samples] == ["dense", "zero_tprune", "zero_tprune slice twin"]
     assert found.asked == {"ratio": 0.6}
@@ -128,7 +128,7 @@ def test_yardsticks_are_proved_once_and_again_when_they_changed(build, monkeypat
 
     monkeypatch.setattr(steps, "check_parity", check_parity)
     monkeypatch.setattr(make, "bench", lambda *others: pytest.fail(f"measured by {others[-1]}"))
-    fail = pytest.raises(pytest.fail.Exception, match=r"measured by ztp\.make_engine")
+    fail = pytest.raises(pytest.fail.Exception, match=r"measured by ztp_deploy\.workflow\.make\.make_engine")
     with fail:
         make_engine(WANTED, build, Silent())
     assert checked == [("zero_tprune", 64), ("dense", 8), ("slice", 8)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import onnx
@@ -13,23 +12,11 @@ import pytest
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.runs import Listening
 from ztp_deploy.evidence import reproducer
 from ztp_deploy.evidence.images import load_images
 from ztp_deploy.workflow.progress import Clock
 from ztp_deploy.workflow.steps import check
-
-
-class Monitor:
-    """Remembers what the user is told."""
-
-    def __init__(self):
-        self.told = []
-
-    def step(self, title, total):
-        return nullcontext(lambda amount: None)
-
-    def warn(self, text):
-        self.told.append(text)
 
 
 def polygraphy(script: Path) -> subprocess.CompletedProcess:
@@ -48,11 +35,11 @@ def test_polygraphy_sees_the_fault_that_the_gate_saw(artifact, model, tmp_path):
     sound = (engine.directory / "model.onnx").read_bytes()
     tiny.damage_graph(engine.directory, flip)
     engine = ztp.backends.find_engine(engine.directory)
-    monitor = Monitor()
+    monitor = Listening()
     report = check(engine, model, None, Clock(monitor), count=3)
     assert not report.passed
     script = engine.evidence / "polygraphy" / "run.sh"
-    assert monitor.told == [f"To see the first fault with Polygraphy: sh {script}"]
+    assert monitor.warned == [f"To see the first fault with Polygraphy: sh {script}"]
     assert {path.name for path in script.parent.iterdir()} == {"inputs.json", "outputs.json", "run.sh"}
     done = polygraphy(script)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -9,13 +9,13 @@ from safetensors.numpy import load_file
 
 import ztp_deploy as ztp
 from tests import tiny
-from tests.runs import Silent
+from tests.runs import Listening
 from ztp_deploy import environment
 from ztp_deploy.backends import find_engine
 from ztp_deploy.evidence import selftest
 from ztp_deploy.evidence.report.summary import Summary, summarise
 from ztp_deploy.manifest import BatchRange, manifest_sha256
-from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.progress import Clock, Silent
 from ztp_deploy.workflow.steps import check, write_summary
 
 
@@ -48,16 +48,6 @@ def test_two_images_where_the_range_allows_it(engine, span, count):
     assert np.array_equal(found["images"], expected)
 
 
-class Listening(Silent):
-    """A monitor that keeps what it is warned of."""
-
-    def __init__(self):
-        self.told = []
-
-    def warn(self, text):
-        self.told.append(text)
-
-
 def test_after_a_check_no_report_says_that_the_engine_never_ran(engine, model):
     tiny.reseal(engine.directory, unproved="no NVIDIA GPU was found")
     built = find_engine(engine.directory)
@@ -80,7 +70,7 @@ def test_a_check_records_it_only_where_parity_holds(engine, model):
     path = engine.evidence / selftest.SELFTEST_FILE
     assert check(engine, model, None, Clock(monitor), count=2).passed
     assert path.is_file()
-    assert monitor.told == []
+    assert monitor.warned == []
     path.unlink()
 
     def shift(graph):
@@ -91,5 +81,5 @@ def test_a_check_records_it_only_where_parity_holds(engine, model):
     tiny.damage_graph(engine.directory, shift)
     assert not check(engine, model, None, Clock(monitor), count=2).passed
     assert not path.exists()
-    [told] = monitor.told
+    [told] = monitor.warned
     assert "Polygraphy" in told

@@ -181,14 +181,14 @@ def test_what_int8_was_calibrated_on_is_said(machine):
     assert "eager | int8" not in text
 
 
-def test_a_failed_cell_is_tried_again_where_it_is_asked_for(machine, monkeypatch):
+def test_a_failed_cell_is_tried_again_where_it_is_asked_for(machine):
     machine.faults = {"pruned": RuntimeError("CUDA error")}
     progress = machine.call(("eager", "tensorrt"))
     failed = {place: status for place, status in machine.statuses().items() if status != "measured"}
     assert failed == {
         (runtime, "fp32", batch, "pruned"): "failed" for runtime in ("eager", "tensorrt") for batch in (1, 8)
     }
-    assert progress.lines() == ["4 of 4 cells are done.", "Rows missing or failed: 4; --retry tries them again."]
+    assert progress.lines() == ["4 of 4 cells are done.", "Rows failed: 4; --retry tries them again."]
     first = machine.path.read_bytes()
     assert (machine.call(("eager", "tensorrt")).done, machine.opened) == (4, [])
     assert machine.path.read_bytes() == first
@@ -237,8 +237,10 @@ def test_a_library_that_has_come_is_used_without_being_asked(machine):
     machine.unavailable["tensorrt", "fp32"] = "pip install tensorrt."
     machine.call(("tensorrt",))
     assert set(machine.statuses().values()) == {"missing"}
-    machine.call(("tensorrt",), retry=True)
+    progress = machine.call(("tensorrt",), retry=True)
     assert machine.opened == []
+    again = "Rows missing: 6; they are tried again once the software that they name is here."
+    assert progress.lines() == ["2 of 2 cells are done.", again]  # no --retry, which would try nothing
     machine.versions["tensorrt"], machine.unavailable = "1", {}
     machine.call(("tensorrt",))
     assert set(machine.statuses().values()) == {"measured"}

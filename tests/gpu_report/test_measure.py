@@ -179,7 +179,7 @@ class OnGpu:
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_a_replay_that_repeats_old_logits_is_not_timed(stale, monkeypatch):
+def test_a_replay_that_repeats_old_logits_is_not_timed(stale):
     class Replay:
         def __init__(self, compute):
             self.compute, self.first = compute, None

@@ -32,7 +32,7 @@ def test_the_demonstration_makes_an_engine_an_accuracy_and_pictures(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     build = BuildRequest(backend="torchscript", device="cpu", batch="1:8:16")
     made = demo.demonstrate(build, Bars(), count=24, seconds=1.0)
-    assert made.result.summary.command == made.accuracy.command == "ztp.demonstrate"
+    assert made.result.summary.command == made.accuracy.command == "ztp_deploy.reference.demo.demonstrate"
     assert made.result.parity.passed
     assert made.result.engine.manifest.plan.counts == [137, 95, 66]
     assert made.accuracy.images == 24

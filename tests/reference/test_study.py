@@ -124,6 +124,13 @@ def test_each_row_of_the_ladder_is_held_against_the_row_before(classifier):
     assert "| against the row before (95 %) |" in study.render_study(made)
 
 
+def test_groups_of_one_share_are_each_held_against_their_own_first_row(classifier):
+    """Two searches within one budget, say: each has its uniform plan."""
+    groups = [(0.65, [entry]) for entry in (study.LADDER[0], study.LADDER[4])]
+    made = study.run_study("tuned", "test", 24, groups=groups, model=classifier)
+    assert [row.closer for row in made.rows] == [row.ahead for row in made.rows] == [(0.0, 0.0, 0.0)] * 2
+
+
 def test_several_processes_measure_what_one_does(classifier, made):
     entries = (study.LADDER[0], study.LADDER[4])
     again = study.run_study(
@@ -181,7 +188,9 @@ def test_the_command_writes_what_it_measured(classifier, tmp_path, command):
     written = study.read_study(tmp_path / "out" / "vit_digits--ladder--train.json")
     assert [row.name for row in written.rows] == [entry.name for entry in study.LADDER]
     assert {row.asked_share for row in written.rows} == {0.55}
-    assert written.command.endswith("ladder --part train --canvases 3 --first 7 --shares 0.55")
+    assert written.command.endswith(
+        "ladder --part train --canvases 3 --first 7 --weights weights.safetensors --shares 0.55"
+    )
     assert (written.images, written.first) == (3, 7)
     assert str(tmp_path) not in written.to_json()
     assert "+ S-stage" in printed
@@ -273,7 +282,7 @@ PRINTED = [
 
 
 @pytest.mark.parametrize("name, words", PRINTED)
-def test_commands_on_the_pages_run_as_printed(name, words, monkeypatch, tmp_path):
+def test_commands_on_the_pages_run_as_printed(name, words, monkeypatch):
     given = import_module(f"ztp_deploy.reference.{name}").parser().parse_args(shlex.split(words))
     if name == "study":
         monkeypatch.chdir(ROOT)

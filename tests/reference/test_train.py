@@ -68,6 +68,7 @@ def test_orders_go_through_all_before_any_comes_again():
     given = np.concatenate(list(train.orders(10, 25, 5, np.random.default_rng(0))))
     assert len(given) == 25
     assert sorted(given[:10]) == sorted(given[10:20]) == list(range(10))
+    assert list(train.orders(10, 0, 5, np.random.default_rng(0))) == []  # a stage may be left out
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -133,6 +134,8 @@ def test_one_process_leaves_gradients_as_they_are():
         (["--out", "."], "--out . is a folder."),
         (["--out", "w", "--processes", "0"], "--processes 0 was asked for."),
         (["--out", "w", "--canvases", "0"], "--canvases 0 was asked for."),
+        (["--out", "w", "--batch", "2", "--processes", "3"], "A --batch of 2 has no image for each of 3 processes."),
+        (["--out", "w", "--small-windows", "0", "--large-windows", "0", "--whole-canvases", "63"], "No stage has the"),
     ],
 )
 def test_what_cannot_be_trained_is_a_bad_request_before_canvases_are_drawn(words, sentence, monkeypatch, capsys):

@@ -12,11 +12,9 @@ from PIL import Image
 from tests import tiny
 from tests.commands import typed
 from ztp_deploy import backends, models
-from ztp_deploy.console import Bars
 from ztp_deploy.errors import BadRequest, WriteFailed
 from ztp_deploy.evidence.images import photograph_crops
-from ztp_deploy.show.draw import picture_paths, show
-from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.show.draw import picture_paths
 
 
 @pytest.fixture
@@ -129,11 +127,6 @@ def test_make_show_passes_an_engine_or_a_plan_on():
     plan = '.venv/bin/ztp show a.jpg b.jpg --model "deit_s"'
     assert line("RATIO=0.5").startswith(f'{plan} --ratio "0.5"')
     assert line("RATIO=0.5", "METHOD=tome").startswith(f'{plan} --method "tome" --ratio "0.5"')
-
-
-def test_one_source_or_the_other():
-    with pytest.raises(BadRequest, match="Either an engine or a plan"):
-        show([Path("a.png")], Path("pictures"), Clock(Bars()))
 
 
 def test_names_of_pictures():

@@ -1,8 +1,7 @@
-"""What the tests of tuning share: a small model by name with weights from a file, pictures, and a silent monitor."""
+"""What the tests of tuning share: a small model by name with weights from a file, and pictures."""
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,6 @@ from ztp_deploy.tune.run import TuneRequest
 
 NAME = "vit_digits"
 """196 patch tokens, 8 blocks of width 144: the smallest named model."""
-
-
-class Silent:
-    """A monitor that keeps the steps and what it is warned of."""
-
-    def __init__(self) -> None:
-        self.steps: list[str] = []
-        self.warned: list[str] = []
-
-    def step(self, title, total):
-        self.steps.append(title)
-        return contextlib.nullcontext(lambda share: None)
-
-    def warn(self, text):
-        self.warned.append(text)
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.runs import Listening
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import describe
 from ztp_deploy.plan import make_plan
 from ztp_deploy.tune.cost import Budget, Timing, engine_timer, flop_share, measure_blocks, take_apart
 from ztp_deploy.workflow.progress import Clock
 from ztp_deploy.workflow.requests import BuildRequest
-
-from .conftest import Silent
 
 
 def test_budgets_are_read():
@@ -76,7 +75,7 @@ def test_plans_become_engines_that_are_timed(loaded, tmp_path):
         backend="torchscript", device="cpu", batch="2", export_root=tmp_path / "x", engines_root=tmp_path / "e"
     )
     plans = {"dense": make_plan(loaded, "dense"), "7": make_plan(loaded, "slice", keep=[7], sites=[1])}
-    monitor = Silent()
+    monitor = Listening()
     times = engine_timer(loaded, build, 2, 0.2, Clock(monitor), "ztp tune", tmp_path)(plans, "blocks")
     assert [*times] == ["dense", "7"]
     assert (times["dense"].over_dense, times["dense"].inconclusive) == (1.0, None)

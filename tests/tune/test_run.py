@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.commands import typed
 from ztp_deploy.cli.options import plan_request
@@ -17,11 +20,12 @@ from ztp_deploy.recipes import Recipe, read_recipe
 from ztp_deploy.tune import rounds, run
 from ztp_deploy.tune.cost import Budget, Timing
 from ztp_deploy.tune.damage import HeldOut, held_out, split
-from ztp_deploy.tune.report import TuneReport, recipe_of, recipe_toml
+from ztp_deploy.tune.report import TuneReport, recipe_of, recipe_toml, show_tune
 from ztp_deploy.tune.run import _conclude, tune
+from ztp_deploy.workflow.progress import Silent
 from ztp_deploy.workflow.requests import BuildRequest
 
-from .conftest import NAME, Silent
+from .conftest import NAME
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +62,7 @@ def test_a_search_writes_plan_recipe_record_and_picture(request_):
     ]
     assert TuneReport.model_validate_json((folder / "tune.json").read_text()) == report
     assert json.loads((folder / "tune.json").read_text())["schema"] == "ztp.tune/1"
-    assert report.command == "ztp.tune"
+    assert report.command == "ztp_deploy.tune.run.tune"
     plan = Plan.from_json((folder / "plan.json").read_text())
     assert plan == report.winner.plan
     recipe = read_recipe(str(folder / "recipe.toml"))
@@ -77,6 +81,9 @@ def test_a_search_writes_plan_recipe_record_and_picture(request_):
     assert [stage.block for stage in report.rounds] == [stage.block for stage in plan.stages]
     assert report.weights.startswith("file (")
     assert "/" not in report.weights
+    said = io.StringIO()
+    show_tune(report, Path("my plans"), Console(file=said))
+    assert said.getvalue().endswith("--recipe 'my plans/recipe.toml'\n")
 
 
 def test_a_search_that_is_prolonged_equals_one_in_one_go(request_, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -363,7 +364,7 @@ def load_engine(directory: Path | str) -> Session:
     if module.version() != manifest.backend_version:
         warnings.warn(
             f"{engine.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
-            f"this is {module.version()}. Run `ztp check --engine {engine.directory}`.",
+            f"this is {module.version()}. Run `ztp check --engine {shlex.quote(str(engine.directory))}`.",
             stacklevel=2,
         )
     return Session(engine.directory, manifest, runner)

@@ -31,9 +31,9 @@ from ztp_deploy.cli.options import (
     Seconds,
     Sites,
     Weights,
+    asked_build,
     asked_plan,
     batch_sizes,
-    build_request,
     check_record,
     command_line,
     engine_or_model,
@@ -98,7 +98,7 @@ def bench(
         _bench_engines(engine, sizes, seconds, record, as_json)
         return
     wanted = asked_plan(context)
-    request = build_request(profile=profile, backend=backend, device=device, precision=precision, batch=batch)
+    request = asked_build(context)
     check_runnable(request)
     with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
         result = make_engine(
@@ -134,12 +134,12 @@ def _bench_engines(
     from ztp_deploy.evidence.latency import path_ends
     from ztp_deploy.evidence.records import record_comparison
     from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
+    from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
-    from ztp_deploy.workflow.steps import bench as measure
 
     names = path_ends(engine, least=2)  # the folder above names back end, version and device
     named = {name: find_engine(path) for name, path in zip(names, engine, strict=True)}
-    report = measure(named, sizes, seconds, Clock(Bars()), command_line())
+    report = steps.bench(named, sizes, seconds, Clock(Bars()), command_line())
     if record is not None:
         recorded(record_comparison(report, next(iter(named.values())).manifest.source.name, record))
     if as_json:

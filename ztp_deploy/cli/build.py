@@ -17,7 +17,7 @@ from ztp_deploy.cli.options import (
     Images,
     Precision,
     Profile,
-    build_request,
+    asked_build,
     refuse_idle,
 )
 from ztp_deploy.console import Bars, out, print_json
@@ -41,9 +41,7 @@ def build(
     from ztp_deploy.workflow.progress import Clock
     from ztp_deploy.workflow.steps import build_engine
 
-    request = build_request(
-        profile=profile, backend=backend, device=device, precision=precision, batch=batch, engines_root=directory
-    )
+    request = asked_build(context, engines_root=directory)
     if request.precision not in backends.get(backends.choose(request.backend)).CALIBRATED:
         beside = f"precision {request.precision}, which is fitted to no images"
         refuse_idle(context, ["images"], beside, "Leave it out; `ztp check` takes images for the proof.")

@@ -20,15 +20,15 @@ def check(
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
     from ztp_deploy import models
     from ztp_deploy.backends import find_engine, require_runnable
+    from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
-    from ztp_deploy.workflow.steps import check as prove
 
     found = find_engine(engine)
     require_runnable(found)
     clock = Clock(Bars())
     with clock.step(f"load {found.manifest.source.name}"):
         model = models.reload_model(found.manifest.source)
-    report = prove(found, model, images, clock, count)
+    report = steps.check(found, model, images, clock, count)
     if as_json:
         print_json(report.model_dump(mode="json"))
     else:

@@ -21,8 +21,8 @@ from ztp_deploy.cli.options import (
     Ratio,
     Seconds,
     Weights,
+    asked_build,
     batch_sizes,
-    build_request,
     check_record,
     command_line,
     plan_request,
@@ -33,6 +33,7 @@ from ztp_deploy.errors import BadRequest
 
 
 def compare(
+    context: typer.Context,
     model: Model,
     methods: Annotated[
         str, typer.Option(help="Methods to compare, such as zero_tprune,tome.")
@@ -56,11 +57,11 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Measure pruning methods against each other, each with its slice twin, at one ratio or FLOP share."""
-    check_record(record)
     from ztp_deploy.evidence.records import record_methods
     from ztp_deploy.evidence.report.methods import HEAD, methods_rows
     from ztp_deploy.workflow.compare import compare_methods
 
+    check_record(record)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     if len(set(names)) < len(names) or not names or (ratio is None) == (flops is None):
         raise BadRequest(
@@ -72,7 +73,7 @@ def compare(
         plan_request(model=model, method=name, ratio=ratio, flops=flops, option=options[name], weights=weights)
         for name in names
     ]
-    request = build_request(profile=profile, backend=backend, device=device, precision=precision, batch=batch)
+    request = asked_build(context)
     report = compare_methods(
         model,
         wanted,

@@ -16,7 +16,7 @@ from ztp_deploy.cli.options import (
     Precision,
     Profile,
     Ratio,
-    build_request,
+    asked_build,
     command_line,
     plan_request,
 )
@@ -25,6 +25,7 @@ from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 
 
 def demo(
+    context: typer.Context,
     weights: Annotated[
         str, typer.Option(help="pretrained, or the path of weights that the training wrote.")
     ] = "pretrained",
@@ -46,7 +47,7 @@ def demo(
     if ratio is None and flops is None:
         ratio = RATIO
     wanted = plan_request(model=MODEL, method=method, ratio=ratio, flops=flops, weights=weights)
-    request = build_request(profile=profile, backend=backend, device=device, precision=precision)
+    request = asked_build(context)
     made = demonstrate(request, Bars(), wanted=wanted, directory=directory, count=count, command=command_line())
     if as_json:
         print_json(

@@ -28,9 +28,9 @@ from ztp_deploy.cli.options import (
     Seconds,
     Sites,
     Weights,
+    asked_build,
     asked_plan,
     batch_sizes,
-    build_request,
     command_line,
     refuse_idle,
 )
@@ -71,16 +71,7 @@ def engine(
     if not measure:
         refuse_idle(context, ["batches", "seconds"], "--no-bench", "Leave one of them out.")
     wanted = asked_plan(context)
-    request = build_request(
-        profile=profile,
-        backend=backend,
-        device=device,
-        precision=precision,
-        batch=batch,
-        input=input,
-        export_root=export_directory,
-        engines_root=directory,
-    )
+    request = asked_build(context, export_root=export_directory, engines_root=directory)
     result = make_engine(
         wanted,
         request,

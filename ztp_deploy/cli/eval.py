@@ -17,6 +17,7 @@ from ztp_deploy.cli.options import (
     Ratio,
     Recipe,
     Sites,
+    TrainedWeights,
     asked_plan,
     check_record,
     command_line,
@@ -45,9 +46,7 @@ def eval_(
     keep: Keep = None,
     sites: Sites = None,
     option: Option = None,
-    weights: Annotated[
-        str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
-    ] = "auto",
+    weights: TrainedWeights = "auto",
     recipe: Recipe = None,
     dense_engine: Annotated[
         Path | None,

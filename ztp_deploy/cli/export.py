@@ -21,8 +21,8 @@ from ztp_deploy.cli.options import (
     Recipe,
     Sites,
     Weights,
+    asked_build,
     asked_plan,
-    build_request,
 )
 from ztp_deploy.console import Bars, out, print_json
 from ztp_deploy.defaults import EXPORT_ROOT
@@ -52,7 +52,7 @@ def export(
 
     exporters.get(format)
     wanted = asked_plan(context)
-    request = build_request(precision=precision, input=input, export_root=directory)
+    request = asked_build(context, export_root=directory)
     exporters.check_precision(format, request.precision)
     models.check_request(wanted.model, wanted.weights)
     wanted.check()

@@ -86,15 +86,15 @@ def gpu_report(
         return table
 
     try:
-        progress = measure_gpu(grid, path, minutes=minutes, retry=retry, command=command_line(), advance=err.print)
+        result = measure_gpu(grid, path, minutes=minutes, retry=retry, command=command_line(), advance=err.print)
     except BaseException:  # Ctrl-C, too: the table beside the file shows what the file holds
         with suppress(FileNotFoundError, ValidationError):
             write_table(GpuReport.model_validate_json(path.read_bytes()))
         raise
-    table = write_table(progress.report)
+    table = write_table(result.report)
     if as_json:
-        print_json(progress.report.model_dump(mode="json"))
+        print_json(result.report.model_dump(mode="json"))
         return
     out.print(table, soft_wrap=True)
-    for line in (*progress.lines(), f"Report: {path}"):
+    for line in (*result.lines(), f"Report: {path}"):
         out.print(line, soft_wrap=True)

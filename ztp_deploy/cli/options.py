@@ -38,6 +38,9 @@ Option = Annotated[
 Weights = Annotated[
     str, typer.Option(help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path.")
 ]
+TrainedWeights = Annotated[
+    str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
+]
 Recipe = Annotated[
     str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
 ]
@@ -123,18 +126,10 @@ def asked_plan(context: typer.Context) -> PlanRequest:
     return plan_request(**{name: context.params[name] for name in PLAN_OPTIONS | {"model"}})
 
 
-def build_request(
-    *,
-    profile: str | None = None,
-    backend: str | None = None,
-    device: str | None = None,
-    precision: str | None = None,
-    batch: str | None = None,
-    input: str | None = None,
-    export_root: Path = EXPORT_ROOT,
-    engines_root: Path = ENGINES_ROOT,
+def asked_build(
+    context: typer.Context, *, export_root: Path = EXPORT_ROOT, engines_root: Path = ENGINES_ROOT
 ) -> BuildRequest:
-    """The build that these options ask for; a profile fills in what they leave out.
+    """The build that a command with some of `BUILD_OPTIONS` was asked for; a profile fills in what they leave out.
 
     Raises BadRequest for options that cannot be read.
     """
@@ -143,9 +138,10 @@ def build_request(
     from ztp_deploy.recipes import read_profile
     from ztp_deploy.workflow.requests import BuildRequest
 
-    if input not in (None, "float32", "uint8"):
-        raise BadRequest(f"--input {input} is unknown.", "Use float32 or uint8.")
-    given = {"backend": backend, "device": device, "precision": precision, "batch": batch, "input": input}
+    given = {name: context.params.get(name) for name in BUILD_OPTIONS}
+    profile = given.pop("profile")
+    if given["input"] not in (None, "float32", "uint8"):
+        raise BadRequest(f"--input {given['input']} is unknown.", "Use float32 or uint8.")
     asked = dict(read_profile(profile)) if profile else {}
     asked |= {name: value for name, value in given.items() if value is not None}
     request = BuildRequest(**asked, export_root=export_root, engines_root=engines_root)

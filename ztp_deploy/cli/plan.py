@@ -21,7 +21,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Fix the token count of every stage, and count multiply-accumulates. Nothing is built."""
-    from ztp_deploy.evidence.report.markdown import giga, percent
+    from ztp_deploy.evidence.report.markdown import macs_line
 
     wanted = plan_request(model=model, method=method, ratio=ratio, flops=flops, keep=keep, sites=sites, option=option)
     made = wanted.plan(wanted.model)
@@ -42,7 +42,4 @@ def plan(
             static,
         )
     out.print(table if made.stages else f"{made.model}: the dense model, {made.patch_tokens} patch tokens throughout.")
-    out.print(
-        f"Multiply-accumulates per image: {giga(made.flops.dense)} G dense, {giga(made.flops.planned)} G planned "
-        f"({percent(made.flops.share)}), {giga(made.flops.executed)} G executed: FLOP limit × {made.flops.speedup_limit:.2f}."
-    )
+    out.print(macs_line(made.flops))

@@ -47,16 +47,16 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Draw what pruning did: per image one picture with the patches each stage dropped, why, and the scores behind it."""
-    engine_or_model(engine, model, recipe, "ztp show photo.jpg --model deit_s --ratio 0.7")
-    wanted = None
-    if engine:
-        refuse_idle(context, PLAN_OPTIONS, "--engine", "The engine has its plan; or give --model.")
-    else:
-        wanted = asked_plan(context)
-    from ztp_deploy.show.draw import show as draw
+    from ztp_deploy.show.draw import show_engine, show_model
     from ztp_deploy.workflow.progress import Clock
 
-    shown = draw(images, directory, Clock(Bars()), engine=engine, wanted=wanted)
+    engine_or_model(engine, model, recipe, "ztp show photo.jpg --model deit_s --ratio 0.7")
+    clock = Clock(Bars())
+    if engine:
+        refuse_idle(context, PLAN_OPTIONS, "--engine", "The engine has its plan; or give --model.")
+        shown = show_engine(images, directory, clock, engine)
+    else:
+        shown = show_model(images, directory, clock, asked_plan(context))
     if as_json:
         print_json(shown.to_json())
         return

@@ -16,7 +16,8 @@ from ztp_deploy.cli.options import (
     Model,
     Precision,
     Profile,
-    build_request,
+    TrainedWeights,
+    asked_build,
     command_line,
     refuse_idle,
 )
@@ -32,9 +33,7 @@ def tune(
     ],
     images: Annotated[Path, typer.Option(help="Folder of your own pictures; no labels are needed.")],
     method: Method = None,
-    weights: Annotated[
-        str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
-    ] = "auto",
+    weights: TrainedWeights = "auto",
     profile: Profile = None,
     backend: BackendName = None,
     device: DeviceName = None,
@@ -68,7 +67,7 @@ def tune(
         budget=budget,
         method=method or METHOD,
         weights=weights,
-        build=build_request(profile=profile, backend=backend, device=device, precision=precision),
+        build=asked_build(context),
         trials=trials,
         count=count,
         seed=seed,

@@ -98,15 +98,24 @@ def image_files(root: Path) -> list[Path]:
     """
     if not root.is_dir():
         raise BadRequest(f"IMAGES={str(root)!r} is no folder.", "Give a folder of photographs.")
-    known = Image.registered_extensions()
-    files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
-    strange = [path for path in files if path.suffix.lower() not in known]
+    files, strange = listed_files(root)
     if strange:
-        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
-        raise BadRequest(f"{strange[0]}{more} in IMAGES is no image.", "Keep only photographs in the folder.")
+        raise BadRequest(f"{first_of(strange)} in IMAGES is no image.", "Keep only photographs in the folder.")
     if not files:
         raise BadRequest(f"IMAGES={str(root)!r} holds no images.", "Give a folder of photographs.")
     return files
+
+
+def listed_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """All files of a folder and its sub-folders, hidden ones apart; and those of them whose name is no image's."""
+    known = Image.registered_extensions()
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
+    return files, [path for path in files if path.suffix.lower() not in known]
+
+
+def first_of(things: Sequence[object]) -> str:
+    """The first, and how many more there are."""
+    return f"{things[0]}{f' (and {len(things) - 1} more)' if len(things) > 1 else ''}"
 
 
 def _hidden(path: Path) -> bool:

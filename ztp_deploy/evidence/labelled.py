@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ztp_deploy.errors import BadRequest, nearest
+from ztp_deploy.evidence.images import first_of, listed_files
 from ztp_deploy.models.preprocessing import Transform, open_image
 
 HEADER = ["file", "label"]
@@ -78,12 +78,11 @@ def _name(file: Path, root: Path) -> str:
 
 
 def _from_folder(root: Path) -> tuple[list[Path], list[str]]:
-    known = Image.registered_extensions()
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     loose = [path for path in entries if not path.is_dir()]
     if loose:
         raise BadRequest(
-            f"{_first(loose)} in --data belong{'s' if len(loose) == 1 else ''} to no class: only sub-folders do.",
+            f"{first_of(loose)} in --data belong{'s' if len(loose) == 1 else ''} to no class: only sub-folders do.",
             "Put pictures into one sub-folder per class, and other files elsewhere.",
         )
     if not entries:
@@ -91,14 +90,9 @@ def _from_folder(root: Path) -> tuple[list[Path], list[str]]:
     files: list[Path] = []
     given: list[str] = []
     for folder in entries:
-        found = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        )
-        strange = [path for path in found if path.suffix.lower() not in known]
+        found, strange = listed_files(folder)
         if strange:
-            raise BadRequest(f"{_first(strange)} in --data: no image's name.", "Keep only pictures in the folder.")
+            raise BadRequest(f"{first_of(strange)} in --data: no image's name.", "Keep only pictures in the folder.")
         if not found:
             raise BadRequest(f"{folder} holds no images.", "Fill it, or take it away.")
         files += found
@@ -127,7 +121,7 @@ def _from_csv(path: Path) -> tuple[list[Path], list[str]]:
     missing = [f"{file} (line {number})" for file, (number, _) in zip(files, rows, strict=True) if not file.is_file()]
     if missing:
         raise BadRequest(
-            f"There is no file {_first(missing)}.",
+            f"There is no file {first_of(missing)}.",
             f"Paths are relative to {path.name}'s folder; a header can only be file,label.",
         )
     seen: set[Path] = set()
@@ -138,10 +132,6 @@ def _from_csv(path: Path) -> tuple[list[Path], list[str]]:
     return files, [row[1] for _, row in rows]
 
 
-def _first(things: Sequence[object]) -> str:
-    return f"{things[0]}{f' (and {len(things) - 1} more)' if len(things) > 1 else ''}"
-
-
 def class_indices(names: Sequence[str], classes: int, labels: Sequence[str] | None) -> tuple[dict[str, int], str]:
     """Labels as they were given → class indices, and a sentence on how that was decided.
 
@@ -150,49 +140,59 @@ def class_indices(names: Sequence[str], classes: int, labels: Sequence[str] | No
     (n01440764) where the model has ImageNet's classes; sorted order, where there are exactly as many names as
     classes. Raises BadRequest where a name fits by halves, by two classes, or not at all.
     """
-    numbers = [name for name in names if re.fullmatch(r"[0-9]+", name)]
-    ours = _by_label(labels or ())
-    known = [name for name in names if _plain(name) in ours]
-    ids = [name for name in names if re.fullmatch(r"n[0-9]{8}", name)]
-    synsets = _synsets(labels)
-    if numbers:
-        found = {name: [int(name)] for name in numbers}
-        mapping, hint = "Labels are class indices.", "Class indices are whole numbers, counted from 0"
-    elif known:
-        found = {name: ours[_plain(name)] for name in known}
-        mapping, hint = "Labels are the model's own.", f"Nearest: {_nearest(names, known, ours)}"
-    elif ids and synsets:
-        found = {name: [synsets[name]] for name in ids if name in synsets}
-        mapping, hint = "Labels are WordNet ids of ImageNet's classes.", f"The model's first is {next(iter(synsets))}"
-    elif len(names) == classes:
-        found = {name: [index] for index, name in enumerate(sorted(names))}
-        mapping, hint = "Labels were no name of the model's: in sorted order they were taken as its classes.", ""
-    else:
-        raise BadRequest(
-            f"{_first([repr(name) for name in names])}: no class of the model's ({classes} classes; {len(names)} came).",
-            "Name them by class index, "
-            + (
-                "by the model's labels or WordNet ids."
-                if synsets
-                else "by the model's labels."
-                if labels
-                else "from 0."
-            ),
-        )
-    strange = [repr(name) for name in names if name not in found]
+    choices, mapping, hint = _reading(names, classes, labels)
+    strange = [repr(name) for name in names if name not in choices]
     if strange:
-        raise BadRequest(f"{mapping.removesuffix('.')}, but {_first(strange)} is none of them.", f"{hint}.")
-    several = [name for name in names if len(found[name]) > 1]
+        raise BadRequest(f"{mapping.removesuffix('.')}, but {first_of(strange)} is none of them.", f"{hint}.")
+    several = [name for name in names if len(choices[name]) > 1]
     if several:
         raise BadRequest(
-            f"{several[0]!r} may be any of the classes {', '.join(map(str, found[several[0]]))}.",
+            f"{several[0]!r} may be any of the classes {', '.join(map(str, choices[several[0]]))}.",
             "Use class indices or the whole label.",
         )
-    index = {name: choice[0] for name, choice in found.items()}
-    outside = [name for name in names if index[name] >= classes]
+    index = {name: found[0] for name, found in choices.items()}
+    _check_distinct(index, classes)
+    return index, mapping
+
+
+def _reading(names: Sequence[str], classes: int, labels: Sequence[str] | None) -> tuple[dict[str, list[int]], str, str]:
+    """What the names may mean: the classes of each that it fits; a sentence on how, and a hint for those it does not."""
+    numbers = [name for name in names if re.fullmatch(r"[0-9]+", name)]
+    if numbers:
+        hint = "Class indices are whole numbers, counted from 0"
+        return {name: [int(name)] for name in numbers}, "Labels are class indices.", hint
+    ours = _by_label(labels or ())
+    known = [name for name in names if _plain(name) in ours]
+    if known:
+        hint = f"Nearest: {_nearest(names, known, ours)}"
+        return {name: ours[_plain(name)] for name in known}, "Labels are the model's own.", hint
+    synsets = _synsets(labels)
+    ids = [name for name in names if re.fullmatch(r"n[0-9]{8}", name)]
+    if ids and synsets:
+        hint = f"The model's first is {next(iter(synsets))}"
+        found = {name: [synsets[name]] for name in ids if name in synsets}
+        return found, "Labels are WordNet ids of ImageNet's classes.", hint
+    if len(names) == classes:
+        in_order = {name: [index] for index, name in enumerate(sorted(names))}
+        return in_order, "Labels were no name of the model's: in sorted order they were taken as its classes.", ""
+    if synsets:
+        instead = "by the model's labels or WordNet ids."
+    elif labels:
+        instead = "by the model's labels."
+    else:
+        instead = "from 0."
+    raise BadRequest(
+        f"{first_of([repr(name) for name in names])}: no class of the model's ({classes} classes; {len(names)} came).",
+        f"Name them by class index, {instead}",
+    )
+
+
+def _check_distinct(index: dict[str, int], classes: int) -> None:
+    """Raises BadRequest for a name of no class and for two of one class."""
+    outside = [name for name, one in index.items() if one >= classes]
     if outside:
         raise BadRequest(
-            f"Label {_first(outside)} is out of range: the classes are 0 to {classes - 1}.",
+            f"Label {first_of(outside)} is out of range: the classes are 0 to {classes - 1}.",
             "Class indices count from 0.",
         )
     owner: dict[int, str] = {}
@@ -200,7 +200,6 @@ def class_indices(names: Sequence[str], classes: int, labels: Sequence[str] | No
         if one in owner:
             raise BadRequest(f"{owner[one]!r} and {name!r} are the same class, {one}.", "Give every class one name.")
         owner[one] = name
-    return index, mapping
 
 
 def _plain(name: str) -> str:

@@ -40,12 +40,11 @@ MAX_RELATIVE_WIDTH = 0.06
 MAX_DRIFT = 0.10
 MAX_BUSY = 0.10
 
-Progress = Callable[[float], None]
-Clock = Callable[[Callable[[], object]], float]
+Stopwatch = Callable[[Callable[[], object]], float]
 """Runs a call to its end and says how many seconds it took."""
 
 
-class Runs(Protocol):
+class Runnable(Protocol):
     """What can be timed."""
 
     def run(self, images: Any) -> object:
@@ -136,8 +135,8 @@ def measure_latency(
     batches: Sequence[int] | None = None,
     *,
     seconds: float = DEFAULT_SECONDS,
-    command: str = "ztp.measure_latency",
-    progress: Progress | None = None,
+    command: str = "ztp_deploy.measure_latency",
+    progress: Callable[[float], None] | None = None,
 ) -> LatencyReport:
     """Times `session.run` of several engines against each other.
 
@@ -252,15 +251,15 @@ def wall_clock(run: Callable[[], object]) -> float:
 
 
 def interleave(
-    sessions: Mapping[str, Runs],
+    sessions: Mapping[str, Runnable],
     images: Mapping[str, Any],
     seconds: float,
     order: np.random.Generator,
-    advance: Progress,
-    clock: Clock = wall_clock,
+    advance: Callable[[float], None],
+    stopwatch: Stopwatch = wall_clock,
     settling: float | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds a run by `clock`, by role; the i-th samples of all roles belong to one round.
+    """Seconds a run by `stopwatch`, by role; the i-th samples of all roles belong to one round.
 
     Before each timed run come untimed ones, at least one and for at least `settling` seconds (SETTLING_SECONDS).
     """
@@ -268,7 +267,7 @@ def interleave(
     roles = list(sessions)
 
     def turn(role: str) -> float:
-        return clock(lambda: sessions[role].run(images[role]))
+        return stopwatch(lambda: sessions[role].run(images[role]))
 
     for role in roles:
         deadline = time.perf_counter() + WARM_UP_SECONDS
@@ -346,11 +345,11 @@ def paired_ratio(engine: str, reference: str, batch: int, times: Mapping[str, Se
     )
 
 
-def bootstrap_median(sittings: Sequence[NDArray[Any]], resamples: int = BOOTSTRAP_RESAMPLES) -> tuple[float, float]:
+def bootstrap_median(sittings: Sequence[NDArray[Any]]) -> tuple[float, float]:
     """Percentile bootstrap interval of the median over all rounds: sittings are resampled, then rounds in them."""
     generator = np.random.default_rng(0)
     medians = []
-    for _ in range(resamples):
+    for _ in range(BOOTSTRAP_RESAMPLES):
         chosen = generator.integers(0, len(sittings), len(sittings))
         medians.append(
             np.median(np.concatenate([generator.choice(sittings[index], len(sittings[index])) for index in chosen]))

@@ -13,7 +13,7 @@ from ztp_deploy.backends.batches import filled_batches
 from ztp_deploy.evidence.selection import Observation
 from ztp_deploy.exporters.graph import InferenceGraph
 
-Progress = Callable[[int], None]
+Advance = Callable[[int], None]
 Run = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
 
 
@@ -27,7 +27,7 @@ def observe_eager(
     *,
     batch: int = 8,
     forced: Sequence[NDArray[Any]] | None = None,
-    advance: Progress = unheard,
+    advance: Advance = unheard,
 ) -> Observation:
     """What eager PyTorch does with images [M, 3, H, W], with its scores.
 
@@ -46,7 +46,7 @@ def observe_eager(
 
 
 def observe(
-    run: Run, pixels: NDArray[Any], names: Sequence[str], batch: int, smallest: int, advance: Progress = unheard
+    run: Run, pixels: NDArray[Any], names: Sequence[str], batch: int, smallest: int, advance: Advance = unheard
 ) -> Observation:
     """What an engine does with images [M, 3, H, W]: of the outputs of `run` (a runner's or its audit) those named.
 

@@ -27,7 +27,7 @@ from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.accuracy import mean_kl
 from ztp_deploy.evidence.exported import RUNNERS, open_exported
 from ztp_deploy.evidence.images import ImageSet
-from ztp_deploy.evidence.observe import Progress, observe, observe_eager, unheard
+from ztp_deploy.evidence.observe import Advance, observe, observe_eager, unheard
 from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart, stored
 from ztp_deploy.evidence.selection import Difference, Observation, differences, same_fates
 from ztp_deploy.exporters.graph import InferenceGraph
@@ -163,7 +163,7 @@ def check_parity(
     model: nn.Module,
     images: ImageSet | NDArray[Any],
     *,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> ParityReport:
     """Runs the gate and writes `evidence/parity.json` into the engine folder.
 
@@ -218,14 +218,12 @@ def proof_of(engine: Engine) -> ParityReport | None:
     return report if report.tolerance == TOLERANCES.get(report.precision) else None
 
 
-def compare_with_eager(
-    pruned: PrunedModel, runner: Runner, images: ImageSet, precision: str, name: str = "engine", batch: int = 8
-) -> Edge:
+def compare_with_eager(pruned: PrunedModel, runner: Runner, images: ImageSet, precision: str) -> Edge:
     """The one edge from eager PyTorch in float32 to whatever runs the same plan; `images` are float32."""
     graph = InferenceGraph(pruned, "float32")
     eager = Side("eager", TOLERANCES["fp32"], observe_eager(graph, images.pixels))
-    ran = observe(runner.run, images.pixels, graph.output_names, batch, 1)
-    return _compare(graph, images, eager, Side(name, TOLERANCES[precision], ran, runner))
+    ran = observe(runner.run, images.pixels, graph.output_names, 8, 1)
+    return _compare(graph, images, eager, Side("engine", TOLERANCES[precision], ran, runner))
 
 
 def expected_steps(images: int, format: str) -> int:
@@ -285,7 +283,7 @@ class Side:
 
 @contextmanager
 def _observed_sides(
-    engine: Engine, graph: InferenceGraph, pictures: ImageSet, notes: list[str], advance: Progress
+    engine: Engine, graph: InferenceGraph, pictures: ImageSet, notes: list[str], advance: Advance
 ) -> Iterator[dict[str, Side]]:
     """What every side did, by name; the engine is open as long as the caller compares.
 

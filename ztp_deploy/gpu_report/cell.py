@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ztp_deploy.evidence.latency import Runs, interleave, paired_ratio
+from ztp_deploy.evidence.latency import Runnable, interleave, paired_ratio
 from ztp_deploy.gpu_report import runtimes
 from ztp_deploy.gpu_report.rows import Row
 from ztp_deploy.gpu_report.runtimes import Opened
@@ -36,7 +36,7 @@ def measure_cell(
     try:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch, 3, side, side, generator=generator).to(device)
-        runs: dict[Way, Runs] = {(label, False): one for label, one in opened.items()}
+        runs: dict[Way, Runnable] = {(label, False): one for label, one in opened.items()}
         for label, one in opened.items():
             way, base = (label, True), bases[label].model_copy(update={"cuda_graph": True})
             try:
@@ -54,12 +54,12 @@ def measure_cell(
                 seconds,
                 np.random.default_rng(0),
                 lambda share: None,
-                runtimes.clock_for(device),
+                runtimes.stopwatch_for(device),
                 settling=0.0,
             )
     except Exception as error:  # out of memory, a kernel that is not there: the cell says so, the next goes on
         return [_failed(row, error) if label in opened else row for (label, _), row in rows.items()]
-    sittings = {name: [seconds] for name, seconds in times.items()}
+    sittings = {name: [taken] for name, taken in times.items()}
     for way in runs:
         label, replayed_too = way
         milliseconds = np.array(times[_named(way)]) * 1e3

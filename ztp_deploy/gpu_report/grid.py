@@ -81,7 +81,6 @@ class Grid:
                     f"{precision} was asked for, and none of {', '.join(self.runtimes)} has it.",
                     f"Runtimes that have it: {', '.join(having)}.",
                 )
-
         for name in self.models:
             check_request(name, self.weights)
 

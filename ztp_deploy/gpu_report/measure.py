@@ -8,6 +8,7 @@ that stand are used again; a module compiled in the process is compiled anew.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ PARITY_IMAGES = 16
 
 
 @dataclass(frozen=True)
-class Progress:
+class CallResult:
     """Where a call ended: `done` of `cells`, and `because` of what, where some are left."""
 
     report: GpuReport
@@ -47,9 +48,11 @@ class Progress:
         """What the user is told at the end, with what to type next."""
         again = "" if self.done == self.cells else " Run the same command again to go on."
         lines = [f"{self.done} of {self.cells} cells are done. {self.because or ''}".rstrip() + again]
-        failed = sum(row.status != "measured" for row in self.report.latest())
-        if failed:
-            lines.append(f"Rows missing or failed: {failed}; --retry tries them again.")
+        statuses = Counter(row.status for row in self.report.latest())
+        if failed := statuses["failed"]:
+            lines.append(f"Rows failed: {failed}; --retry tries them again.")
+        if missing := statuses["missing"]:
+            lines.append(f"Rows missing: {missing}; they are tried again once the software that they name is here.")
         return lines
 
 
@@ -65,9 +68,9 @@ def measure_gpu(
     *,
     minutes: float = GPU_MINUTES,
     retry: bool = False,
-    command: str = "ztp.measure_gpu",
+    command: str = "ztp_deploy.gpu_report.measure.measure_gpu",
     advance: Callable[[str], None] = lambda title: None,
-) -> Progress:
+) -> CallResult:
     """Measures what is missing in the report at `path` until all is there or the minutes are spent.
 
     Nothing is begun in less time than a comparable step took before, unless all minutes are there for it; what two
@@ -93,7 +96,7 @@ class _Work:
         self._grid, self._ledger = grid, ledger
         self._models: dict[str, nn.Module] = {}
 
-    def run(self) -> Progress:
+    def run(self) -> CallResult:
         groups = self._grid.groups()
         because = None
         try:
@@ -103,7 +106,7 @@ class _Work:
         except OutOfTime as end:
             because = str(end)
         cells = len(groups) * len(self._grid.batches)
-        return Progress(
+        return CallResult(
             self._ledger.report, cells - sum(len(self._ledger.due(group)) for group in groups), cells, because
         )
 
@@ -186,7 +189,7 @@ class _Work:
             )
         opened: dict[str, Opened] = {}
         bases: dict[str, Row] = {}
-        failures = self._prepare(model, plans, blank, effort, images)
+        failures = self._prepare(plans, blank, effort, images)
         for label, plan in plans.items():
             base = blank.model_copy(update={"plan": label, "reason": None})
             if failure := failures.get(label):
@@ -208,14 +211,11 @@ class _Work:
                 self._ledger.note(effort, bases[label])
         return opened, bases
 
-    def _prepare(
-        self, model: nn.Module, plans: dict[str, Plan], blank: Row, effort: Effort, images: ImageSet
-    ) -> dict[str, Failure]:
+    def _prepare(self, plans: dict[str, Plan], blank: Row, effort: Effort, images: ImageSet) -> dict[str, Failure]:
         """Builds and proves side by side what is not built yet, and says what failed, by plan."""
         fresh = {label: plan for label, plan in plans.items() if label not in effort.builds}
         if self._grid.workers == 1 or len(fresh) < 2 or runtimes.treatment_of(blank.runtime).built_alone:
             return {}
-
         failures, seconds = self._ledger.step(
             effort,
             f"Build and prove {len(fresh)} plans of {blank.model} side by side · {blank.runtime} {blank.precision}",

@@ -17,7 +17,7 @@ from ztp_deploy.backends.base import OnGpu, Session
 from ztp_deploy.backends.cuda_graph import Recorder
 from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
-from ztp_deploy.evidence.latency import wall_clock
+from ztp_deploy.evidence.latency import Stopwatch, wall_clock
 from ztp_deploy.evidence.parity import Edge, check_parity, compare_with_eager, proof_of
 from ztp_deploy.exporters import check_precision
 from ztp_deploy.exporters.graph import InferenceGraph
@@ -25,7 +25,7 @@ from ztp_deploy.exporters.lower import join_stages, lower
 from ztp_deploy.exporters.precision import PRECISIONS as FLOATING
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
-from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.progress import Clock, Silent
 from ztp_deploy.workflow.requests import BuildRequest
 from ztp_deploy.workflow.steps import engine_for
 
@@ -48,14 +48,14 @@ class Job:
     engines_root: Path
 
 
-class Runs(Protocol):
-    """What can be timed."""
+class OnDevice(Protocol):
+    """What runs on the device."""
 
     def run(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] on the device → float32 logits [B, classes]; all outputs stay there."""
 
 
-class Opened(Runs, Protocol):
+class Opened(OnDevice, Protocol):
     """A plan at work on the device; `calibration` is what its numbers were fitted to, None where they were not."""
 
     calibration: str | None
@@ -63,7 +63,7 @@ class Opened(Runs, Protocol):
     def edges(self, images: ImageSet) -> list[Edge]:
         """Parity with eager PyTorch in float32 on the CPU."""
 
-    def recording(self) -> Runs:
+    def recording(self) -> OnDevice:
         """The same, replayed from CUDA graphs; closed together with this."""
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ def open_job(job: Job) -> Opened:
     return _Module(job) if job.runtime in IN_PROCESS else _Engine(job)
 
 
-def recorded(opened: Opened, images: Tensor) -> Runs | None:
+def recorded(opened: Opened, images: Tensor) -> OnDevice | None:
     """The plan replayed from a CUDA graph, None where the device has none.
 
     Raises GateFailed where a replay does not repeat what a plain run says of other images.
@@ -142,7 +142,7 @@ class _Recorded:
         return self._replay(images)
 
 
-def clock_for(device: str) -> Callable[[Callable[[], object]], float]:
+def stopwatch_for(device: str) -> Stopwatch:
     """CUDA events on a GPU, from an idle device to the end of the work; the wall clock on the CPU."""
     return _cuda_events if device == "cuda" else wall_clock
 
@@ -180,7 +180,7 @@ class _Module:
         pruned = prune(self._job.model, self._job.plan)
         return [compare_with_eager(pruned, _Runner(self), images, self._job.precision)]
 
-    def recording(self) -> Runs:
+    def recording(self) -> OnDevice:
         return _Recorded(self)
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ class _Engine:
             export_root=job.export_root,
             engines_root=job.engines_root,
         )
-        self._engine = engine_for(job.model, job.plan, request, Clock(_Silent()))
+        self._engine = engine_for(job.model, job.plan, request, Clock(Silent()))  # the rows say what matters
         self.calibration = calibrated_on(self._engine.manifest.built)
         self._session = backends.load_engine(self._engine.directory)
         self._recording: Session | None = None
@@ -234,7 +234,7 @@ class _Engine:
             report = check_parity(self._engine, self._job.model, images)
         return report.edges
 
-    def recording(self) -> Runs:
+    def recording(self) -> OnDevice:
         if not treatment_of(self._job.runtime).records:
             return _Recorded(self)
         if self._recording is None:
@@ -255,18 +255,6 @@ def calibrated_on(built: dict[str, Any]) -> str | None:
     """What an engine built on the default images was calibrated on, by which method and tool."""
     found = built.get("calibration")
     return found and f"{found['images']} {DEFAULT_ORIGIN} ({found['method']}, {found['tool']})"
-
-
-class _Silent:
-    """A monitor that shows nothing."""
-
-    def step(self, title: str, total: float | None) -> Any:
-        from contextlib import nullcontext
-
-        return nullcontext(lambda amount: None)
-
-    def warn(self, text: str) -> None:
-        """Nothing is shown; the report's rows say what matters."""
 
 
 def failure(error: Exception) -> tuple[Literal["missing", "failed"], str]:

@@ -10,7 +10,7 @@ from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.reference import canvases
-from ztp_deploy.show.draw import Shown, show
+from ztp_deploy.show.draw import Shown, show_engine
 from ztp_deploy.workflow.make import Result, make_engine
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
@@ -38,7 +38,7 @@ def demonstrate(
     directory: Path = PICTURES_ROOT,
     count: int = DEMO_CANVASES,
     seconds: float = SECONDS,
-    command: str = "ztp.demonstrate",
+    command: str = "ztp_deploy.reference.demo.demonstrate",
 ) -> Demo:
     """Builds, proves and measures the engine, evaluates it on `count` test canvases, and draws what it keeps of four.
 
@@ -60,5 +60,5 @@ def demonstrate(
     data = evaluate.EvalRequest(data=folder, command=command)
     dense = result.yardsticks["dense"].directory
     accuracy = evaluate.evaluate_engine(result.engine.directory, data, monitor, dense_engine=dense)
-    pictures = show(paths[:SHOWN], directory, clock, engine=result.engine.directory)
+    pictures = show_engine(paths[:SHOWN], directory, clock, result.engine.directory)
     return Demo(result, accuracy, pictures)

@@ -32,6 +32,7 @@ from ztp_deploy import environment, models
 from ztp_deploy.ending import end
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import Comparison, Proportion, compare, hits, image_kl, paired_bootstrap, wilson
+from ztp_deploy.evidence.report.accuracy import change_text, points_text
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.plan import Plan, make_plan
 from ztp_deploy.pruning.prune import prune
@@ -146,7 +147,7 @@ TUNED = "tuned"
 DRAWN = "curves"
 """The study of which a picture is drawn."""
 STEPWISE = "ladder"
-"""The study whose rows are held against the row before; those of others against the first of their share."""
+"""The study whose rows are held against the row before; those of others against the first of their group."""
 
 Group: TypeAlias = tuple[float, Sequence[Entry]]
 """A FLOP share and what is held against each other there."""
@@ -259,8 +260,8 @@ def _logits(model: nn.Module, plan: Plan | None, pixels: Path) -> NDArray[np.flo
     return logits_of(model if plan is None else prune(model, plan), np.load(pixels, mmap_mode="r"))
 
 
-Asked: TypeAlias = tuple[float, Entry, Plan]
-"""A FLOP share, a row to be, and its plan there."""
+Asked: TypeAlias = tuple[int, float, Entry, Plan]
+"""A group's number and FLOP share, a row to be, and its plan there."""
 
 
 def run_study(
@@ -281,11 +282,15 @@ def run_study(
     """
     _check_counts(count, first, workers)
     model = models.load_model(MODEL, weights="pretrained") if model is None else model
-    asked = [(share, entry, entry.plan_at(model, share)) for share, entries in groups for entry in entries]
+    asked = [
+        (group, share, entry, entry.plan_at(model, share))
+        for group, (share, entries) in enumerate(groups)
+        for entry in entries
+    ]
     with ExitStack() as stack:
         over = _processes(stack, workers)
         data = sheet(part, count, first, partial(over, chunksize=64) if workers > 1 else over)
-        found = _run_all(stack, over, model, [plan for _, _, plan in asked], data.pixels)
+        found = _run_all(stack, over, model, [plan for *_, plan in asked], data.pixels)
         dense = next(found)
         rows = list(_rows(asked, dense, found, data, name == STEPWISE, advance))
     source = models.source_of(model)
@@ -341,8 +346,8 @@ def _rows(
     stepwise: bool,
     advance: Callable[[str], None],
 ) -> Iterator[Row]:
-    """A row for what was asked, each with its logits: against the row before where `stepwise`, else the share's first."""
-    others: dict[float, Outcome] = {}
+    """A row for what was asked, each with its logits: against the row before where `stepwise`, else the group's first."""
+    others: dict[int, Outcome] = {}
     for one, logits in zip(asked, found, strict=True):
         outcome = Outcome(hits(logits, data.labels).astype(float), image_kl(dense, logits))
         other = others.setdefault(one[0], outcome)
@@ -362,7 +367,7 @@ class Outcome:
 
 
 def _row(asked: Asked, comparison: Comparison, own: Outcome, other: Outcome, digits: NDArray[np.int64]) -> Row:
-    share, entry, plan = asked
+    _, share, entry, plan = asked
     return Row(
         name=entry.name,
         method=entry.method,
@@ -391,13 +396,12 @@ def render_study(study: Study) -> str:
     lines = [f"| {head} |", "|---:|---|---:|---|---|---:|---:|---|"] if study.rows else []
     first = study.rows[0].name if study.rows else ""
     for row in study.rows:
-        change = row.comparison.top1
         cells = (
             f"{row.planned_share:.1%}",
             row.name,
             f"{row.comparison.pruned.top1.share:.2%}",
-            _points(change.difference, change.low, change.high),
-            "" if row.name == first else f"{_points(*row.ahead)} {row.verdict}",
+            change_text(row.comparison.top1),
+            "" if row.name == first else f"{points_text(*row.ahead)} {row.verdict}",
             f"{row.comparison.agreement.share:.2%}",
             f"{row.comparison.mean_kl:.4f}",
             "" if row.name == first else "{:+.4f} ({:+.4f} to {:+.4f})".format(*row.closer),
@@ -416,10 +420,6 @@ def render_study(study: Study) -> str:
         )
     lines.append(f"- `{study.command}`, eager PyTorch fp32 on {study.environment['cpu']}.")
     return "\n".join(lines).lstrip() + "\n"
-
-
-def _points(middle: float, low: float, high: float) -> str:
-    return f"{middle * 100:+.2f} ({low * 100:+.2f} to {high * 100:+.2f})"
 
 
 def picture(study: Study) -> bytes:
@@ -531,11 +531,17 @@ def told(given: argparse.Namespace) -> str:
     """The command that measures the same again, without where it wrote and without the paths of this machine."""
     words = ["python", "-m", "ztp_deploy.reference.study", given.study, "--part", given.part]
     words += ["--canvases", str(given.canvases), *(["--first", str(given.first)] if given.first else [])]
+    if given.weights != "pretrained":
+        words += ["--weights", _without_place(Path(given.weights))]
     if given.study == TUNED:
-        words += ["--searches", *(folder.name if folder.is_absolute() else str(folder) for folder in given.searches)]
+        words += ["--searches", *map(_without_place, given.searches)]
     elif STUDIES[given.study]:
         words += ["--shares", *map(str, given.shares)]
     return shlex.join(words)
+
+
+def _without_place(path: Path) -> str:
+    return path.name if path.is_absolute() else str(path)
 
 
 def measure(given: argparse.Namespace) -> None:

@@ -124,6 +124,8 @@ class Ease:
 
 def orders(count: int, images: int, size: int, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Numbers of canvases, `size` at a time: all of them shuffled, again and again, until `images` were given out."""
+    if images < size:
+        return
     numbers = np.concatenate([random.permutation(count) for _ in range(-(-images // count))])
     for start in range(0, images - size + 1, size):
         yield numbers[start : start + size]
@@ -249,6 +251,16 @@ def check(recipe: Recipe, out: Path) -> None:
     for name in ("processes", "canvases", "batch"):
         if (number := getattr(recipe, name)) < 1:
             raise BadRequest(f"--{name} {number} was asked for.", "Give at least 1.")
+    if recipe.batch < recipe.processes:
+        raise BadRequest(
+            f"A --batch of {recipe.batch} has no image for each of {recipe.processes} processes.",
+            "Give a larger one, or fewer --processes.",
+        )
+    if all(stage.images < recipe.batch for stage in recipe.stages):
+        raise BadRequest(
+            f"No stage has the images of one --batch of {recipe.batch}: nothing would be trained.",
+            "Give more --small-windows, --large-windows or --whole-canvases.",
+        )
 
 
 def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str | None) -> None:

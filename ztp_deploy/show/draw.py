@@ -1,4 +1,4 @@
-"""The command: pictures of what a run did with images, and the same as numbers."""
+"""Pictures of what a run did with images, and the same as numbers."""
 
 from __future__ import annotations
 
@@ -103,28 +103,42 @@ def picture_paths(images: Sequence[Path], directory: Path, label: str) -> list[P
     return paths
 
 
-def show(
-    images: Sequence[Path],
-    directory: Path,
-    clock: Clock,
-    *,
-    engine: Path | None = None,
-    wanted: PlanRequest | None = None,
-) -> Shown:
-    """Draws what an engine, or eager PyTorch by a plan, does with images: one PNG each in `directory`.
+def show_engine(images: Sequence[Path], directory: Path, clock: Clock, engine: Path) -> Shown:
+    """Draws what an engine does with images: one PNG each in `directory`.
 
     Raises BadRequest before anything heavy is loaded: images that cannot be read or whose pictures would overwrite
     each other, a plan that keeps every token.
     """
-    if (engine is None) == (wanted is None):
-        raise BadRequest("Either an engine or a plan can be shown.", "Give one of the two.")
-    if wanted is not None:
-        models.check_request(wanted.model, wanted.weights)
-        wanted.check()
-        plan = wanted.plan(wanted.model)
-    else:
-        assert engine is not None
-        plan = find_engine(engine).manifest.plan
+    plan = find_engine(engine).manifest.plan
+    paths = _checked_paths(plan, images, directory)
+    with load_engine(engine) as session, clock.step(_running(plan, images)):
+        manifest, source = session.manifest, session.manifest.source
+        pixels = session.preprocess(list(images))
+        seen = seen_by_engine(session, pixels, _geometry(source))
+    if source.weights.kind == "random":
+        clock.monitor.warn("This engine has random weights: which tokens it keeps means nothing.")
+    origin = f"{manifest.backend} {manifest.backend_version} {manifest.precision} on {manifest.device}"
+    return Shown(origin, source, plan, _draw(seen, pixels, source, origin, images, paths, clock))
+
+
+def show_model(images: Sequence[Path], directory: Path, clock: Clock, wanted: PlanRequest) -> Shown:
+    """Draws what eager PyTorch does with images by a plan. Raises as `show_engine`."""
+    models.check_request(wanted.model, wanted.weights)
+    wanted.check()
+    plan = wanted.plan(wanted.model)
+    paths = _checked_paths(plan, images, directory)
+    model = load(wanted.model, wanted.weights, clock)
+    pruned = prune(model, wanted.plan(model))
+    source, origin = pruned.source, "eager PyTorch"
+    with clock.step(_running(plan, images)):
+        transform = transform_for(source.preprocessing, "float32")
+        pixels = np.stack([transform(open_image(image)) for image in images])
+        seen = seen_by_model(pruned, pixels)
+    return Shown(origin, source, plan, _draw(seen, pixels, source, origin, images, paths, clock))
+
+
+def _checked_paths(plan: Plan, images: Sequence[Path], directory: Path) -> list[Path]:
+    """Where each image's picture goes. Raises BadRequest for what cannot be drawn or written there."""
     if not plan.stages:
         raise BadRequest(
             f"{plan.model} keeps every token in this plan: there is nothing to show.",
@@ -135,24 +149,20 @@ def show(
         raise BadRequest(f"{directory} is no folder: pictures cannot go there.", "Name another with --directory.")
     for image in images:
         open_image(image)
-    if wanted is not None:
-        model = load(wanted.model, wanted.weights, clock)
-        pruned = prune(model, wanted.plan(model))
-        source, origin = pruned.source, "eager PyTorch"
-        with clock.step(f"run {plan.label} on {_count(images)}"):
-            transform = transform_for(source.preprocessing, "float32")
-            pixels = np.stack([transform(open_image(image)) for image in images])
-            seen = seen_by_model(pruned, pixels)
-    else:
-        assert engine is not None
-        with load_engine(engine) as session, clock.step(f"run {plan.label} on {_count(images)}"):
-            manifest, source = session.manifest, session.manifest.source
-            origin = f"{manifest.backend} {manifest.backend_version} {manifest.precision} on {manifest.device}"
-            pixels = session.preprocess(list(images))
-            seen = seen_by_engine(session, pixels, _geometry(source))
-        if source.weights.kind == "random":
-            clock.monitor.warn("This engine has random weights: which tokens it keeps means nothing.")
-    warnings = [f"{reason}: which tokens are kept means nothing." for reason in _untrained(plan)]
+    return paths
+
+
+def _draw(
+    seen: Seen,
+    pixels: NDArray[Any],
+    source: Source,
+    origin: str,
+    images: Sequence[Path],
+    paths: Sequence[Path],
+    clock: Clock,
+) -> list[Drawn]:
+    """Paints and writes what was seen on every image, `pixels` [M, 3, H, W], and warns of what it does not mean."""
+    warnings = [f"{reason}: which tokens are kept means nothing." for reason in _untrained(seen.plan)]
     for text in (*warnings, *seen.notes):
         clock.monitor.warn(text)
     if source.weights.kind == "random":
@@ -165,23 +175,23 @@ def show(
             strip = render_strip(
                 photograph(pixels[index], source.preprocessing),
                 stages,
-                title=f"{image.name} · {source.name} · {plan.label}",
+                title=f"{image.name} · {source.name} · {seen.plan.label}",
                 subtitle=" ".join((f"Kept tokens as reported by {origin}.", *_pairs_only(seen, stages))),
                 notes=notes,
             )
             write_picture(strip, path)
             drawn.append(Drawn(image, path, stages, notes))
             advance(1)
-    return Shown(origin, source, plan, drawn)
+    return drawn
 
 
 def picture_report(images: Sequence[Path], engine: Path, clock: Clock) -> Shown:
     """Draws what an engine does with images into its own evidence, for its HTML report; earlier pictures go.
 
-    Raises as `show`.
+    Raises as `show_engine`.
     """
     folder = engine / EVIDENCE / PICTURES_FOLDER
-    shown = show(images, folder, clock, engine=engine)
+    shown = show_engine(images, folder, clock, engine)
     listed = [
         PictureFile(
             file=one.picture.name,
@@ -202,6 +212,10 @@ def write_picture(picture: Any, path: Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     write_bytes(path, buffer.getvalue())
+
+
+def _running(plan: Plan, images: Sequence[Path]) -> str:
+    return f"run {plan.label} on {_count(images)}"
 
 
 def _count(images: Sequence[Path]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -211,6 +212,6 @@ def show_tune(report: TuneReport, directory: Path, out: Console) -> None:
     if report.winner:
         out.print(f"Plan, recipe, record and picture: {directory}", soft_wrap=True)
         out.print(
-            f"Next: ztp engine --model {report.model} --weights … --recipe {directory / RECIPE_FILE}",
+            f"Next: ztp engine --model {report.model} --weights … --recipe {shlex.quote(str(directory / RECIPE_FILE))}",
             soft_wrap=True,
         )

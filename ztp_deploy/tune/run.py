@@ -18,7 +18,7 @@ from ztp_deploy import backends, environment, exporters, models
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import Device
 from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
-from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.errors import BadRequest
 from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import check_seconds
@@ -47,7 +47,7 @@ from ztp_deploy.tune.search import Trial, finalists, open_study, run_trials
 from ztp_deploy.tune.space import Cost, Space
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest
-from ztp_deploy.workflow.steps import check_runnable, load
+from ztp_deploy.workflow.steps import check_runnable, load_trained
 
 ATTEMPTS = 3
 """Plans that are built and measured, at most, until one meets a latency budget."""
@@ -73,7 +73,7 @@ class TuneRequest:
     seconds: float = TUNE_SECONDS
     device: str = "auto"
     directory: Path | None = None
-    command: str = "ztp.tune"
+    command: str = "ztp_deploy.tune.run.tune"
 
     def check(self) -> Budget:
         """The budget. Raises BadRequest for what can be refused before anything is loaded."""
@@ -156,8 +156,8 @@ def tune(request: TuneRequest, monitor: Monitor, *, timer: Timer | None = None) 
     prices = _prices(job, timer)
     if prices.blocks and (early := _hopeless(job, prices.blocks, prices.cost)):
         return _report(job, early, blocks=prices.blocks)
-    judge, space, some = _open_search(job)
-    trials = _try_plans(job, prices, judge, space)
+    judge, choices, some = _open_search(job)
+    trials = _try_plans(job, prices, judge, choices)
     best = finalists(trials)
     with job.clock.step(f"judge the best on {len(job.rows.search)} images", float(len(best))) as advance:
         ranked = _rank(judge, best, job.rows, advance)
@@ -181,8 +181,9 @@ def _prepare(request: TuneRequest, monitor: Monitor) -> _Job:
     device = torch_device.resolve(request.device, "Eager PyTorch")
     torch_device.prepare(device.provider)
     clock = Clock(monitor)
-    model = _load(request, clock)
+    model = load_trained(request.model, request.weights, clock)
     source = models.source_of(model)
+    refuse_meaningless(source, make_plan(model, request.method, ratio=0.5))
     with clock.step(f"prepare the images of {Path(request.images).name}"):
         images = load_images(request.images, source.preprocessing, "float32", request.count)
     rows = split(len(images.names))
@@ -276,16 +277,6 @@ def _report(job: _Job, verdict: _Verdict, **found: Any) -> TuneReport:
     return report
 
 
-def _load(request: TuneRequest, clock: Clock) -> nn.Module:
-    """The model with trained weights, or a refusal: damage to random ones means nothing."""
-    try:
-        model = load(request.model, "pretrained" if request.weights == "auto" else request.weights, clock)
-    except MissingSoftware as error:
-        raise MissingSoftware(error.problem, "Give a checkpoint: --weights path.") from error
-    refuse_meaningless(models.source_of(model), make_plan(model, request.method, ratio=0.5))
-    return model
-
-
 def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str, device: Device) -> dict[str, Any]:
     """All that decides what a trial gives; the number of trials is not among it, so that a search can be prolonged."""
     found: dict[str, Any] = {
@@ -338,13 +329,13 @@ def _hopeless(job: _Job, blocks: BlockTimes, cost: Cost) -> _Verdict | None:
             "pruning does not pay here",
             f"The dense model already meets {job.budget}: it takes {blocks.dense.median:.3f} ms per run.",
         )
-    space = Space(job.model, job.request.method, {})
-    first = space.uniform_params()["site_1"]
+    choices = Space(job.model, job.request.method, {})
+    first = choices.uniform_params()["site_1"]
     least = make_plan(job.model, job.request.method, keep=[1], sites=[first])
     if cost(least.stages) >= blocks.dense.median:
         return _Verdict(
             "pruning does not pay here",
-            f"Even one token of {space.geometry.patch_tokens} after block {first} is predicted to take "
+            f"Even one token of {choices.geometry.patch_tokens} after block {first} is predicted to take "
             f"{cost(least.stages):.3f} ms per run; the dense model takes {blocks.dense.median:.3f}.",
         )
     return None

@@ -25,7 +25,7 @@ def compare_methods(
     images: Path | str | None = None,
     batches: Sequence[int] | None = None,
     seconds: float = BENCH_SECONDS,
-    command: str = "ztp.compare_methods",
+    command: str = "ztp_deploy.workflow.compare.compare_methods",
 ) -> MethodsReport:
     """Several methods on one model at one ratio or FLOP share, and their slice twins, in one interleaved run.
 

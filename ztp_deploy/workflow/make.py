@@ -52,7 +52,7 @@ def make_engine(
     batches: Sequence[int] | None = None,
     seconds: float = ENGINE_SECONDS,
     measure: bool = True,
-    command: str = "ztp.make_engine",
+    command: str = "ztp_deploy.workflow.make.make_engine",
 ) -> Result:
     """Everything from a name to a shippable engine: plan, export, build, parity gate, latency, summary.
 

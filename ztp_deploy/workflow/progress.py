@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,6 +21,17 @@ class Monitor(Protocol):
 
     def warn(self, text: str) -> None:
         """Something the user must not miss."""
+
+
+class Silent:
+    """A monitor that shows nothing."""
+
+    def step(self, title: str, total: float | None) -> AbstractContextManager[Any]:
+        """Yields an `advance` that nobody hears."""
+        return nullcontext(lambda units: None)
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
 
 
 class StepTime(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,6 +63,14 @@ def load(name: str, weights: str, clock: Clock) -> nn.Module:
     if licence and re.search(r"\bnc\b|non-?commercial", licence, re.IGNORECASE):
         clock.monitor.warn(f"The weights of {name} are licensed {licence}: no commercial use.")
     return model
+
+
+def load_trained(name: str, weights: str, clock: Clock) -> nn.Module:
+    """The same where predictions count: "auto" takes no random weights. Raises MissingSoftware where there are none."""
+    try:
+        return load(name, "pretrained" if weights == "auto" else weights, clock)
+    except MissingSoftware as error:
+        raise MissingSoftware(error.problem, "Give a checkpoint: --weights path.") from error
 
 
 def export_model(
@@ -151,7 +160,7 @@ def check_on(pictures: ImageSet, engine: Engine, model: nn.Module, clock: Clock)
     else:
         (engine.evidence / SELFTEST_FILE).unlink(missing_ok=True)
         if script := write_reproducer(engine, model, pictures, report):
-            clock.monitor.warn(f"To see the first fault with Polygraphy: sh {script}")
+            clock.monitor.warn(f"To see the first fault with Polygraphy: sh {shlex.quote(str(script))}")
     _quote_anew(engine, report)
     return report
 

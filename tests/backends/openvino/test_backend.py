@@ -14,13 +14,12 @@ from PIL import Image
 
 import ztp_deploy as ztp
 from tests import tiny
-from tests.runs import Silent
 from ztp_deploy import environment
 from ztp_deploy.backends import find_engine, particulars
 from ztp_deploy.backends.openvino import attention, backend, ir
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import load_images
-from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.progress import Clock, Silent
 from ztp_deploy.workflow.requests import BuildRequest
 from ztp_deploy.workflow.steps import build_engine
 

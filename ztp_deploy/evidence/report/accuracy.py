@@ -86,7 +86,12 @@ def share_text(part: Proportion) -> str:
 
 def change_text(change: Change) -> str:
     """Percentage points with their interval: "-0.46 (-0.71 to -0.20)"."""
-    return f"{change.difference * 100:+.2f} ({change.low * 100:+.2f} to {change.high * 100:+.2f})"
+    return points_text(change.difference, change.low, change.high)
+
+
+def points_text(difference: float, low: float, high: float) -> str:
+    """The same of any difference between two shares."""
+    return f"{difference * 100:+.2f} ({low * 100:+.2f} to {high * 100:+.2f})"
 
 
 def _losers(report: AccuracyReport) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ztp_deploy.backends import particulars
 from ztp_deploy.evidence.latency import LatencyReport
-from ztp_deploy.evidence.report.markdown import speedup_text
+from ztp_deploy.evidence.report.markdown import machine_line, speedup_text
 
 
 def render_comparison(report: LatencyReport) -> str:
@@ -17,8 +17,7 @@ def render_comparison(report: LatencyReport) -> str:
             "",
             "- Inconclusive: the interval is wide or the machine drifted; measure longer, with nothing else running.",
         ]
-    machine = report.environment
-    lines += ["", f"- {machine['cpu']}, {machine['cores']} cores, {machine['system']}. {report.gpu}."]
+    lines += ["", f"- {machine_line(report.environment, report.gpu)}"]
     return "\n".join([*lines, *(f"- {note}" for note in report.notes)]) + "\n"
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jinja2 import Environment
 
 from ztp_deploy.evidence.latency import Ratio
 from ztp_deploy.evidence.report.summary import Summary
+from ztp_deploy.plan import Flops
 
 _TEMPLATE = """\
 # {{ s.model }} · {{ s.label }} · {{ s.backend }} · {{ s.precision }}
@@ -43,7 +46,7 @@ def render_markdown(summary: Summary) -> str:
 
 def render_tables(summary: Summary) -> str:
     """The latency table and its footnotes: what the README shows."""
-    lines = [*selection_lines(summary), macs_line(summary), machine_line(summary)]
+    lines = [*selection_lines(summary), macs_line(summary.flops), machine_line(summary.machine, summary.gpu)]
     return _render(_TABLES, summary, rows=table_rows(summary), lines=lines)
 
 
@@ -84,19 +87,18 @@ def selection_lines(summary: Summary) -> list[str]:
     ]
 
 
-def macs_line(summary: Summary) -> str:
+def macs_line(flops: Flops) -> str:
     """The multiply-accumulates and the speed-up that they would allow."""
     return (
-        f"Multiply-accumulates per image: dense {giga(summary.dense_macs)} G, plan {giga(summary.planned_macs)} G "
-        f"({percent(summary.flop_share)}), executed {giga(summary.executed_macs)} G: "
-        f"the FLOP limit is {limit_text(summary.flop_limit)}."
+        f"Multiply-accumulates per image: dense {giga(flops.dense)} G, plan {giga(flops.planned)} G "
+        f"({percent(flops.share)}), executed {giga(flops.executed)} G: "
+        f"the FLOP limit is {limit_text(flops.speedup_limit)}."
     )
 
 
-def machine_line(summary: Summary) -> str:
-    """Where latency was measured."""
-    machine = summary.machine
-    return f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}. {summary.gpu}."
+def machine_line(machine: dict[str, Any], gpu: str) -> str:
+    """Where latency was measured: `environment.snapshot` and `gpu_line` of then."""
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}. {gpu}."
 
 
 def role_name(role: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, twin_role
-from ztp_deploy.evidence.report.markdown import speedup_text
+from ztp_deploy.evidence.report.markdown import machine_line, percent, speedup_text
 
 HEAD = (
     "batch",
@@ -21,12 +21,11 @@ def render_methods(report: MethodsReport) -> str:
     """A line a method and batch: shares of multiply-accumulates, speed over dense, and what selection costs."""
     lines = [f"| {' | '.join(HEAD)} |", "|---:|---|---:|---:|---:|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in methods_rows(report)]
-    machine = report.latency.environment
     lines += [
         "",
         f'- {report.model} in {report.backend}, {report.precision}. Brackets hold 95 % intervals. "Selection costs" is '
         "the share of a method's time by which its slice twin is faster, which has the same counts and merely cuts tokens off.",
-        f"- {machine['cpu']}, {machine['cores']} cores, {machine['system']}. {report.latency.gpu}.",
+        f"- {machine_line(report.latency.environment, report.latency.gpu)}",
     ]
     unsure = sorted(
         {
@@ -53,8 +52,8 @@ def methods_rows(report: MethodsReport) -> list[list[str]]:
                 [
                     str(batch),
                     row.method,
-                    _percent(row.planned_share),
-                    _percent(row.executed_share),
+                    percent(row.planned_share),
+                    percent(row.executed_share),
                     f"{report.latency.sample(row.method, batch).median / batch:.2f}",
                     speedup_text(ratio),
                     "fastest" if row.method == best else _interval(report.behind(row.method, best, batch)),
@@ -62,10 +61,6 @@ def methods_rows(report: MethodsReport) -> list[list[str]]:
                 ]
             )
     return rows
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.1f} %"
 
 
 def _interval(behind: tuple[float, float, float]) -> str:

@@ -11,6 +11,7 @@ from ztp_deploy.evidence.latency import LatencyReport, Ratio
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.plan import Flops
 
 SUMMARY_FILE = "report.json"
 MEASURING = "measure latency"
@@ -89,6 +90,11 @@ class Summary(EvidenceFile):
     peak_gib: float
     command: str
     notes: list[str]
+
+    @property
+    def flops(self) -> Flops:
+        """The multiply-accumulates of one image."""
+        return Flops(dense=self.dense_macs, planned=self.planned_macs, executed=self.executed_macs)
 
 
 def summarise(

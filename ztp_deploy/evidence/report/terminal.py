@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ztp_deploy.evidence.report.html import HTML_FILE
-from ztp_deploy.evidence.report.markdown import giga, percent, table_rows
+from ztp_deploy.evidence.report.markdown import macs_line, percent, table_rows
 from ztp_deploy.evidence.report.summary import Summary
 
 
@@ -40,12 +40,8 @@ def show_summary(summary: Summary, console: Console, kept: bool = True) -> None:
                 f"Selection costs {percent(gain.selection_cost)} of the pruned engine's time at batch {gain.batch} "
                 f"(against the slice twin)."
             )
-    console.print(
-        f"Tokens {' → '.join(map(str, summary.tokens))}; multiply-accumulates {giga(summary.dense_macs)} G dense, "
-        f"{giga(summary.planned_macs)} G planned ({percent(summary.flop_share)}), "
-        f"{giga(summary.executed_macs)} G executed: FLOP limit × {summary.flop_limit:.2f}.",
-        highlight=False,
-    )
+    console.print(f"Tokens {' → '.join(map(str, summary.tokens))}.", highlight=False)
+    console.print(macs_line(summary.flops), highlight=False)
     verdict = {True: "green", False: "bold red", None: "bold yellow"}[summary.parity_passed]
     console.print(f"Parity {summary.parity}.", style=verdict, highlight=False)
     console.print(f"{summary.gpu}.", highlight=False)
