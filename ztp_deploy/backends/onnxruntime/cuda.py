@@ -33,9 +33,10 @@ _CUT = (0, 2, 4, 1, 3, 5)
 def fit(path: Path) -> dict[str, int]:
     """Rewrites the graph in a file and returns what was done, by name; weights beside it stay there."""
     import onnx_ir
+    from onnx_ir.passes.common import ShapeInferencePass
 
     model = onnx_ir.load(path)
-    onnx_ir.passes.common.ShapeInferencePass()(model)  # graphs in half precision lie without shapes and types
+    ShapeInferencePass()(model)  # graphs in half precision lie without shapes and types
     graph = model.graph
     expected = len(unread(graph))
     by_kind = {kind: [node for node in graph if node.op_type == kind] for kind in _KINDS}
