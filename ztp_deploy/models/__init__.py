@@ -237,16 +237,7 @@ def _give_weights(
             sha256=weights_module.digest(weights_module.state_of(model)),
         )
     path = weights_module.user_path(weights)
-    if path.suffix == ".npz" and hasattr(model, "load_pretrained"):
-        weights_module.check_file(path)
-        try:
-            cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
-        except Exception as error:  # numpy and timm raise what they like on a foreign file
-            raise BadRequest(
-                f"{path} is no AugReg checkpoint that fits {architecture}.", "Check the model name and the file."
-            ) from error
-    else:
-        weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
+    weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
     return Weights(
         kind="file",
         origin=str(path.resolve()),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest, MissingSoftware
@@ -154,6 +155,8 @@ def _tensor(name: object, value: object, origin: str) -> Tensor:
     """A dense, finite tensor. Raises BadRequest for anything else under a name."""
     if not isinstance(value, (Tensor, np.ndarray)):
         reason = f"{type(value).__name__}, not a tensor"
+    elif isinstance(value, np.ndarray) and (value.dtype.kind not in "biufc" or not value.dtype.isnative):
+        reason = f"{value.dtype}, no numbers of torch's"
     else:
         tensor = torch.as_tensor(value)
         if tensor.is_meta or tensor.layout is not torch.strided:
@@ -167,9 +170,29 @@ def _tensor(name: object, value: object, origin: str) -> Tensor:
     raise BadRequest(f"{origin} holds {reason} under {name!r}.", "Give a plain state dict of finite tensors.")
 
 
+def from_jax(state: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """JAX's arrays in torch's order: heads joined, [in, out] as [out, in], [h, w, in, out] as [out, in, h, w]."""
+    turned = {}
+    for name, value in state.items():
+        if name.endswith("/out/kernel") and value.ndim == 3:
+            value = value.reshape(-1, value.shape[-1])
+        elif re.search("/(query|key|value)/", name) and value.ndim >= 2:
+            value = value.reshape(*value.shape[:-2], -1)
+        if name.endswith("kernel"):
+            value = np.moveaxis(value, (-1, -2), (0, 1))
+        turned[name] = value
+    return turned
+
+
 def read_file(path: Path) -> dict[str, Any]:
-    """A state dict from `.safetensors`, or from a torch file read without running any code in it."""
+    """A state dict from `.safetensors`, `.npz`, or a torch file, read without running any code in it."""
     check_file(path)
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return from_jax(dict(arrays))
+        except Exception as error:  # numpy and zlib raise what they like on a foreign file
+            raise BadRequest(f"{path} cannot be read as arrays of numpy.", "Is the file complete?") from error
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
