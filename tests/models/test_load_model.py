@@ -78,6 +78,28 @@ def test_official_layouts_load(container, tmp_path):
     assert by_file.source.weights.sha256 == by_dict.source.weights.sha256 == tiny.model().source.weights.sha256
 
 
+def test_of_several_sets_of_weights_one_is_chosen(tmp_path):
+    plain, ema = tiny.model().state_dict(), tiny.model().state_dict()
+    ema["head.bias"] = ema["head.bias"] + 1
+    path = tmp_path / "both.pth"
+    torch.save({"state_dict": plain, "state_dict_ema": ema, "optimizer": {"lr": 1}}, path)
+    with pytest.raises(BadRequest, match="several sets of weights: state_dict, state_dict_ema") as refusal:
+        ztp.load_model("deit_t", weights=path, overrides=tiny.SIZE)
+    assert ":state_dict_ema" in refusal.value.fix
+    model = ztp.load_model("deit_t", weights=f"{path}:state_dict_ema", overrides=tiny.SIZE)
+    assert torch.equal(model.head.bias, ema["head.bias"])
+    assert model.source.weights.shown == "file (both.pth:state_dict_ema)"
+    assert models.reload_model(model.source).source == model.source
+    models.check_request("deit_t", f"{path}:state_dict_ema")
+    with pytest.raises(BadRequest, match="nothing under 'ema'; it has state_dict, state_dict_ema, optimizer"):
+        ztp.load_model("deit_t", weights=f"{path}:ema", overrides=tiny.SIZE)
+    torch.save(plain, path)
+    with pytest.raises(BadRequest, match="nothing under 'ema'; it has no containers"):
+        ztp.load_model("deit_t", weights=f"{path}:ema", overrides=tiny.SIZE)
+    path.rename(tmp_path / "a:model")
+    assert ztp.load_model("deit_t", weights=tmp_path / "a:model", overrides=tiny.SIZE).source.weights.kind == "file"
+
+
 def test_safetensors_load_and_a_cut_file_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(tiny.model().state_dict(), path)

@@ -98,7 +98,8 @@ def load_model(
     `name_or_module`: a name of ours, a timm ViT's name, or a timm module of your own (copied; it keeps
     its weights). `weights`: "auto" (pre-trained where they can be had, else random with a
     RandomWeightsWarning), "pretrained" (refuses otherwise), "random" (seeded), the path of a
-    checkpoint, or a state dict with official keys. `overrides` change sizes.
+    checkpoint (with `:state_dict_ema` behind it where it holds several), or a state dict with
+    official keys. `overrides` change sizes.
     Raises BadRequest (unknown name, weights that do not fit) and MissingSoftware (no pre-trained weights).
     """
     if not isinstance(name_or_module, (str, nn.Module)):
@@ -134,7 +135,7 @@ def check_request(name: str, weights: str) -> None:
     """Refuses, before anything is loaded, a name that nobody carries and a checkpoint that is not there."""
     describe(name)
     if weights not in NAMED_WEIGHTS:
-        weights_module.check_file(weights_module.user_path(weights))
+        weights_module.check_file(weights_module.user_path(weights)[0])
 
 
 def reload_model(source: Source) -> nn.Module:
@@ -236,11 +237,11 @@ def _give_weights(
             origin=f"seed {weights_module.RANDOM_SEED}",
             sha256=weights_module.digest(weights_module.state_of(model)),
         )
-    path = weights_module.user_path(weights)
-    weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
+    path, container = weights_module.user_path(weights)
+    weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate, container)
     return Weights(
         kind="file",
-        origin=str(path.resolve()),
+        origin=f"{path.resolve()}:{container}" if container else str(path.resolve()),
         licence=_licence_of_others(model),
         sha256=weights_module.digest(weights_module.state_of(model)),
     )

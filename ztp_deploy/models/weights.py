@@ -21,7 +21,7 @@ from ztp_deploy.errors import BadRequest, MissingSoftware
 RANDOM_SEED = 0
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_CONTAINERS = ("model", "module", "state_dict", "state_dict_ema")
+_CONTAINERS = ("model", "model_ema", "module", "state_dict", "state_dict_ema")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -80,16 +80,28 @@ Translate = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 """An official layout's state dict → the module's own keys and shapes."""
 
 
-def load_given(model: nn.Module, state: Mapping[str, Any], origin: str, translate: Translate) -> None:
-    """Loads a state dict in an official layout: flat, or under `model`, `module`, `state_dict` or `state_dict_ema`.
+def load_given(
+    model: nn.Module, state: Mapping[str, Any], origin: str, translate: Translate, container: str | None = None
+) -> None:
+    """Loads a state dict in an official layout: flat, or under the one of `_CONTAINERS` that is there, or `container`.
 
     `module.` prefixes are stripped; weights that belong to a pruning method go to `model.method_weights`.
-    Raises BadRequest that lists missing, unexpected and misshapen keys.
+    Raises BadRequest that lists missing, unexpected and misshapen keys, or the containers to choose from.
     """
-    for container in _CONTAINERS:
-        if isinstance(state.get(container), Mapping):
-            state = state[container]
-            break
+    nested = [str(name) for name, value in state.items() if isinstance(value, Mapping)]
+    chosen = [name for name in nested if name in _CONTAINERS] if container is None else [container]
+    if container not in (None, *nested):
+        raise BadRequest(
+            f"{origin} has nothing under {container!r}; it has {', '.join(nested) or 'no containers'}.",
+            "Name one that is there, or none where the weights lie flat.",
+        )
+    if len(chosen) > 1:
+        raise BadRequest(
+            f"{origin} holds several sets of weights: {', '.join(chosen)}.",
+            f"Choose one: the path with :{chosen[-1]} behind it, or that part of the state dict.",
+        )
+    for name in chosen:
+        state = state[name]
     found = {str(name).removeprefix("module."): _tensor(name, value, origin) for name, value in state.items()}
     found, model.method_weights = _split(found)  # type: ignore[assignment]
     found = translate(model, found)
@@ -135,12 +147,16 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {**model.state_dict(), **{name: value for weights in own.values() for name, value in weights.items()}}
 
 
-def user_path(text: str | Path) -> Path:
-    """The path with `~` expanded where that can be done."""
+def user_path(text: str | Path) -> tuple[Path, str | None]:
+    """The path with `~` expanded where that can be done, and the container that is named behind it: `file.pth:model`."""
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
-        return Path(text)
+        path = Path(text)
+    file, colon, container = str(path).rpartition(":")
+    if colon and not path.exists() and Path(file).is_file():
+        return Path(file), container
+    return path, None
 
 
 def check_file(path: Path) -> None:
