@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 from PIL import Image
 
 from tests import tiny
@@ -142,6 +143,24 @@ def test_a_failed_gate_returns_1(made, ztp, tmp_path):
     code, _, err = ztp("check", "--engine", copy, "--count", 4)
     assert code == 1
     assert "selection fault" in err
+
+
+def test_logits_that_are_no_numbers_are_said_in_one_object_of_json(made, ztp, tmp_path):
+    folder, _ = made
+    [engine] = folder.glob("engines/*/deit_t--zero_tprune*")
+    copy = tmp_path / "copy"
+    shutil.copytree(engine, copy)
+
+    def damage(graph):
+        [bias] = [tensor for tensor in graph.graph.initializer if tensor.name.endswith("head.bias")]
+        nan = numpy_helper.to_array(bias) * np.float32("nan")
+        bias.CopyFrom(numpy_helper.from_array(nan, bias.name))
+
+    tiny.damage_graph(copy, damage)
+    code, out, err = ztp("check", "--engine", copy, "--count", 4, "--json")
+    found = json.loads(out, parse_constant=pytest.fail)  # NaN is none of JSON's words
+    assert (code, found["passed"]) == (1, False), err
+    assert found["edges"][-1]["worst_logit"] == "NaN"
 
 
 def test_reports_follow_the_last_check(made, ztp, tmp_path, monkeypatch):

@@ -106,4 +106,6 @@ def show_rows(head: Sequence[str], rows: Iterable[Sequence[str]], report: Latenc
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """One JSON object on stdout; what is not finite as "NaN" or "Infinity", as evidence files have it."""
+    plain = json.loads(json.dumps(value), parse_constant=str)
+    sys.stdout.write(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -177,7 +177,7 @@ def manifest_sha256(directory: Path) -> str:
 def write_manifest(manifest: M, directory: Path) -> M:
     """Seals the manifest, writes `manifest.json` into a folder that is still being made, and returns it sealed."""
     manifest = manifest.model_copy(update={"seal": manifest.sealed()})
-    text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
+    text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False, allow_nan=False)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return manifest
 

@@ -167,7 +167,7 @@ class Plan(BaseModel):
 
     def to_json(self) -> str:
         """The plan as indented JSON (schema `ztp.plan/1`)."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2) + "\n"
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

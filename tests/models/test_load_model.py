@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 
-import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -79,6 +78,28 @@ def test_official_layouts_load(container, tmp_path):
     assert by_file.source.weights.sha256 == by_dict.source.weights.sha256 == tiny.model().source.weights.sha256
 
 
+def test_of_several_sets_of_weights_one_is_chosen(tmp_path):
+    plain, ema = tiny.model().state_dict(), tiny.model().state_dict()
+    ema["head.bias"] = ema["head.bias"] + 1
+    path = tmp_path / "both.pth"
+    torch.save({"state_dict": plain, "state_dict_ema": ema, "optimizer": {"lr": 1}}, path)
+    with pytest.raises(BadRequest, match="several sets of weights: state_dict, state_dict_ema") as refusal:
+        ztp.load_model("deit_t", weights=path, overrides=tiny.SIZE)
+    assert ":state_dict_ema" in refusal.value.fix
+    model = ztp.load_model("deit_t", weights=f"{path}:state_dict_ema", overrides=tiny.SIZE)
+    assert torch.equal(model.head.bias, ema["head.bias"])
+    assert model.source.weights.shown == "file (both.pth:state_dict_ema)"
+    assert models.reload_model(model.source).source == model.source
+    models.check_request("deit_t", f"{path}:state_dict_ema")
+    with pytest.raises(BadRequest, match="nothing under 'ema'; it has state_dict, state_dict_ema, optimizer"):
+        ztp.load_model("deit_t", weights=f"{path}:ema", overrides=tiny.SIZE)
+    torch.save(plain, path)
+    with pytest.raises(BadRequest, match="nothing under 'ema'; it has no containers"):
+        ztp.load_model("deit_t", weights=f"{path}:ema", overrides=tiny.SIZE)
+    path.rename(tmp_path / "a:model")
+    assert ztp.load_model("deit_t", weights=tmp_path / "a:model", overrides=tiny.SIZE).source.weights.kind == "file"
+
+
 def test_safetensors_load_and_a_cut_file_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(tiny.model().state_dict(), path)
@@ -122,61 +143,6 @@ def test_files_that_are_no_checkpoints_are_refused(name, tmp_path):
         (tmp_path / name).write_text("" if name.startswith("empty") else "hello")
     with pytest.raises(BadRequest, match=name.replace(".", r"\.")):
         ztp.load_model("augreg_vit_t", weights=tmp_path / name)
-
-
-def augreg(model):
-    """A model's weights as AugReg's files hold them, by JAX's names."""
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    heads = model.blocks[0].attn.num_heads
-
-    def pair(theirs, ours):
-        return {f"{theirs}/kernel": state[f"{ours}.weight"].T, f"{theirs}/bias": state[f"{ours}.bias"]}
-
-    def norm(theirs, ours):
-        return {f"{theirs}/scale": state[f"{ours}.weight"], f"{theirs}/bias": state[f"{ours}.bias"]}
-
-    found = {
-        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
-        "embedding/bias": state["patch_embed.proj.bias"],
-        "cls": state["cls_token"],
-        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
-        **norm("Transformer/encoder_norm", "norm"),
-        **pair("head", "head"),
-    }
-    for number in range(len(model.blocks)):
-        block, ours = f"Transformer/encoderblock_{number}", f"blocks.{number}"
-        attention = f"{block}/MultiHeadDotProductAttention_1"
-        found |= norm(f"{block}/LayerNorm_0", f"{ours}.norm1") | norm(f"{block}/LayerNorm_2", f"{ours}.norm2")
-        found |= pair(f"{block}/MlpBlock_3/Dense_0", f"{ours}.mlp.fc1")
-        found |= pair(f"{block}/MlpBlock_3/Dense_1", f"{ours}.mlp.fc2")
-        weights, biases = (state[f"{ours}.attn.qkv.{kind}"].chunk(3) for kind in ("weight", "bias"))
-        for name, weight, bias in zip(("query", "key", "value"), weights, biases, strict=True):
-            found[f"{attention}/{name}/kernel"] = weight.T.unflatten(1, (heads, -1))
-            found[f"{attention}/{name}/bias"] = bias.unflatten(0, (heads, -1))
-        found[f"{attention}/out/kernel"] = state[f"{ours}.attn.proj.weight"].unflatten(1, (heads, -1)).permute(1, 2, 0)
-        found[f"{attention}/out/bias"] = state[f"{ours}.attn.proj.bias"]
-    return {name: value.numpy() for name, value in found.items()}
-
-
-@pytest.mark.parametrize(
-    "changes, unfilled",
-    [
-        ({}, None),
-        ({"head/bias": np.zeros(21), "head/kernel": np.zeros((48, 21))}, "head.weight, head.bias"),
-        ({"cls": np.full((1, 1, 48), np.nan)}, "cls_token"),
-    ],
-)
-def test_augregs_files_fill_every_weight_or_are_refused(changes, unfilled, tmp_path):
-    """timm would leave a classifier of other classes as it was drawn."""
-    path, model = tmp_path / "s.npz", tiny.model("augreg_vit_t")
-    np.savez(path, **augreg(model) | changes)
-    if unfilled:
-        with pytest.raises(BadRequest, match=f"has no finite values for {unfilled}"):
-            ztp.load_model("augreg_vit_t", weights=path, overrides=tiny.SIZE)
-        return
-    loaded = ztp.load_model("augreg_vit_t", weights=path, overrides=tiny.SIZE)
-    assert loaded.source.weights.sha256 == model.source.weights.sha256
-    assert loaded.source.weights.kind == "file"
 
 
 class _Evil:

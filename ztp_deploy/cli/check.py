@@ -9,6 +9,7 @@ import typer
 from ztp_deploy.cli.options import AsJson, EngineDir, Images
 from ztp_deploy.console import Bars, print_json, show_parity
 from ztp_deploy.defaults import CHECK_IMAGES
+from ztp_deploy.errors import GateFailed
 
 
 def check(
@@ -31,6 +32,6 @@ def check(
     report = steps.check(found, model, images, clock, count)
     if as_json:
         print_json(report.model_dump(mode="json"))
-    else:
-        show_parity(report)
+        raise typer.Exit(0 if report.passed else GateFailed.exit_code)  # a refusal would be a second object
+    show_parity(report)
     report.require()

@@ -36,7 +36,10 @@ Option = Annotated[
     list[str] | None, typer.Option("--option", "-o", help="A method's option as name=value (JSON value); repeatable.")
 ]
 Weights = Annotated[
-    str, typer.Option(help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path.")
+    str,
+    typer.Option(
+        help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path (path:state_dict_ema of several)."
+    ),
 ]
 TrainedWeights = Annotated[
     str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")

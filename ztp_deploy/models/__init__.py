@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import warnings
 from collections.abc import Mapping
 from importlib import import_module
@@ -99,7 +98,8 @@ def load_model(
     `name_or_module`: a name of ours, a timm ViT's name, or a timm module of your own (copied; it keeps
     its weights). `weights`: "auto" (pre-trained where they can be had, else random with a
     RandomWeightsWarning), "pretrained" (refuses otherwise), "random" (seeded), the path of a
-    checkpoint, or a state dict with official keys. `overrides` change sizes.
+    checkpoint (with `:state_dict_ema` behind it where it holds several), or a state dict with
+    official keys. `overrides` change sizes.
     Raises BadRequest (unknown name, weights that do not fit) and MissingSoftware (no pre-trained weights).
     """
     if not isinstance(name_or_module, (str, nn.Module)):
@@ -135,7 +135,7 @@ def check_request(name: str, weights: str) -> None:
     """Refuses, before anything is loaded, a name that nobody carries and a checkpoint that is not there."""
     describe(name)
     if weights not in NAMED_WEIGHTS:
-        weights_module.check_file(weights_module.user_path(weights))
+        weights_module.check_file(weights_module.user_path(weights)[0])
 
 
 def reload_model(source: Source) -> nn.Module:
@@ -228,31 +228,10 @@ def _give_weights(
     if weights == "random":
         weights_module.fill_random(model)
         return _record(model, "random", f"seed {weights_module.RANDOM_SEED}")
-    path = weights_module.user_path(weights)
-    _load_file(model, path, key, architecture)
-    return _record(model, "file", str(path.resolve()), _licence_of_others(model))
-
-
-def _load_file(model: nn.Module, path: Path, key: str, architecture: str) -> None:
-    if path.suffix != ".npz" or not hasattr(model, "load_pretrained"):
-        weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate)
-        return
-    weights_module.check_file(path)
-    # timm leaves as it is what the file lacks, such as a classifier of as many classes.
-    for parameter in model.parameters():
-        parameter.data.fill_(math.nan)
-    try:
-        cast(Any, model).load_pretrained(str(path))  # the JAX layout of AugReg, which timm reads
-    except Exception as error:  # numpy and timm raise what they like on a foreign file
-        raise BadRequest(
-            f"{path} is no AugReg checkpoint that fits {architecture}.", "Check the model name and the file."
-        ) from error
-    unfilled = [name for name, value in model.named_parameters() if not value.isfinite().all()]
-    if unfilled:
-        raise BadRequest(
-            f"{path} does not fit {architecture}: it has no finite values for {', '.join(unfilled)}.",
-            "Check the model name, its number of classes too, and the file.",
-        )
+    path, container = weights_module.user_path(weights)
+    weights_module.load_given(model, weights_module.read_file(path), str(path), family(key).translate, container)
+    origin = f"{path.resolve()}:{container}" if container else str(path.resolve())
+    return _record(model, "file", origin, _licence_of_others(model))
 
 
 def _record(

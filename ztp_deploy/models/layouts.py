@@ -98,3 +98,30 @@ HUGGING_FACE = (
 
 Their configurations say LayerNorm eps 1e-12, where the original weights were trained with timm's 1e-6, which stays.
 """
+
+
+def _augreg() -> Layout:
+    block = "Transformer/encoderblock_*"
+    attention, mlp = f"{block}/MultiHeadDotProductAttention_1", f"{block}/MlpBlock_3"
+    names: dict[str, str | tuple[str, ...]] = {
+        "cls_token": "cls",
+        "pos_embed": "Transformer/posembed_input/pos_embedding",
+    }
+    for ours, theirs, weight in (
+        ("patch_embed.proj.", ("embedding",), "kernel"),
+        ("blocks.*.norm1.", (f"{block}/LayerNorm_0",), "scale"),
+        ("blocks.*.attn.qkv.", tuple(f"{attention}/{part}" for part in ("query", "key", "value")), "kernel"),
+        ("blocks.*.attn.proj.", (f"{attention}/out",), "kernel"),
+        ("blocks.*.norm2.", (f"{block}/LayerNorm_2",), "scale"),
+        ("blocks.*.mlp.fc1.", (f"{mlp}/Dense_0",), "kernel"),
+        ("blocks.*.mlp.fc2.", (f"{mlp}/Dense_1",), "kernel"),
+        ("norm.", ("Transformer/encoder_norm",), "scale"),
+        ("head.", ("head",), "kernel"),
+    ):
+        names[f"{ours}weight"] = tuple(f"{part}/{weight}" for part in theirs)
+        names[f"{ours}bias"] = tuple(f"{part}/bias" for part in theirs)
+    return Layout("AugReg", names)
+
+
+AUGREG = _augreg()
+"""The `.npz` files of google-research/vision_transformer, once `weights.from_jax` has turned their arrays."""

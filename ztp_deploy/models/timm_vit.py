@@ -76,8 +76,8 @@ def create(architecture: str, size: ModelSize, device: str, settings: Mapping[st
 
 
 def translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint of Hugging Face's transformers in the module's own keys, which all others of this family have."""
-    return layouts.translate(model, state, layouts.HUGGING_FACE)
+    """A checkpoint of Hugging Face's transformers or AugReg's own in the module's keys, which all others have."""
+    return layouts.translate(model, state, (*layouts.HUGGING_FACE, layouts.AUGREG))
 
 
 def adapts(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest, MissingSoftware
@@ -20,7 +21,7 @@ from ztp_deploy.errors import BadRequest, MissingSoftware
 RANDOM_SEED = 0
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
-_CONTAINERS = ("model", "module", "state_dict", "state_dict_ema")
+_CONTAINERS = ("model", "model_ema", "module", "state_dict", "state_dict_ema")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -79,16 +80,28 @@ Translate = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 """An official layout's state dict → the module's own keys and shapes."""
 
 
-def load_given(model: nn.Module, state: Mapping[str, Any], origin: str, translate: Translate) -> None:
-    """Loads a state dict in an official layout: flat, or under `model`, `module`, `state_dict` or `state_dict_ema`.
+def load_given(
+    model: nn.Module, state: Mapping[str, Any], origin: str, translate: Translate, container: str | None = None
+) -> None:
+    """Loads a state dict in an official layout: flat, or under the one of `_CONTAINERS` that is there, or `container`.
 
     `module.` prefixes are stripped; weights that belong to a pruning method go to `model.method_weights`.
-    Raises BadRequest that lists missing, unexpected and misshapen keys.
+    Raises BadRequest that lists missing, unexpected and misshapen keys, or the containers to choose from.
     """
-    for container in _CONTAINERS:
-        if isinstance(state.get(container), Mapping):
-            state = state[container]
-            break
+    nested = [str(name) for name, value in state.items() if isinstance(value, Mapping)]
+    chosen = [name for name in nested if name in _CONTAINERS] if container is None else [container]
+    if container not in (None, *nested):
+        raise BadRequest(
+            f"{origin} has nothing under {container!r}; it has {', '.join(nested) or 'no containers'}.",
+            "Name one that is there, or none where the weights lie flat.",
+        )
+    if len(chosen) > 1:
+        raise BadRequest(
+            f"{origin} holds several sets of weights: {', '.join(chosen)}.",
+            f"Choose one: the path with :{chosen[-1]} behind it, or that part of the state dict.",
+        )
+    for name in chosen:
+        state = state[name]
     found = {str(name).removeprefix("module."): _tensor(name, value, origin) for name, value in state.items()}
     found, model.method_weights = _split(found)  # type: ignore[assignment]
     found = translate(model, found)
@@ -138,12 +151,16 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {**model.state_dict(), **{name: value for weights in own.values() for name, value in weights.items()}}
 
 
-def user_path(text: str | Path) -> Path:
-    """The path with `~` expanded where that can be done."""
+def user_path(text: str | Path) -> tuple[Path, str | None]:
+    """The path with `~` expanded where that can be done, and the container that is named behind it: `file.pth:model`."""
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError:
-        return Path(text)
+        path = Path(text)
+    file, colon, container = str(path).rpartition(":")
+    if colon and not path.exists() and Path(file).is_file():
+        return Path(file), container
+    return path, None
 
 
 def check_file(path: Path) -> None:
@@ -158,6 +175,8 @@ def _tensor(name: object, value: object, origin: str) -> Tensor:
     """A dense, finite tensor. Raises BadRequest for anything else under a name."""
     if not isinstance(value, (Tensor, np.ndarray)):
         reason = f"{type(value).__name__}, not a tensor"
+    elif isinstance(value, np.ndarray) and (value.dtype.kind not in "biufc" or not value.dtype.isnative):
+        reason = f"{value.dtype}, no numbers of torch's"
     else:
         tensor = torch.as_tensor(value)
         if tensor.is_meta or tensor.layout is not torch.strided:
@@ -171,9 +190,29 @@ def _tensor(name: object, value: object, origin: str) -> Tensor:
     raise BadRequest(f"{origin} holds {reason} under {name!r}.", "Give a plain state dict of finite tensors.")
 
 
+def from_jax(state: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """JAX's arrays in torch's order: heads joined, [in, out] as [out, in], [h, w, in, out] as [out, in, h, w]."""
+    turned = {}
+    for name, value in state.items():
+        if name.endswith("/out/kernel") and value.ndim == 3:
+            value = value.reshape(-1, value.shape[-1])
+        elif re.search("/(query|key|value)/", name) and value.ndim >= 2:
+            value = value.reshape(*value.shape[:-2], -1)
+        if name.endswith("kernel"):
+            value = np.moveaxis(value, (-1, -2), (0, 1))
+        turned[name] = value
+    return turned
+
+
 def read_file(path: Path) -> dict[str, Any]:
-    """A state dict from `.safetensors`, or from a torch file read without running any code in it."""
+    """A state dict from `.safetensors`, `.npz`, or a torch file, read without running any code in it."""
     check_file(path)
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return from_jax(dict(arrays))
+        except Exception as error:  # numpy and zlib raise what they like on a foreign file
+            raise BadRequest(f"{path} cannot be read as arrays of numpy.", "Is the file complete?") from error
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
