@@ -350,7 +350,7 @@ def test_defaults_are_those_of_the_python_calls():
 
     from ztp_deploy.gpu_report.grid import Grid
     from ztp_deploy.gpu_report.measure import measure_gpu
-    from ztp_deploy.plan import make_plan
+    from ztp_deploy.planning import make_plan
     from ztp_deploy.reference import canvases, demo
     from ztp_deploy.tune.run import TuneRequest
     from ztp_deploy.workflow.make import make_engine

@@ -14,7 +14,7 @@ ORDER = (
     "plan",
     "models",
     "methods",
-    "pruning manifest",
+    "planning pruning manifest",
     "exporters",
     "backends",
     "evidence",
@@ -29,8 +29,6 @@ ORDER = (
 )
 """Rooms as CONTRIBUTING lists them; a file of a room may stand earlier than the room, if it needs that little itself."""
 EXCEPTIONS = {
-    ("plan", "models"): "`make_plan` is called with a model or its name, and measures it.",
-    ("plan", "methods"): "`make_plan` asks the method for its counts.",
     ("reference.canvases", "ending"): "It is a command, too; the shape of `vit_digits` needs three numbers of it.",
     ("models.weights", "methods"): "Checkpoints carry weights of methods; the registry says which keys these are.",
 }

@@ -11,7 +11,8 @@ from tests import tiny
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import describe
-from ztp_deploy.plan import Plan, Stage, count_flops, default_sites, make_plan, share_of
+from ztp_deploy.plan import Plan, Stage, count_flops, default_sites, share_of
+from ztp_deploy.planning import make_plan
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ztp_deploy.exporters import Artifact, export
     from ztp_deploy.models import load_model
     from ztp_deploy.models.base import ModelSize
-    from ztp_deploy.plan import Plan, make_plan
+    from ztp_deploy.plan import Plan
+    from ztp_deploy.planning import make_plan
     from ztp_deploy.pruning.prune import prune
     from ztp_deploy.pruning.trace import TokenTrace, trace_tokens
 
@@ -45,7 +46,7 @@ _HOMES = {
     "load_engine": "ztp_deploy.backends",
     "load_images": "ztp_deploy.evidence.images",
     "load_model": "ztp_deploy.models",
-    "make_plan": "ztp_deploy.plan",
+    "make_plan": "ztp_deploy.planning",
     "measure_latency": "ztp_deploy.evidence.latency",
     "prune": "ztp_deploy.pruning.prune",
     "trace_tokens": "ztp_deploy.pruning.trace",

@@ -11,7 +11,7 @@ from ztp_deploy.evidence.latency import LatencyReport, Samples, paired_ratio
 from ztp_deploy.evidence.methods import MethodRow, MethodsReport, twin_role
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.methods.slice import twin_of
-from ztp_deploy.plan import make_plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.workflow import compare, make, steps
 from ztp_deploy.workflow.compare import compare_methods
 from ztp_deploy.workflow.make import make_engine

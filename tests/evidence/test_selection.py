@@ -9,7 +9,7 @@ from tests import tiny
 from tests.runs import copy_of, observe
 from ztp_deploy.evidence.selection import Observation, differences, same_fates
 from ztp_deploy.models import host_of
-from ztp_deploy.plan import make_plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 
 BOUND = 1e-5

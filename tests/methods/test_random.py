@@ -12,7 +12,8 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import differences
 from ztp_deploy.methods import parse_options, random
 from ztp_deploy.models import host_of
-from ztp_deploy.plan import Stage, make_plan
+from ztp_deploy.plan import Stage
+from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 
 

@@ -17,7 +17,8 @@ from ztp_deploy.methods.share import (
     zero_tprune_share,
 )
 from ztp_deploy.models import describe
-from ztp_deploy.plan import Stage, count_flops, floor_counts, kept_chain, make_plan
+from ztp_deploy.plan import Stage, count_flops, floor_counts, kept_chain
+from ztp_deploy.planning import make_plan
 
 DEIT_S = describe("deit_s")[1]
 

@@ -15,7 +15,7 @@ from ztp_deploy.methods import tome
 from ztp_deploy.methods.share import zero_tprune_share
 from ztp_deploy.models import describe, host_of
 from ztp_deploy.models.base import ModelSize
-from ztp_deploy.plan import make_plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 
 CASES = [name for name in golden.CASES if name.startswith("tome_")]

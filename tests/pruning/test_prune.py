@@ -13,7 +13,8 @@ from tests import tiny
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.slice import twin_of
-from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.plan import Plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 
 

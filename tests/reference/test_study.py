@@ -18,7 +18,7 @@ from ztp_deploy import models
 from ztp_deploy.console import Bars
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import image_kl, paired_bootstrap
-from ztp_deploy.plan import make_plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.reference import canvases, study
 from ztp_deploy.tune.run import TuneRequest, tune

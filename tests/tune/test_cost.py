@@ -8,7 +8,7 @@ import pytest
 from tests.runs import Listening
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import describe
-from ztp_deploy.plan import make_plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.tune.cost import Budget, Timing, engine_timer, flop_share, measure_blocks, take_apart
 from ztp_deploy.workflow.progress import Clock
 from ztp_deploy.workflow.requests import BuildRequest

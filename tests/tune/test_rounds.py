@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.plan import make_plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.tune import rounds
 from ztp_deploy.tune.rounds import rounds_needed

@@ -13,7 +13,8 @@ from optuna.samplers import RandomSampler
 from ztp_deploy import methods
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.zero_tprune import Options
-from ztp_deploy.plan import FLOP_SHARE_TOLERANCE, make_plan
+from ztp_deploy.plan import FLOP_SHARE_TOLERANCE
+from ztp_deploy.planning import make_plan
 from ztp_deploy.tune.cost import flop_share
 from ztp_deploy.tune.space import Shape, Space, fit, search_of
 

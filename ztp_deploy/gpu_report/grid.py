@@ -20,7 +20,8 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.gpu_report.runtimes import RUNTIMES, precisions_of
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.models import check_request, load_model
-from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.plan import Plan
+from ztp_deploy.planning import make_plan
 
 Group = tuple[str, str, str]
 """Model, runtime and precision: opened once, measured at every batch."""

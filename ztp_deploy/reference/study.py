@@ -34,7 +34,8 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import Comparison, Proportion, compare, hits, image_kl, paired_bootstrap, wilson
 from ztp_deploy.evidence.report.accuracy import change_text, points_text
 from ztp_deploy.evidence.schema import EvidenceFile
-from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.plan import Plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import MEAN, STD

@@ -15,7 +15,8 @@ from ztp_deploy import models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.latency import LatencyReport, bootstrap_median
 from ztp_deploy.methods.slice import twin_of
-from ztp_deploy.plan import Geometry, Plan, Stage, count_flops, make_plan
+from ztp_deploy.plan import Geometry, Plan, Stage, count_flops
+from ztp_deploy.planning import make_plan
 from ztp_deploy.workflow.progress import Clock
 from ztp_deploy.workflow.requests import BuildRequest
 from ztp_deploy.workflow.steps import bench, engine_for

@@ -23,7 +23,8 @@ from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import check_seconds
 from ztp_deploy.manifest import sources_sha256
-from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.plan import Plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.recipes import read_recipe
 from ztp_deploy.scratch import write_bytes, write_text
 from ztp_deploy.tune import rounds, space

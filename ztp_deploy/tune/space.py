@@ -18,7 +18,8 @@ from torch import nn
 from ztp_deploy import methods, models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import Search, SearchedBlocks
-from ztp_deploy.plan import FLOP_SHARE_TOLERANCE, Geometry, Plan, Stage, make_plan, share_of
+from ztp_deploy.plan import FLOP_SHARE_TOLERANCE, Geometry, Plan, Stage, share_of
+from ztp_deploy.planning import make_plan
 
 VERSION = 2
 """Of the space: a study made with another is not gone on with."""

@@ -10,7 +10,8 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.latency import check_seconds
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, twin_role
 from ztp_deploy.methods.slice import twin_of
-from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.plan import Plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 from ztp_deploy.workflow.steps import bench, check_runnable, check_wanted, engine_for, load, measured_batches, prove

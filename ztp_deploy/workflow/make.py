@@ -15,7 +15,8 @@ from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.summary import Summary, summarise
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.methods.slice import twin_of
-from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.plan import Plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest

@@ -9,7 +9,8 @@ from torch import nn
 from ztp_deploy import backends, models
 from ztp_deploy.backends import Target
 from ztp_deploy.defaults import ENGINES_ROOT, EXPORT_ROOT
-from ztp_deploy.plan import Plan, make_plan
+from ztp_deploy.plan import Plan
+from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import build_stages
 from ztp_deploy.recipes import Profile, Recipe
 
