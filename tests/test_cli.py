@@ -543,6 +543,16 @@ def test_a_recipe_brings_its_model(ztp, monkeypatch, command):
     assert len(asked) == 2
 
 
+def test_plan_previews_a_recipe(ztp):
+    Path("mine.toml").write_text('model = "deit_t"\nratio = 0.5\n')
+    code, out, err = ztp("plan", "--recipe", "mine.toml", "--json")
+    assert code == 0, err
+    assert json.loads(out) == json.loads(ztp("plan", "-m", "deit_t", "-r", 0.5, "--json")[1])
+    asked = json.loads(ztp("plan", "--recipe", "mine.toml", "-r", 0.7, "--json")[1])["asked"]
+    assert asked["ratio"] == 0.7
+    one_sentence(*ztp("plan", "-r", 0.7), 2, "--model", "--recipe")
+
+
 def test_export_takes_its_model_from_a_recipe(ztp):
     Path("mine.toml").write_text('model = "deit_t"\nratio = 0.5\n')
     arguments = ("export", "--recipe", "mine.toml", "--weights", "random", "--format", "torchscript", "--json")

@@ -77,6 +77,13 @@ def test_fences_are_paired_and_told_apart():
             fences(broken)
 
 
+def own_types(function):
+    """Names of this project's classes in a function's annotations."""
+    words = re.findall(r"\w+", " ".join(map(str, function.__annotations__.values())))
+    found = {word: getattr(sys.modules[function.__module__], word, None) for word in words}
+    return {word for word, one in found.items() if inspect.isclass(one) and one.__module__.startswith("ztp_deploy")}
+
+
 def test_every_public_name_is_documented_and_annotated():
     assert set(ztp.__all__) == set(ztp._HOMES)
     for name in ztp.__all__:
@@ -86,6 +93,7 @@ def test_every_public_name_is_documented_and_annotated():
             signature = inspect.signature(value)
             assert signature.return_annotation is not inspect.Signature.empty, name
             assert all(p.annotation is not p.empty for p in signature.parameters.values()), name
+            assert own_types(value) <= set(ztp.__all__), name
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = ztp.no_such_name
 

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, whatever befalls the run that makes them."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,26 @@ def test_an_interrupted_replacement_keeps_what_stood(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [final]
 
 
+def test_a_replacement_whose_undoing_fails_keeps_what_stood(tmp_path, monkeypatch):
+    final = tmp_path / "engine"
+    with new_directory(final) as scratch:
+        (scratch / "file").write_text("one")
+    rename = Path.rename
+
+    def refused(path, target):
+        if target == final:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refused)
+        with pytest.raises(WriteFailed, match="Input/output"), new_directory(final) as scratch:
+            (scratch / "file").write_text("two")
+    sweep(tmp_path)
+    assert (final / "file").read_text() == "one"
+    assert list(tmp_path.iterdir()) == [final]
+
+
 def test_many_at_once_make_one_folder(tmp_path):
     """Eight processes, each ten times: every one ends well, and one whole folder stands."""
     script = """
@@ -127,9 +148,12 @@ for number in range(10):
 
 
 def test_errors_of_the_block_that_are_no_refused_writes_pass(tmp_path):
-    with pytest.raises(FileNotFoundError), new_directory(tmp_path / "a"):
-        (tmp_path.parent / "nowhere" / "file").read_text()
+    for elsewhere in (tmp_path.parent / "nowhere" / "file", tmp_path / "file", tmp_path / "ab" / "file"):
+        with pytest.raises(FileNotFoundError), new_directory(tmp_path / "a"):
+            elsewhere.read_text()
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(WriteFailed), new_directory(tmp_path / "a") as scratch:
+        (scratch / "b" / "file").write_text("x")
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
@@ -158,6 +182,15 @@ for attempt in (1, 2):
     assert len(lines) == 2
     assert all(line.startswith("2 ") and "full" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_many_files_of_a_folder_are_one_sweep(tmp_path, monkeypatch):
+    """Each sweep looks at all that lies there."""
+    swept = []
+    monkeypatch.setattr("ztp_deploy.scratch.sweep", swept.append)
+    for number in range(5):
+        write_text(tmp_path / f"{number}", "x")
+    assert swept == [tmp_path]
 
 
 def test_write_text_replaces_whole(tmp_path):

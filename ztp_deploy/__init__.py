@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from ztp_deploy.backends import Engine, build, load_engine
     from ztp_deploy.backends.base import Session
     from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, WriteFailed, ZtpError
-    from ztp_deploy.evidence.images import load_images
-    from ztp_deploy.evidence.latency import measure_latency
-    from ztp_deploy.evidence.parity import check_parity
+    from ztp_deploy.evidence.images import ImageSet, load_images
+    from ztp_deploy.evidence.latency import LatencyReport, measure_latency
+    from ztp_deploy.evidence.parity import ParityReport, check_parity
     from ztp_deploy.exporters import Artifact, export
-    from ztp_deploy.models import load_model
-    from ztp_deploy.models.base import ModelSize
+    from ztp_deploy.models import RandomWeightsWarning, load_model
+    from ztp_deploy.models.base import ModelSize, Preprocessing
     from ztp_deploy.plan import Plan
     from ztp_deploy.planning import make_plan
-    from ztp_deploy.pruning.prune import prune
+    from ztp_deploy.pruning.prune import PrunedModel, prune
     from ztp_deploy.pruning.trace import TokenTrace, trace_tokens
 
 _HOMES = {
@@ -33,9 +33,15 @@ _HOMES = {
     "DamagedFiles": "ztp_deploy.errors",
     "Engine": "ztp_deploy.backends",
     "GateFailed": "ztp_deploy.errors",
+    "ImageSet": "ztp_deploy.evidence.images",
+    "LatencyReport": "ztp_deploy.evidence.latency",
     "MissingSoftware": "ztp_deploy.errors",
     "ModelSize": "ztp_deploy.models.base",
+    "ParityReport": "ztp_deploy.evidence.parity",
     "Plan": "ztp_deploy.plan",
+    "Preprocessing": "ztp_deploy.models.base",
+    "PrunedModel": "ztp_deploy.pruning.prune",
+    "RandomWeightsWarning": "ztp_deploy.models",
     "Session": "ztp_deploy.backends.base",
     "TokenTrace": "ztp_deploy.pruning.trace",
     "WriteFailed": "ztp_deploy.errors",
@@ -58,9 +64,15 @@ __all__ = [
     "DamagedFiles",
     "Engine",
     "GateFailed",
+    "ImageSet",
+    "LatencyReport",
     "MissingSoftware",
     "ModelSize",
+    "ParityReport",
     "Plan",
+    "Preprocessing",
+    "PrunedModel",
+    "RandomWeightsWarning",
     "Session",
     "TokenTrace",
     "WriteFailed",

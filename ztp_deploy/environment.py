@@ -221,12 +221,24 @@ def gpu_line() -> str:
     return f"GPU: {', '.join(gpu.name for gpu in found)}" if found else "GPU: none found; everything ran on the CPU"
 
 
+def _first_gpu() -> str:
+    """The PCI address of the driver's first GPU, which nvidia-smi takes: unlike the driver it counts hidden ones, too."""
+    address = ctypes.create_string_buffer(32)
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "0"
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetPCIBusId(address, len(address), 0) != 0:
+        return "0"
+    return address.value.decode()
+
+
 def gpu_state() -> dict[str, str]:
     """Clocks (MHz), temperature (°C) and power (W) of the first GPU now; `absent` says why there is nothing."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {"absent": "nvidia-smi is not on this machine."}
-    command = [tool, f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader,nounits", "--id=0"]
+    command = [tool, f"--query-gpu={','.join(_GPU_STATE)}", "--format=csv,noheader,nounits", f"--id={_first_gpu()}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet(*packages: str, errors: bool = False) -> Iterator[None]:
-    """Without the packages' log, warnings and what is printed; `errors`: nor what is written to stderr.
+    """Without the packages' log, and without what anybody warns of or prints meanwhile; `errors`: nor to stderr.
 
-    Exceptions pass as ever.
+    Warnings cannot be told apart by package: torch's exporter lays its own to the file that called it. Exceptions pass.
     """
     known = [name for name in logging.root.manager.loggerDict if any(f"{name}.".startswith(f"{p}.") for p in packages)]
     loggers = [logging.getLogger(name) for name in {*packages, *known}]

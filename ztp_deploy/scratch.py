@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all, and what killed runs left of them.
+"""Files and folders that appear whole or not at all, however the run ends, and what killed runs left of them.
 
 Each is made beside its place under a name of its own, `.<name>.<8 hex>.partial`, and locked while its run lives. The
-system gives the lock back however the run ends, so what nobody holds is swept, whichever container ran it.
+system gives the lock back however the run ends, so what nobody holds is swept, whichever container ran it. Nothing is
+flushed to the disk: what a power cut leaves is found out by the hashes in a manifest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from ztp_deploy.errors import write_failed
@@ -42,7 +44,7 @@ def new_directory(final: Path) -> Iterator[Path]:
         yield scratch
         _replace(scratch, final)
     except OSError as error:
-        if error.errno in _REFUSED_WRITES or _is_within(error, final.parent):
+        if error.errno in _REFUSED_WRITES or _is_within(error, scratch, final):
             raise write_failed(str(final), error) from error
         raise
     finally:
@@ -59,7 +61,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """As `write_text`, for what is no text."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
+        _sweep_once(path.parent.absolute())
         scratch, lock = _claim(path, folder=False)
         try:
             scratch.write_bytes(data)
@@ -99,6 +101,12 @@ def sweep(parent: Path) -> None:
                 _remove(left, stood)
             finally:
                 os.close(lock)
+
+
+@cache
+def _sweep_once(parent: Path) -> None:
+    """A sweep looks at every file of the folder: too much for each of the many that may be written there."""
+    sweep(parent)
 
 
 def _remove(left: Path, stood: Path | None) -> None:
@@ -159,15 +167,18 @@ def _swap(scratch: Path, final: Path) -> None:
         scratch.rename(final)
     except BaseException:
         if old.exists() and not final.exists():
-            old.rename(final)
+            with suppress(OSError):  # where that fails, too, the next sweep does it
+                old.rename(final)
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _beside(final: Path, mark: str = "") -> Path:
     return final.with_name(f".{final.name}.{secrets.token_hex(4)}{mark}.partial")
 
 
-def _is_within(error: OSError, parent: Path) -> bool:
-    return isinstance(error.filename, (str, Path)) and parent.absolute() in Path(error.filename).absolute().parents
+def _is_within(error: OSError, *places: Path) -> bool:
+    if not isinstance(error.filename, (str, Path)):
+        return False
+    path = Path(error.filename).absolute()
+    return any(path.is_relative_to(place.absolute()) for place in places)

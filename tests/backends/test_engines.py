@@ -43,6 +43,12 @@ def test_engines_equal_eager_at_every_batch(any_engine, pruned, batch):
         assert ours.tolist() == theirs.sort(1).values.tolist()
 
 
+def test_an_engine_is_loaded_as_its_folder_is(shared_engine):
+    with ztp.load_engine(shared_engine) as session:
+        assert session.directory == shared_engine.directory
+        assert session.manifest == shared_engine.manifest
+
+
 def test_audit_scores_equal_eager(any_engine, pruned):
     images = tiny.images(3)
     with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -108,6 +109,23 @@ def test_the_worst_distance_is_not_lost_among_finite_ones():
     worst, _, faults = parity._compare_logits(expected, found, tolerance, ["a", "b", "c"], set())
     assert np.isnan(worst)
     assert [fault.image for fault in faults] == ["b"]
+
+
+def test_logits_that_are_all_alike_have_a_distance():
+    """As in the C++ self-test: equal ones are not apart, others are infinitely far, and nothing is divided by zero."""
+    alike, other = np.zeros((2, 3)), np.array([[0.0, 0, 0], [0, 0, 1]])
+    tolerance = parity.TOLERANCES["fp32"]
+    assert parity._compare_logits(alike, alike, tolerance, ["a", "b"], set()) == (0.0, 2, [])
+    worst, _, [fault] = parity._compare_logits(alike, other, tolerance, ["a", "b"], set())
+    assert (worst, fault.image) == (np.inf, "b")
+
+
+def test_a_model_on_another_device_is_checked_by_a_copy_on_the_cpu(shared_engine, pruned, monkeypatch):
+    """torch's meta device, which every machine has, stands in for a GPU; what it lacks is the way back."""
+    elsewhere = copy.deepcopy(pruned).to("meta")
+    monkeypatch.setattr(type(pruned), "cpu", lambda self: pruned)
+    assert ztp.check_parity(shared_engine, elsewhere, tiny.images(3)).passed
+    assert next(elsewhere.parameters()).is_meta
 
 
 def test_a_top_k_that_keeps_the_wrong_tokens_is_a_selection_fault(engine, model, photographs):

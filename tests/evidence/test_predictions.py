@@ -34,6 +34,19 @@ def predictor(model):
     return Predictor("pruned", "eager", {"model": "tiny"}, transform, 4, forward)
 
 
+def test_an_edited_picture_of_the_same_size_is_another_run(predictor, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    data = read_labelled(write_pictures(tmp_path / "pictures"), 10, None)
+    path = partial_file(tmp_path, predictor, data)
+    again = replace(data)  # what a later process reads
+    assert partial_file(tmp_path, predictor, again) == path
+    file = data.files[3]
+    file.write_bytes(file.read_bytes()[::-1])
+    edited = replace(data)
+    assert edited.sha256 == data.sha256
+    assert partial_file(tmp_path, predictor, edited) != path
+
+
 def test_a_run_goes_on_where_it_was_cut_short(predictor, pictures, tmp_path, monkeypatch):
     data = read_labelled(pictures, 10, None)
     whole, speed = predict(predictor, data, 10, workers=2)

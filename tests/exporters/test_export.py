@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx
 import pytest
+import timm
 import torch
 
 import ztp_deploy as ztp
@@ -123,3 +124,9 @@ def test_the_dense_model_exports_too(model, tmp_path):
     assert artifact.manifest.outputs == ("logits",)
     assert artifact.manifest.audit == ()
     assert tiny.images(1).shape == (1, 3, 96, 96)
+
+
+def test_a_model_without_values_is_refused():
+    bare = timm.create_model("vit_tiny_patch16_224").to("meta")
+    with pytest.raises(BadRequest, match="meta device and has no values"):
+        ztp.prune(bare, ztp.make_plan("augreg_vit_t", ratio=0.7))

@@ -295,6 +295,25 @@ def test_refusals(grid, tmp_path, monkeypatch):
     assert measure.report_path(tmp_path, "cuda") == tmp_path / "gpu" / "none.json"
 
 
+def test_nvidia_smi_is_asked_for_the_gpu_that_the_driver_counts_first(tmp_path, monkeypatch):
+    """CUDA_VISIBLE_DEVICES hides GPUs from the driver and not from nvidia-smi: numbers are not the same in both."""
+
+    class Driver:
+        def cuInit(self, flags):
+            return 0
+
+        def cuDeviceGetPCIBusId(self, text, length, device):
+            text.value = b"0000:65:00.0"
+            return 0 if device == 0 else 101
+
+    monkeypatch.setattr(environment.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "${3#--id=}, 580.1, P0, 1980, 2619, 1980, 41, 210.5, 700.0, 3"\n')
+    tool.chmod(0o755)
+    assert environment.gpu_state()["name"] == "0000:65:00.0"
+
+
 def test_nvidia_smi_is_asked_for_clocks(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "not on this machine" in environment.gpu_state()["absent"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 import ztp_deploy as ztp
@@ -24,3 +26,17 @@ def test_trace_agrees_with_the_run(pruned):
                 slot = int(carried[position])
                 expected = position if slot >= 0 else -1
                 assert (int(trace.kept[image, slot]) if slot >= 0 else -1) == expected
+
+
+def test_images_follow_the_module_to_its_device(pruned, monkeypatch):
+    """torch's meta device stands in for a GPU."""
+    images = torch.from_numpy(tiny.images(2))
+    elsewhere, devices = copy.deepcopy(pruned).to("meta"), []
+
+    def run(moved):
+        devices.append(moved.device.type)
+        return pruned.run(images)
+
+    monkeypatch.setattr(elsewhere, "run", run)
+    assert [trace.block for trace in ztp.trace_tokens(elsewhere, images)] == [1, 2, 3]
+    assert devices == ["meta"]

@@ -330,9 +330,9 @@ def check_precision(backend: str, precision: str) -> None:
         )
 
 
-def find_engine(directory: Path | str) -> Engine:
-    """An engine folder with every file verified, not opened. Raises BadRequest and DamagedFiles."""
-    folder = Path(directory)
+def find_engine(engine: Engine | Path | str) -> Engine:
+    """An engine or its folder with every file verified, not opened. Raises BadRequest and DamagedFiles."""
+    folder = engine.directory if isinstance(engine, Engine) else Path(engine)
     manifest = read_manifest(folder, EngineManifest)
     verify_files(folder, manifest)
     return Engine(folder, manifest)
@@ -351,8 +351,8 @@ def require_runnable(engine: Engine) -> Backend:
     return module
 
 
-def load_engine(directory: Path | str) -> Session:
-    """Opens an engine folder after verifying its manifest and every file's sha256.
+def load_engine(directory: Engine | Path | str) -> Session:
+    """Opens an engine, what `build` returned or a folder, after verifying its manifest and every file's sha256.
 
     TorchScript, AOTInductor and TensorRT engines and OpenVINO's with compiled stages are code: load only what you built.
     Raises BadRequest (no engine folder), DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).

@@ -125,8 +125,8 @@ def plan_request(
 
 
 def asked_plan(context: typer.Context) -> PlanRequest:
-    """The plan that a command with all of `PLAN_OPTIONS` was asked for. Raises what `plan_request` raises."""
-    return plan_request(**{name: context.params[name] for name in PLAN_OPTIONS | {"model"}})
+    """The plan that a command was asked for by those of `PLAN_OPTIONS` it has. Raises what `plan_request` raises."""
+    return plan_request(**{name: value for name, value in context.params.items() if name in PLAN_OPTIONS | {"model"}})
 
 
 def asked_build(

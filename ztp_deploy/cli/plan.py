@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import json
 
+import typer
 from rich.table import Table
 
-from ztp_deploy.cli.options import AsJson, FlopShare, Keep, Method, Model, Option, Ratio, Sites, plan_request
+from ztp_deploy.cli.options import (
+    AsJson,
+    FlopShare,
+    Keep,
+    Method,
+    ModelOrRecipe,
+    Option,
+    Ratio,
+    Recipe,
+    Sites,
+    asked_plan,
+)
 from ztp_deploy.console import out, print_json
 
 
 def plan(
-    model: Model,
+    context: typer.Context,
+    model: ModelOrRecipe = None,
     method: Method = None,
     ratio: Ratio = None,
     flops: FlopShare = None,
     keep: Keep = None,
     sites: Sites = None,
     option: Option = None,
+    recipe: Recipe = None,
     as_json: AsJson = False,
 ) -> None:
     """Fix the token count of every stage, and count multiply-accumulates. Nothing is built."""
     from ztp_deploy.evidence.report.markdown import macs_line
 
-    wanted = plan_request(model=model, method=method, ratio=ratio, flops=flops, keep=keep, sites=sites, option=option)
+    wanted = asked_plan(context)
     made = wanted.plan(wanted.model)
     if as_json:
         print_json(json.loads(made.to_json()))

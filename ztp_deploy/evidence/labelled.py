@@ -43,6 +43,11 @@ class Labelled:
             sha.update(f"{name}|{file.stat().st_size}|{label}\n".encode())
         return sha.hexdigest()
 
+    @cached_property
+    def written(self) -> str:
+        """Hash over when each file was last written: tells a picture that was edited since, on this machine alone."""
+        return hashlib.sha256(repr([file.stat().st_mtime_ns for file in self.files]).encode()).hexdigest()
+
 
 def read_labelled(data: Path | str, classes: int, labels: Sequence[str] | None) -> Labelled:
     """The pictures of a folder with a sub-folder per class, or of a CSV file with the columns file,label.

@@ -8,6 +8,7 @@ edge and the kind of fault.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def check_parity(
     engine's input dtype. Returns the report, passed or not; `report.require()` raises GateFailed.
     Raises BadRequest where model and engine do not belong together.
     """
-    found = find_engine(engine.directory if isinstance(engine, Engine) else engine)
+    found = find_engine(engine)
     manifest = found.manifest
     if manifest.precision not in TOLERANCES:
         raise BadRequest(
@@ -380,7 +381,8 @@ def _compare_logits(
     """The worst Δlogit in σ, how often the best class is equal, and the faults of images that have none yet."""
     distances, top1, faults = [], 0, []
     for name, one, other in zip(names, expected, found, strict=True):
-        distance = float(np.abs(one - other).max() / one.std())
+        apart, sigma = float(np.abs(one - other).max()), float(one.std())
+        distance = apart and (apart / sigma if sigma else math.inf)  # as the C++ self-test: nothing apart is 0 of any σ
         equal = bool(one.argmax() == other.argmax())
         distances.append(distance)
         top1 += equal

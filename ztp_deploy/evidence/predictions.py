@@ -45,7 +45,7 @@ def partial_file(folder: Path, predictor: Predictor, data: Labelled) -> Path:
 
 
 def _key(predictor: Predictor, data: Labelled) -> str:
-    return hash_of(identity=predictor.identity, batch=predictor.batch, data=data.sha256)
+    return hash_of(identity=predictor.identity, batch=predictor.batch, data=data.sha256, written=data.written)
 
 
 def predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Literal
 
@@ -29,7 +30,8 @@ def merges(plan: Plan) -> bool:
 class InferenceGraph(nn.Module):
     """Images → (logits, kept_1 …, merged_1 …): what a graph file computes; `audited` adds the scores.
 
-    With `input="uint8"` pixels [B, 3, H, W] are normalised here, as timm's transform does it.
+    With `input="uint8"` pixels [B, 3, H, W] are normalised here, as timm's transform does it. Of a module on another
+    device it takes a copy on the CPU: what is exported and what proofs refer to does not hang on where the model lies.
     """
 
     mean: Tensor
@@ -37,7 +39,8 @@ class InferenceGraph(nn.Module):
 
     def __init__(self, pruned: PrunedModel, input: Literal["float32", "uint8"]) -> None:
         super().__init__()
-        self.pruned = pruned
+        on_cpu = all(value.device.type == "cpu" for value in (*pruned.parameters(), *pruned.buffers()))
+        self.pruned = pruned if on_cpu else copy.deepcopy(pruned).cpu()
         self.input = input
         self.low: torch.dtype | None = None
         """What the backbone computes in where that is not float32; set by `lower`."""

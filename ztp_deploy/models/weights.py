@@ -25,7 +25,11 @@ _CONTAINERS = ("model", "model_ema", "module", "state_dict", "state_dict_ema")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in name order."""
+    """sha256 over names, dtypes, shapes and bytes, in name order. Raises BadRequest for tensors without values."""
+    if bare := [name for name in sorted(state) if state[name].is_meta]:
+        raise BadRequest(
+            f"{bare[0]} of the model is on torch's meta device and has no values.", "Load its weights first."
+        )
     sha = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()

@@ -30,9 +30,9 @@ class TokenTrace:
 
 
 def trace_tokens(pruned: PrunedModel, images: Tensor) -> list[TokenTrace]:
-    """Runs images [B, 3, H, W] and reports every stage's selection, in block order."""
+    """Runs images [B, 3, H, W] on the module's device and reports every stage's selection, in block order."""
     with torch.inference_mode():
-        outputs = pruned.run(images)
+        outputs = pruned.run(images.to(next(pruned.parameters()).device))
     patches = pruned.plan.patch_tokens
     kept = [positions.cpu().numpy() for positions in outputs.kept]
     assignments = assign(kept, [merged.cpu().numpy() for merged in outputs.merged], patches)
