@@ -46,11 +46,18 @@ def _save(model: onnx.ModelProto, plan: Plan, directory: Path, wanted: str) -> N
     model = precision.lower(model, wanted)
     path = directory / GRAPH_FILE
     vocabulary.check(model, plan, path)
-    if sum(len(weights.raw_data) for weights in model.graph.initializer) > _PROTOBUF_LIMIT:
-        onnx.save_model(model, path, save_as_external_data=True, location=WEIGHTS_FILE)
-    else:
-        onnx.save_model(model, path)
+    save(model, path)
     onnx.checker.check_model(str(path), full_check=False)
+
+
+def large(model: onnx.ModelProto) -> bool:
+    """Whether its weights are too many for one protobuf message; one beyond 2 GB cannot even be asked for its size."""
+    return sum(len(weights.raw_data) for weights in model.graph.initializer) > _PROTOBUF_LIMIT
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Writes the graph, with its weights in `WEIGHTS_FILE` beside it where it is large."""
+    onnx.save_model(model, path, save_as_external_data=large(model), location=WEIGHTS_FILE)
 
 
 def with_audit(model: onnx.ModelProto, names: tuple[str, ...]) -> onnx.ModelProto:

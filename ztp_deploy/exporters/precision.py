@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from ztp_deploy.exporters.fold import constants
+from ztp_deploy.exporters.fold import constants, drop_unread
 from ztp_deploy.exporters.vocabulary import MATRIX
 
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -24,6 +24,8 @@ _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _LARGEST: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 255 / 128 * 2.0**127}
 _BF16_OPSET = 22
 """The first opset whose Conv takes bfloat16."""
+_SMALL_BYTES = 1024
+"""What an operator's rules may depend on, such as axes and shapes, is smaller."""
 
 
 def lower(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
@@ -31,8 +33,7 @@ def lower(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     if precision == "fp32":
         return model
     if precision == "bf16":
-        lowered = onnx.version_converter.convert_version(model, _BF16_OPSET)
-        lowered.doc_string = model.doc_string
+        lowered = _at_opset(model, _BF16_OPSET)
     else:
         lowered = onnx.ModelProto()
         lowered.CopyFrom(model)
@@ -74,6 +75,22 @@ def weight_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     ]
 
 
+def _at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """The model by a later opset's rules. Weights do not pass the converter, whose messages hold 2 GB."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.raw_data) > _SMALL_BYTES}
+    for tensor in bare.graph.initializer:
+        if tensor.name in weights:
+            tensor.ClearField("raw_data")
+    converted = onnx.version_converter.convert_version(bare, opset)
+    for tensor in converted.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(weights[tensor.name])
+    converted.doc_string = model.doc_string
+    return converted
+
+
 class _Lowering:
     """One graph being rewritten in place."""
 
@@ -82,10 +99,7 @@ class _Lowering:
         self.low = low
         self.types = _float_types(graph)
         self.producer = {name: node for node in graph.node for name in node.output}
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        for node in graph.node:
-            if node.op_type == "Constant" and node.attribute[0].HasField("t"):
-                self.constants[node.output[0]] = node.attribute[0].t
+        self.constants = constants(graph)
         self.lowered = self._tokens_way() - self._before_matrices() - self._classifier() - self._exponentials()
         for node in graph.node:  # a node's outputs have one type (Split)
             if self.lowered.intersection(node.output):
@@ -118,7 +132,7 @@ class _Lowering:
         del self.graph.node[:]
         self.graph.node.extend(rewritten)
         del self.graph.value_info[:]
-        self._drop_unused()
+        drop_unread(self.graph, ["Constant"])
 
     def _tokens_way(self) -> set[str]:
         """Float tensors from which logits are reached through float tensors alone."""
@@ -186,15 +200,6 @@ class _Lowering:
             self.graph.initializer.append(tensor)
             self.casts[key] = cast
         return self.casts[key]
-
-    def _drop_unused(self) -> None:
-        used = {name for node in self.graph.node for name in node.input} | {value.name for value in self.graph.output}
-        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
-        del self.graph.initializer[:]
-        self.graph.initializer.extend(kept)
-        nodes = [node for node in self.graph.node if node.op_type != "Constant" or node.output[0] in used]
-        del self.graph.node[:]
-        self.graph.node.extend(nodes)
 
 
 def _rounded(values: NDArray[Any], low: int) -> NDArray[Any]:

@@ -14,6 +14,7 @@ import onnx
 from onnx import numpy_helper
 
 from ztp_deploy.errors import GateFailed
+from ztp_deploy.exporters.fold import constants
 from ztp_deploy.exporters.graph import output_names
 from ztp_deploy.plan import Plan
 
@@ -134,7 +135,7 @@ def lint(model: onnx.ModelProto, plan: Plan, *, quantised: bool = False) -> list
     counts ask), each Gather by a computed index (axis 0; a constant index is a mere slice), and the outputs:
     `logits`, then `kept_i` int32 [batch, tokens_out] and, of methods that merge, `merged_i` int32 [batch, tokens_in].
     """
-    constants = _constants(model)
+    known = constants(model.graph)
     allowed = ALLOWED | QUANTISATION if quantised else ALLOWED
     faults: list[str] = []
     counts: Counter[int] = Counter()
@@ -147,10 +148,10 @@ def lint(model: onnx.ModelProto, plan: Plan, *, quantised: bool = False) -> list
         elif node.op_type not in allowed:
             faults.append(f"{name} is not in the vocabulary")
         elif node.op_type == "TopK":
-            k = _lint_top_k(node, name, constants, faults)
+            k = _lint_top_k(node, name, known, faults)
             if k is not None:
                 counts[k] += 1
-        elif node.op_type == "Gather" and node.input[1] not in constants and _attribute(node, "axis", 0) != 0:
+        elif node.op_type == "Gather" and node.input[1] not in known and _attribute(node, "axis", 0) != 0:
             faults.append(f"{name} gathers by a computed index on axis {_attribute(node, 'axis', 0)}, not 0")
     faults += _lint_counts(counts, plan) + _lint_outputs(model, plan)
     return faults
@@ -175,31 +176,19 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(attribute.g)
 
 
-def _constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    found = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
-            found[node.output[0]] = node.attribute[0].t
-        elif node.op_type == "Reshape" and all(name in found for name in node.input):
-            found[node.output[0]] = found[node.input[0]]  # torch's exporter folds only small constants
-    return found
-
-
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
     return next((a.i for a in node.attribute if a.name == name), default)
 
 
-def _lint_top_k(
-    node: onnx.NodeProto, name: str, constants: dict[str, onnx.TensorProto], faults: list[str]
-) -> int | None:
+def _lint_top_k(node: onnx.NodeProto, name: str, known: dict[str, onnx.TensorProto], faults: list[str]) -> int | None:
     if _attribute(node, "sorted", 1) != 1:
         faults.append(f"{name} is not sorted: TensorRT refuses it")
     if _attribute(node, "largest", 1) != 1:
         faults.append(f"{name} takes the smallest: a selection keeps the largest")
-    if node.input[1] not in constants:
+    if node.input[1] not in known:
         faults.append(f"{name} has a k that is computed at run time")
         return None
-    k = int(numpy_helper.to_array(constants[node.input[1]]).item())
+    k = int(numpy_helper.to_array(known[node.input[1]]).item())
     if k > MAX_K:
         faults.append(f"{name} has k = {k}, beyond {MAX_K}")
     return k

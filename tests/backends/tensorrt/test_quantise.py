@@ -16,13 +16,13 @@ from tests import tiny
 from tests.backends.tensorrt import needs_modelopt, needs_rtx
 from ztp_deploy import backends, environment
 from ztp_deploy.backends.onnxruntime import backend as onnxruntime_backend
-from ztp_deploy.backends.tensorrt import quantise
 from ztp_deploy.backends.tensorrt.build import build_plan
 from ztp_deploy.backends.tensorrt.graph import low_products
 from ztp_deploy.backends.tensorrt.quantise import Calibration, quantised
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import ImageSet, load_images
 from ztp_deploy.evidence.parity import TOLERANCES, compare_with_eager
+from ztp_deploy.exporters import onnx as exporter
 from ztp_deploy.exporters import vocabulary
 from ztp_deploy.exporters.fold import constants, fold_constants
 from ztp_deploy.exporters.precision import lower, weight_products
@@ -234,7 +234,8 @@ def test_scales_too_small_for_fp16_are_raised(tmp_path):
 
 @needs_modelopt
 def test_graphs_beyond_protobufs_limit_go_through_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(quantise, "_PROTOBUF_LIMIT", 0)
+    monkeypatch.setattr(exporter, "_PROTOBUF_LIMIT", 0)
+    tiny.hold_messages_to(1_000, monkeypatch)
     images = np.ones((1, 4, 32), np.float32)
     made = quantised(two_readers(), ["mixing.1"], Calibration(images, "fp8", "max"), tmp_path, silent)
     assert low_products(made, "fp8") == {"mixing.1"}
@@ -322,7 +323,8 @@ def no_gpu(monkeypatch):
 @needs_rtx
 @needs_modelopt
 def test_a_graph_beyond_protobufs_limit_is_built_from_two_files(artifact, calibration, tmp_path, no_gpu, monkeypatch):
-    monkeypatch.setattr(quantise, "_PROTOBUF_LIMIT", 0)
+    monkeypatch.setattr(exporter, "_PROTOBUF_LIMIT", 0)
+    tiny.hold_messages_to(100_000, monkeypatch)
     engine = build(artifact, tmp_path / "e", "int8", calibration)
     assert set(engine.manifest.files) == {"model.plan", "model.onnx", "model.onnx.data"}
     assert engine.manifest.built["engine_products"] == {"asked": 24, "proved": 24}

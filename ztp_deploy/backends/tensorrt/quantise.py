@@ -36,7 +36,6 @@ SHARE = 0.4
 """Of a build's progress, what calibration takes."""
 _OPERATORS = {"int8": ("MatMul", "Gemm", "Conv"), "fp8": ("MatMul", "Gemm")}
 """TensorRT has fp8 kernels for few convolutions."""
-_PROTOBUF_LIMIT = 1_900_000_000
 _SMALLEST_SCALE = 2.0**-24
 """The smallest number that fp16 has: rounded to 0, a scale would be refused."""
 
@@ -72,7 +71,7 @@ def derive(job: BuildJob, settings: Settings) -> Derived:
 
     Raises BadRequest without images, MissingSoftware without ModelOpt, and GateFailed where nothing was quantised.
     """
-    from ztp_deploy.exporters.onnx import WEIGHTS_FILE, with_audit
+    from ztp_deploy.exporters.onnx import save, with_audit
 
     if job.calibration is None or not len(job.calibration):
         raise BadRequest(
@@ -92,8 +91,7 @@ def derive(job: BuildJob, settings: Settings) -> Derived:
     model = lower(model, settings.float_precision)
     path = job.directory / GRAPH_FILE
     vocabulary.check(model, manifest.plan, path, quantised=True)
-    # Beyond what one message holds, weights lie in a file beside it.
-    onnx.save_model(model, path, save_as_external_data=model.ByteSize() > _PROTOBUF_LIMIT, location=WEIGHTS_FILE)
+    save(model, path)
     notes = []
     if left := [name for name in wanted if name not in done]:
         notes.append(f"ModelOpt left {len(left)} of {len(wanted)} products in floating point: {', '.join(left)}.")
@@ -140,8 +138,10 @@ def _calibrated(
     Its own choice of products, its fusing and its lowering to fp16 are not used: they know no scores. It rewrites
     the file it is given, so it gets one of its own; and it patches ONNX Runtime's quantiser for the whole process.
     """
+    from ztp_deploy.exporters import onnx as exporter
+
     quantize = _modelopt()
-    large = model.ByteSize() > _PROTOBUF_LIMIT
+    large = exporter.large(model)
     with TemporaryDirectory(dir=scratch) as folder, quiet("modelopt", errors=calibration.method == "entropy"):
         source, target = Path(folder) / "float32.onnx", Path(folder) / "quantised.onnx"
         onnx.save_model(model, source, save_as_external_data=large)
