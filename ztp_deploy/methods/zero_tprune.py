@@ -442,10 +442,12 @@ def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weight
     assert isinstance(options, Options)
     most = min(stage.tokens_in - staying(stage.tokens_in, options.partition), stage.tokens_in - stage.tokens_out)
     rounds, similar = stage.static.get("rounds", 0), stage.static.get("similar", -1)
-    if not (1 <= rounds <= MAX_ROUNDS and 0 <= similar <= most):
+    partition = PARTITIONS.index(options.partition) if similar else 0
+    fits = 1 <= rounds <= MAX_ROUNDS and 0 <= similar <= most
+    if not fits or stage.static.get("partition", 0) != partition:
         raise BadRequest(
             f"The stage at block {stage.block} has the fixed numbers {stage.static}; Zero-TPrune needs "
-            f"rounds from 1 to {MAX_ROUNDS} and similar from 0 to {most}.",
+            f"rounds from 1 to {MAX_ROUNDS}, similar from 0 to {most} and, for its options, partition {partition} (0 may be left out).",
             "Make the plan anew with `ztp plan`.",
         )
     return ZeroTPruneStage(stage, geometry, options)
