@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +240,21 @@ def test_an_engine_finds_its_artifact_through_links(artifact, tmp_path):
     folder = tmp_path / "project" / "engines" / "e"
     engine = ztp.build(near, "onnxruntime", device="cpu", directory=folder)
     assert (folder.resolve() / engine.manifest.artifact).resolve() == near.directory.resolve()
+
+
+def test_first_audits_at_once_open_one_session(shared_engine, monkeypatch):
+    with ztp.load_engine(shared_engine.directory) as session:
+        genuine, opened = session._runner._open, []
+
+        def slowly(*arguments, **options):
+            opened.append(arguments)
+            time.sleep(0.2)
+            return genuine(*arguments, **options)
+
+        monkeypatch.setattr(session._runner, "_open", slowly)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(session.audit, [tiny.images(1)] * 2))
+    assert len(opened) == 1
 
 
 def test_audits_leave_weights_in_their_file(pruned, shared_engine, tmp_path, monkeypatch):

@@ -213,6 +213,7 @@ class OnnxRuntimeRunner:
         self._optimise = optimise
         self._session = self._open(str(graph), recording=settings.cuda_graph)
         self._audit_session: Any = None
+        self._auditing = threading.Lock()
         self._recordings: dict[int, _Bound] = {}
         self._buffers: tuple[Tensor, dict[str, Tensor]] | None = None
         self._one_at_a_time = threading.Lock()
@@ -281,8 +282,9 @@ class OnnxRuntimeRunner:
         return "cpu" if self._provider == CPU else "cuda:0"
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        if self._session is not None and self._audit_session is None:
-            self._audit_session = self._open(self._audited(), recording=False)
+        with self._auditing:
+            if self._session is not None and self._audit_session is None:
+                self._audit_session = self._open(self._audited(), recording=False)
         return self._run(self._audit_session, images, (*self._manifest.outputs, *self._manifest.audit))
 
     def close(self) -> None:
