@@ -152,8 +152,11 @@ def hash_files(directory: Path) -> dict[str, FileRecord]:
 
 
 def hash_of(**ingredients: object) -> str:
-    """One hash over everything that decides a result, for finding a finished one again."""
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
+    """One hash over everything that decides a result, as JSON, for finding a finished one again.
+
+    Raises TypeError for what JSON does not hold: its text may leave out what differs.
+    """
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 @cache
