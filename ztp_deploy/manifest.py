@@ -228,6 +228,14 @@ def verify_files(directory: Path, manifest: _Manifest) -> None:
             )
 
 
+def listed(directory: Path, manifest: ArtifactManifest | EngineManifest, name: str) -> Path:
+    """The path of a file of the folder. Raises DamagedFiles unless the manifest lists it: any other was not verified."""
+    if name not in manifest.files:
+        kind = f"{manifest.backend} engines" if isinstance(manifest, EngineManifest) else f"{manifest.format} artifacts"
+        raise DamagedFiles(f"{directory / MANIFEST} does not list {name}, which {kind} consist of.", "Build it again.")
+    return directory / name
+
+
 def check_replaceable(directory: Path, kind: type[_Manifest]) -> None:
     """Refuses to write where anything stands but an empty folder or an earlier folder of the same kind."""
     noun = "engine" if kind is EngineManifest else "artifact"

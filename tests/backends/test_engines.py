@@ -21,7 +21,7 @@ from tests.test_import_order import imported
 from ztp_deploy import backends, environment, exporters
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, WriteFailed
 from ztp_deploy.evidence.images import photograph_crops
-from ztp_deploy.manifest import BatchRange
+from ztp_deploy.manifest import BatchRange, write_manifest
 
 
 @pytest.fixture(params=sorted(name for name in backends.BACKENDS if "cpu" in backends.get(name).DEVICES))
@@ -166,6 +166,17 @@ def test_a_closed_session_says_so(any_engine):
     with pytest.raises(BadRequest, match="closed"):
         session.audit(tiny.images(1))
     assert all(np.array_equal(now, before) for now, before in zip(session.kept(), kept, strict=True))
+
+
+def test_no_file_is_opened_that_the_manifest_does_not_list(any_engine, tmp_path):
+    """It lies there all the same, and was never verified."""
+    for name in {"model.onnx", "model.ts", "model.pt2", "model.xml", "model.bin"} & set(any_engine.manifest.files):
+        folder = tmp_path / name
+        shutil.copytree(any_engine.directory, folder)
+        files = {file: record for file, record in any_engine.manifest.files.items() if file != name}
+        write_manifest(any_engine.manifest.model_copy(update={"files": files}), folder)
+        with pytest.raises(DamagedFiles, match=rf"does not list {name}, which {any_engine.manifest.backend} engines"):
+            ztp.load_engine(folder)
 
 
 def test_an_engine_is_found_again_and_rebuilt_for_other_settings(artifact, tmp_path):

@@ -27,7 +27,7 @@ from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.cuda_graph import Recorder
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, first_line
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.manifest import EngineManifest, listed
 from ztp_deploy.quiet import quiet
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def open_runner(directory: Path, manifest: EngineManifest) -> AotInductorRunner:
 
     Raises MissingSoftware where this CPU lacks instructions that the code was compiled for.
     """
-    return AotInductorRunner(directory / PACKAGE_FILE, manifest)
+    return AotInductorRunner(listed(directory, manifest, PACKAGE_FILE), manifest)
 
 
 class AotInductorRunner:

@@ -14,7 +14,7 @@ from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import DamagedFiles, first_line
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.manifest import EngineManifest, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ def unrunnable(device: Device) -> str | None:
 
 def open_runner(directory: Path, manifest: EngineManifest) -> TorchScriptRunner:
     """Opens `model.ts`, which is code: its hash was checked, load only what you built."""
-    return TorchScriptRunner(directory / GRAPH_FILE, manifest)
+    return TorchScriptRunner(listed(directory, manifest, GRAPH_FILE), manifest)
 
 
 class TorchScriptRunner:

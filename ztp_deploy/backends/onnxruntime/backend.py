@@ -20,7 +20,7 @@ from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
-from ztp_deploy.manifest import ArtifactManifest, EngineManifest
+from ztp_deploy.manifest import ArtifactManifest, EngineManifest, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,7 +152,7 @@ def unrunnable(device: Device) -> str | None:
 def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:
     """Opens `model.onnx` on the manifest's provider. Raises DamagedFiles and MissingSoftware."""
     return OnnxRuntimeRunner(
-        directory / GRAPH_FILE,
+        listed(directory, manifest, GRAPH_FILE),
         manifest,
         provider=manifest.provider,
         settings=Settings(**manifest.settings),
@@ -166,7 +166,8 @@ def open_unoptimised(directory: Path, manifest: ArtifactManifest) -> OnnxRuntime
     """
     if manifest.precision == "bf16":
         raise BadRequest("ONNX Runtime has no bf16 kernels for the CPU.", "Check the engine itself.")
-    return OnnxRuntimeRunner(directory / GRAPH_FILE, manifest, provider=CPU, settings=Settings(), optimise=False)
+    graph = listed(directory, manifest, GRAPH_FILE)
+    return OnnxRuntimeRunner(graph, manifest, provider=CPU, settings=Settings(), optimise=False)
 
 
 @dataclass(frozen=True)

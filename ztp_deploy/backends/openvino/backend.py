@@ -17,7 +17,7 @@ from ztp_deploy.backends.openvino import attention, ir
 from ztp_deploy.backends.openvino import stage as stages
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.manifest import EngineManifest, listed
 from ztp_deploy.scratch import ask_for_room
 
 if TYPE_CHECKING:
@@ -254,15 +254,14 @@ class OpenVinoRunner:
         if stages.LIBRARY_FILE in self._manifest.files:
             stages.add_to(core, self._directory, self._manifest.backend_version)
         try:
-            model = core.read_model(str(self._directory / MODEL_FILE))
+            model = core.read_model(str(graph), str(weights))
             if further_outputs:
                 model.add_outputs(list(further_outputs))
             return core.compile_model(model, DEVICE, self._properties)
         except RuntimeError as error:
-            raise DamagedFiles(
-                f"OpenVINO cannot open {self._directory / MODEL_FILE}: {_reason(error)}.", "Build it again."
-            ) from error
+            raise DamagedFiles(f"OpenVINO cannot open {graph}: {_reason(error)}.", "Build it again.") from error
 
+        graph, weights = (listed(self._directory, self._manifest, name) for name in (MODEL_FILE, WEIGHTS_FILE))
 
 def _infer(request: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     request.infer({"images": np.ascontiguousarray(images)}, share_inputs=True)

@@ -20,7 +20,7 @@ from ztp_deploy.backends.tensorrt.library import Library
 from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.manifest import EngineManifest, listed
 
 PLAN_FILE = "model.plan"
 AUDIT_FILE = "audit.plan"
@@ -153,17 +153,17 @@ class TensorRT:
         check_home(directory, manifest, self.library, self.version(), settings)
         if not torch.cuda.is_available():
             raise MissingSoftware("torch sees no GPU, and it keeps the engine's memory.", "Install torch with CUDA.")
-        weights = directory / GRAPH_FILE if settings.strip_plan else None
+        weights = listed(directory, manifest, GRAPH_FILE) if settings.strip_plan else None
 
         def execute(file: str) -> runtime.Executor:
-            path = directory / file
-            if file not in manifest.files:  # one that lies there all the same was never verified
+            if file == AUDIT_FILE and not settings.audit:
                 raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
             engine = runtime.open_engine(self.library, path, weights, settings.version_compatible)
             recording = settings.cuda_graph and file == PLAN_FILE
             config = runtime.portable_config(self.library.load(), engine, recording) if self.library.portable else None
             return runtime.Executor(
                 engine, largest=manifest.batch.max, device="cuda:0", cuda_graph=recording, config=config
+            path = listed(directory, manifest, file)
             )
 
         # A graph without stages has nothing to audit: its one plan answers both.
