@@ -15,8 +15,8 @@ from ztp_deploy.plan import Plan
 from ztp_deploy.quiet import quiet
 
 SUMMARY = "dynamic batch; what ONNX Runtime, TensorRT and OpenVINO engines are built from"
-PRECISIONS = precision.PRECISIONS
-PACKAGES = ("onnx", "onnxscript")
+PRECISIONS: tuple[str, ...] = precision.PRECISIONS
+PACKAGES: tuple[str, ...] = ("onnx", "onnxscript")
 OPSET: int | None = 18
 """Of the traced float32 graph; bf16 needs a later one."""
 GRAPH_FILE = "model.onnx"

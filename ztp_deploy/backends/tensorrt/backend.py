@@ -30,7 +30,7 @@ class TensorRT:
     """A back end over one of the two libraries."""
 
     FORMAT = "onnx"
-    DEVICES = ("cuda",)
+    DEVICES: tuple[str, ...] = ("cuda",)
     PRECISIONS = ("fp32", *LOW, *QUANTISED)
     CALIBRATED = tuple(QUANTISED)
 
