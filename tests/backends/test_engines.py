@@ -188,6 +188,39 @@ def test_an_engine_is_found_again_and_rebuilt_for_other_settings(artifact, tmp_p
     assert other.manifest.settings["threads"] == 1
 
 
+def test_another_tool_builds_anew_and_a_missing_one_does_not(artifact, tmp_path, monkeypatch):
+    module, here = backends.get("onnxruntime"), {"quantiser": "1.0"}
+    monkeypatch.setattr(module, "tools", lambda precision, settings: dict(here))
+
+    def build():
+        return ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e").manifest
+
+    first = build()
+    assert first.built["tools"] == {"quantiser": "1.0"}
+    here.clear()
+    assert build() == first
+    here["quantiser"] = "1.1"
+    assert build().built["tools"] == {"quantiser": "1.1"}
+
+
+def test_tools_that_make_an_engine_are_named(monkeypatch):
+    """Each where it takes part, and none that is not here."""
+    monkeypatch.setattr(environment, "installed", lambda package: f"{package} 1")
+    openvino = backends.get("openvino")
+    graph = {"stage": "graph"}
+    assert openvino.tools("fp32", graph) == {}
+    assert openvino.tools("int8", graph) == {"nncf": "nncf 1"}
+    monkeypatch.setenv("CXX", "echo C++")
+    assert openvino.tools("fp32", {"stage": "compiled"}) == {"c++": "C++ --version"}
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert openvino.tools("fp32", {"stage": "compiled"}) == {}
+    for name in ("tensorrt", "tensorrt_rtx"):
+        assert backends.get(name).tools("fp16", {}) == {}
+        assert backends.get(name).tools("int8", {}) == {"nvidia-modelopt": "nvidia-modelopt 1"}
+    monkeypatch.setattr(environment, "installed", lambda package: None)
+    assert openvino.tools("int8", graph) == backends.get("tensorrt").tools("fp8", {}) == {}
+
+
 def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeypatch):
     """Else an engine that this processor refuses would stand in the way of the one it can run."""
     module, fingerprints = backends.get("onnxruntime"), set()

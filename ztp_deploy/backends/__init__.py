@@ -266,7 +266,8 @@ def build_target(
         settings=target.settings,
         calibration=_fitted_to(target, calibration),
     )
-    standing = _standing(directory, fingerprint, artifact_sha256)
+    tools = module.tools(target.precision, target.settings)
+    standing = _standing(directory, fingerprint, artifact_sha256, tools)
     if standing is not None:
         return standing
     verify_files(artifact.directory, source)
@@ -285,6 +286,8 @@ def build_target(
         )
         if calibration is not None and target.calibrated:
             built["calibration_images"] = len(calibration)
+        if tools:
+            built["tools"] = tools
         manifest = EngineManifest(
             source=source.source,
             plan=source.plan,
@@ -365,13 +368,17 @@ def load_engine(directory: Path | str) -> Session:
     return Session(engine.directory, manifest, runner)
 
 
-def _standing(directory: Path, fingerprint: str, artifact_sha256: str) -> Engine | None:
-    """The finished engine of the same fingerprint, if it is there and whole."""
+def _standing(directory: Path, fingerprint: str, artifact_sha256: str, tools: Mapping[str, str]) -> Engine | None:
+    """The finished engine of the same fingerprint, if it is there and whole, and no tool here is another than its own.
+
+    One that is not here leaves it standing: nothing could be built in its place.
+    """
     from ztp_deploy.errors import ZtpError
 
     try:
         engine = find_engine(directory)
     except ZtpError:
         return None
-    same = engine.manifest.fingerprint == fingerprint and engine.manifest.artifact_sha256 == artifact_sha256
-    return engine if same else None
+    manifest = engine.manifest
+    same = (manifest.fingerprint, manifest.artifact_sha256) == (fingerprint, artifact_sha256)
+    return engine if same and tools.items() <= manifest.built.get("tools", {}).items() else None

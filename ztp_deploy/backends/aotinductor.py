@@ -76,6 +76,14 @@ def instructions(settings: dict[str, Any]) -> list[str]:
     return sorted(environment.instruction_flags())
 
 
+def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """The C++ compiler."""
+    try:
+        return {"c++": _compiler()}
+    except MissingSoftware:
+        return {}
+
+
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
     return torch_device.resolve(device, "AOTInductor")

@@ -51,6 +51,11 @@ def instructions(settings: dict[str, Any]) -> list[str]:
     return []
 
 
+def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """None: the graph is the artifact's, whose versions are recorded."""
+    return {}
+
+
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
     return torch_device.resolve(device, "TorchScript")

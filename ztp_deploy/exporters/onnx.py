@@ -16,7 +16,7 @@ from ztp_deploy.quiet import quiet
 
 SUMMARY = "dynamic batch; what ONNX Runtime, TensorRT and OpenVINO engines are built from"
 PRECISIONS: tuple[str, ...] = precision.PRECISIONS
-PACKAGES: tuple[str, ...] = ("onnx", "onnxscript")
+PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnx-ir")
 OPSET: int | None = 18
 """Of the traced float32 graph; bf16 needs a later one."""
 GRAPH_FILE = "model.onnx"

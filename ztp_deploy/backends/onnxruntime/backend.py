@@ -77,6 +77,11 @@ def instructions(settings: dict[str, Any]) -> list[str]:
     return []
 
 
+def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """None: the graph is the artifact's, whose versions are recorded."""
+    return {}
+
+
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where both a GPU and the CUDA provider are here, else the CPU."""
     import onnxruntime

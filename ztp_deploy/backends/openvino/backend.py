@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,6 +74,15 @@ def instructions(settings: dict[str, Any]) -> list[str]:
     if settings["stage"] == "compiled":
         return sorted(environment.instruction_flags())
     return [_AMX] if _has_amx() else []
+
+
+def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """NNCF, which quantises, and the compiler of stages."""
+    made = {"nncf": environment.installed("nncf") if precision == "int8" else None}
+    if settings["stage"] == "compiled":
+        with contextlib.suppress(MissingSoftware):
+            made["c++"] = stages.compiler_version()
+    return {name: version for name, version in made.items() if version}
 
 
 def _has_amx() -> bool:
@@ -253,6 +263,7 @@ class OpenVinoRunner:
         core = ov.Core()
         if stages.LIBRARY_FILE in self._manifest.files:
             stages.add_to(core, self._directory, self._manifest.backend_version)
+        graph, weights = (listed(self._directory, self._manifest, name) for name in (MODEL_FILE, WEIGHTS_FILE))
         try:
             model = core.read_model(str(graph), str(weights))
             if further_outputs:
@@ -261,7 +272,6 @@ class OpenVinoRunner:
         except RuntimeError as error:
             raise DamagedFiles(f"OpenVINO cannot open {graph}: {_reason(error)}.", "Build it again.") from error
 
-        graph, weights = (listed(self._directory, self._manifest, name) for name in (MODEL_FILE, WEIGHTS_FILE))
 
 def _infer(request: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     request.infer({"images": np.ascontiguousarray(images)}, share_inputs=True)

@@ -54,6 +54,11 @@ class TensorRT:
         """None: plans are for GPUs."""
         return []
 
+    def tools(self, precision: str, settings: dict[str, Any]) -> dict[str, str]:
+        """ModelOpt, which calibrates."""
+        found = environment.installed(quantise.PACKAGE) if precision in QUANTISED else None
+        return {quantise.PACKAGE: found} if found else {}
+
     def resolve_device(self, device: str) -> Device:
         """The GPU; a portable library needs none to build. Raises BadRequest and MissingSoftware."""
         title = self.library.title
@@ -158,12 +163,12 @@ class TensorRT:
         def execute(file: str) -> runtime.Executor:
             if file == AUDIT_FILE and not settings.audit:
                 raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
+            path = listed(directory, manifest, file)
             engine = runtime.open_engine(self.library, path, weights, settings.version_compatible)
             recording = settings.cuda_graph and file == PLAN_FILE
             config = runtime.portable_config(self.library.load(), engine, recording) if self.library.portable else None
             return runtime.Executor(
                 engine, largest=manifest.batch.max, device="cuda:0", cuda_graph=recording, config=config
-            path = listed(directory, manifest, file)
             )
 
         # A graph without stages has nothing to audit: its one plan answers both.
