@@ -140,6 +140,13 @@ def test_folder_names_tell_weights_and_settings_apart(artifact, tmp_path):
     assert path({"threads": 1}) != path({"threads": 2})
 
 
+def test_only_json_is_hashed():
+    """The text of an object may leave out what differs, as that of a large array does."""
+    assert mf.hash_of(a=[1, 0.5, None]) != mf.hash_of(a=[1, 0.25, None])
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        mf.hash_of(a=np.arange(9))
+
+
 def test_the_hash_of_sources_follows_names_and_contents(tmp_path, monkeypatch):
     monkeypatch.setattr(mf, "__file__", str(tmp_path / "manifest.py"))
     (tmp_path / "room" / "deep").mkdir(parents=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 import torch
+from google.protobuf.message import EncodeError
 
 import ztp_deploy as ztp
 from ztp_deploy.exporters.precision import matrix_nodes
@@ -44,6 +46,19 @@ def damage_graph(directory: Path, change: Callable[[onnx.ModelProto], None]) -> 
     change(graph)
     onnx.save_model(graph, str(path))
     reseal(directory)
+
+
+def hold_messages_to(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs with more bytes of weights are neither serialised nor measured, as protobuf does beyond 2 GB."""
+    for name in ("SerializeToString", "ByteSize"):
+        genuine = getattr(onnx.ModelProto, name)
+
+        def refuse(model: onnx.ModelProto, genuine: Callable[..., object] = genuine) -> object:
+            if sum(len(tensor.raw_data) for tensor in model.graph.initializer) > size:
+                raise EncodeError("Failed to serialize proto")
+            return genuine(model)
+
+        monkeypatch.setattr(onnx.ModelProto, name, refuse)
 
 
 def matrix_types(model: onnx.ModelProto) -> Counter[str]:

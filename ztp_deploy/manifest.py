@@ -152,8 +152,11 @@ def hash_files(directory: Path) -> dict[str, FileRecord]:
 
 
 def hash_of(**ingredients: object) -> str:
-    """One hash over everything that decides a result, for finding a finished one again."""
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()
+    """One hash over everything that decides a result, as JSON, for finding a finished one again.
+
+    Raises TypeError for what JSON does not hold: its text may leave out what differs.
+    """
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
 @cache
@@ -222,6 +225,14 @@ def verify_files(directory: Path, manifest: _Manifest) -> None:
                 f"{path} is not what was built: its sha256 differs from the manifest's.",
                 "Build it again, and load only what you built.",
             )
+
+
+def listed(directory: Path, manifest: ArtifactManifest | EngineManifest, name: str) -> Path:
+    """The path of a file of the folder. Raises DamagedFiles unless the manifest lists it: any other was not verified."""
+    if name not in manifest.files:
+        kind = f"{manifest.backend} engines" if isinstance(manifest, EngineManifest) else f"{manifest.format} artifacts"
+        raise DamagedFiles(f"{directory / MANIFEST} does not list {name}, which {kind} consist of.", "Build it again.")
+    return directory / name
 
 
 def check_replaceable(directory: Path, kind: type[_Manifest]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from tests.test_import_order import imported
 from ztp_deploy import backends, environment, exporters
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, WriteFailed
 from ztp_deploy.evidence.images import photograph_crops
-from ztp_deploy.manifest import BatchRange
+from ztp_deploy.manifest import BatchRange, write_manifest
 
 
 @pytest.fixture(params=sorted(name for name in backends.BACKENDS if "cpu" in backends.get(name).DEVICES))
@@ -172,6 +174,17 @@ def test_a_closed_session_says_so(any_engine):
     assert all(np.array_equal(now, before) for now, before in zip(session.kept(), kept, strict=True))
 
 
+def test_no_file_is_opened_that_the_manifest_does_not_list(any_engine, tmp_path):
+    """It lies there all the same, and was never verified."""
+    for name in {"model.onnx", "model.ts", "model.pt2", "model.xml", "model.bin"} & set(any_engine.manifest.files):
+        folder = tmp_path / name
+        shutil.copytree(any_engine.directory, folder)
+        files = {file: record for file, record in any_engine.manifest.files.items() if file != name}
+        write_manifest(any_engine.manifest.model_copy(update={"files": files}), folder)
+        with pytest.raises(DamagedFiles, match=rf"does not list {name}, which {any_engine.manifest.backend} engines"):
+            ztp.load_engine(folder)
+
+
 def test_an_engine_is_found_again_and_rebuilt_for_other_settings(artifact, tmp_path):
     first = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e")
     written = (tmp_path / "e" / "manifest.json").stat().st_mtime_ns
@@ -179,6 +192,39 @@ def test_an_engine_is_found_again_and_rebuilt_for_other_settings(artifact, tmp_p
     assert (tmp_path / "e" / "manifest.json").stat().st_mtime_ns == written
     other = ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e", settings={"threads": 1})
     assert other.manifest.settings["threads"] == 1
+
+
+def test_another_tool_builds_anew_and_a_missing_one_does_not(artifact, tmp_path, monkeypatch):
+    module, here = backends.get("onnxruntime"), {"quantiser": "1.0"}
+    monkeypatch.setattr(module, "tools", lambda precision, settings: dict(here))
+
+    def build():
+        return ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / "e").manifest
+
+    first = build()
+    assert first.built["tools"] == {"quantiser": "1.0"}
+    here.clear()
+    assert build() == first
+    here["quantiser"] = "1.1"
+    assert build().built["tools"] == {"quantiser": "1.1"}
+
+
+def test_tools_that_make_an_engine_are_named(monkeypatch):
+    """Each where it takes part, and none that is not here."""
+    monkeypatch.setattr(environment, "installed", lambda package: f"{package} 1")
+    openvino = backends.get("openvino")
+    graph = {"stage": "graph"}
+    assert openvino.tools("fp32", graph) == {}
+    assert openvino.tools("int8", graph) == {"nncf": "nncf 1"}
+    monkeypatch.setenv("CXX", "echo C++")
+    assert openvino.tools("fp32", {"stage": "compiled"}) == {"c++": "C++ --version"}
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert openvino.tools("fp32", {"stage": "compiled"}) == {}
+    for name in ("tensorrt", "tensorrt_rtx"):
+        assert backends.get(name).tools("fp16", {}) == {}
+        assert backends.get(name).tools("int8", {}) == {"nvidia-modelopt": "nvidia-modelopt 1"}
+    monkeypatch.setattr(environment, "installed", lambda package: None)
+    assert openvino.tools("int8", graph) == backends.get("tensorrt").tools("fp8", {}) == {}
 
 
 def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeypatch):
@@ -244,6 +290,21 @@ def test_an_engine_finds_its_artifact_through_links(artifact, tmp_path):
     folder = tmp_path / "project" / "engines" / "e"
     engine = ztp.build(near, "onnxruntime", device="cpu", directory=folder)
     assert (folder.resolve() / engine.manifest.artifact).resolve() == near.directory.resolve()
+
+
+def test_first_audits_at_once_open_one_session(shared_engine, monkeypatch):
+    with ztp.load_engine(shared_engine.directory) as session:
+        genuine, opened = session._runner._open, []
+
+        def slowly(*arguments, **options):
+            opened.append(arguments)
+            time.sleep(0.2)
+            return genuine(*arguments, **options)
+
+        monkeypatch.setattr(session._runner, "_open", slowly)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(session.audit, [tiny.images(1)] * 2))
+    assert len(opened) == 1
 
 
 def test_audits_leave_weights_in_their_file(pruned, shared_engine, tmp_path, monkeypatch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,6 +21,7 @@ from ztp_deploy.exporters import Exporter
 from ztp_deploy.methods.base import Method, MethodOptions
 from ztp_deploy.models import Family
 
+ROOT = Path(__file__).parents[2]
 KINDS = [
     *((methods.get(name), Method) for name in methods.METHODS),
     *((models.family(name), Family) for name in models.FAMILIES),
@@ -32,6 +37,33 @@ def test_modules_have_the_names_of_their_face(module, face):
     missing = {name for name in promised if not hasattr(module, name)}
     assert not missing
     assert module.__doc__
+
+
+def test_mypy_holds_every_module_to_its_face(tmp_path):
+    """By `get` alone it takes each for what it should be: what a registry names by a text is cast."""
+    faces = {
+        "ztp_deploy.methods.base.Method": methods.METHODS,
+        "ztp_deploy.models.Family": models.FAMILIES,
+        "ztp_deploy.exporters.Exporter": exporters.FORMATS,
+        "ztp_deploy.backends.base.Backend": backends.BACKENDS,
+    }
+    lines = []
+    for i, (face, registry) in enumerate(faces.items()):
+        lines.append("from {} import {} as Face{}".format(*face.rsplit(".", 1), i))
+        for k, place in enumerate(registry.values()):
+            package, _, name = place.replace(":", ".").rpartition(".")
+            lines += [f"from {package} import {name} as seen{i}_{k}", f"held{i}_{k}: Face{i} = seen{i}_{k}"]
+    source = tmp_path / "faces.py"
+
+    def mypy(text):
+        source.write_text(text)
+        command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(source)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    held = "\n".join(lines) + "\n"
+    assert mypy(held).startswith("Success")
+    assert "Incompatible types" in mypy(f"{held}other: Face0 = seen1_0\n")
 
 
 @pytest.mark.parametrize("name", exporters.FORMATS)

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from google.protobuf.message import EncodeError
 from onnx import TensorProto
 
 import ztp_deploy as ztp
@@ -15,6 +16,7 @@ from ztp_deploy import exporters
 from ztp_deploy.backends.onnxruntime import backend as onnxruntime_backend
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence import parity
+from ztp_deploy.exporters import onnx as exporter
 from ztp_deploy.exporters import precision, vocabulary
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -92,6 +94,21 @@ def test_converting_gives_what_exporting_gives(artifact, pruned, tmp_path):
     exported = ztp.export(pruned, "onnx", tmp_path / "exported", precision="fp16")
     assert converted.manifest.fingerprint == exported.manifest.fingerprint
     assert converted.manifest.files == exported.manifest.files
+
+
+@pytest.mark.parametrize("low", sorted(LOW))
+def test_graphs_beyond_protobufs_limit_are_converted_as_others_are(low, artifact, tmp_path, monkeypatch):
+    """Messages beyond 2 GB cannot be serialised, for which a limit of 100 kB stands in."""
+    graph = graph_of(artifact)
+    expected = precision.lower(graph, low)
+    tiny.hold_messages_to(100_000, monkeypatch)
+    with pytest.raises(EncodeError):
+        graph.ByteSize()
+    assert precision.lower(graph, low) == expected
+    monkeypatch.setattr(exporter, "_PROTOBUF_LIMIT", 100_000)
+    large = exporters.convert(artifact, low, tmp_path / "large")
+    assert set(large.manifest.files) == {"model.onnx", "model.onnx.data"}
+    assert {t.name for t in graph_of(large).graph.initializer} == {t.name for t in expected.graph.initializer}
 
 
 def test_what_cannot_be_converted(artifact, torchscript_artifact, tmp_path):

@@ -117,7 +117,8 @@ def test_an_own_timm_module_needs_no_name():
 
 
 def test_stages_edited_by_hand_are_refused(model):
-    for static in ({}, {"similar": 99, "rounds": 1}, {"similar": 1, "rounds": 0}):
+    other = {"similar": 1, "rounds": 1, "partition": 1}  # than the plan's options say
+    for static in ({}, {"similar": 99, "rounds": 1}, {"similar": 1, "rounds": 0}, other):
         text = make_plan(model, ratio=0.7)
         stage = text.stages[0].model_copy(update={"static": static})
         with pytest.raises(BadRequest, match="fixed numbers"):

@@ -248,7 +248,7 @@ def build_target(
         job = BuildJob(
             artifact, scratch, target.device, target.precision, target.batch, target.settings, calibration, advance
         )
-        built = target.backend.build(job)
+        built = wanted.built | target.backend.build(job)
         if calibration is not None and target.calibrated:
             built["calibration_images"] = len(calibration)
         provider = built.pop("provider", wanted.provider)
@@ -296,6 +296,7 @@ def _wanted(artifact: Artifact, target: Target, directory: Path, calibration: ND
         settings=target.settings,
         calibration=_fitted_to(target, calibration),
     )
+    tools = backend.tools(target.precision, target.settings)
     return EngineManifest(
         source=source.source,
         plan=source.plan,
@@ -312,6 +313,7 @@ def _wanted(artifact: Artifact, target: Target, directory: Path, calibration: ND
         provider=target.device.provider,
         batch=target.batch,
         settings=target.settings,
+        built={"tools": tools} if tools else {},
         unproved=target.unrunnable,
         format=source.format,
         # Links resolved as whoever follows it will: `engines/` may be one.
@@ -371,11 +373,14 @@ def load_engine(directory: Engine | Path | str) -> Session:
 
 
 def _standing(directory: Path, wanted: EngineManifest) -> Engine | None:
-    """The finished engine of the same fingerprint, if it is there and whole."""
+    """The finished engine of the same fingerprint, if it is there and whole, and no tool here is another than its own.
+
+    One that is not here leaves it standing: nothing could be built in its place.
+    """
     try:
         engine = find_engine(directory)
     except ZtpError:
         return None
-    found = engine.manifest
-    same = found.fingerprint == wanted.fingerprint and found.artifact_sha256 == wanted.artifact_sha256
-    return engine if same else None
+    found, tools = engine.manifest, wanted.built.get("tools", {})
+    same = (found.fingerprint, found.artifact_sha256) == (wanted.fingerprint, wanted.artifact_sha256)
+    return engine if same and tools.items() <= found.built.get("tools", {}).items() else None

@@ -27,7 +27,7 @@ from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs
 from ztp_deploy.backends.cuda_graph import Recorder
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, first_line
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.manifest import EngineManifest, listed
 from ztp_deploy.quiet import quiet
 
 if TYPE_CHECKING:
@@ -69,6 +69,14 @@ class Settings(BaseModel):
 def instructions(settings: dict[str, Any]) -> list[str]:
     """All that the compiler may use."""
     return sorted(environment.instruction_flags())
+
+
+def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """The C++ compiler."""
+    try:
+        return {"c++": _compiler()}
+    except MissingSoftware:
+        return {}
 
 
 def resolve_device(device: str) -> Device:
@@ -117,7 +125,7 @@ def open_runner(directory: Path, manifest: EngineManifest) -> AotInductorRunner:
 
     Raises MissingSoftware where this CPU lacks instructions that the code was compiled for.
     """
-    return AotInductorRunner(directory / PACKAGE_FILE, manifest)
+    return AotInductorRunner(listed(directory, manifest, PACKAGE_FILE), manifest)
 
 
 class AotInductorRunner:

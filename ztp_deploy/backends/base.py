@@ -116,6 +116,9 @@ class Backend(Protocol):
     def instructions(self, settings: dict[str, Any]) -> list[str]:
         """Those of this processor's that decide what is built with such settings; none where the library compiles when it opens."""
 
+    def tools(self, precision: str, settings: dict[str, Any]) -> dict[str, str]:
+        """What besides the library makes such an engine, by name its version: packages and compilers that are here."""
+
     def resolve_device(self, device: str) -> Device:
         """`auto`, `cpu` or `cuda` → the device; raises BadRequest and MissingSoftware."""
 

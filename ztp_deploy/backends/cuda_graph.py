@@ -61,6 +61,7 @@ class Recorder(Generic[Outputs]):
 
     `compute` must not wait for the device. Calls must come one at a time. The outputs are the recording's own buffers:
     the next call of the same shape writes to them, on another stream after all that this one was given until then.
+    Every recording keeps the memory of its whole computation until the recorder goes: for few shapes.
     """
 
     def __init__(self, compute: Callable[[Tensor], Outputs]) -> None:

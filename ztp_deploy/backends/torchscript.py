@@ -14,7 +14,7 @@ from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import DamagedFiles, first_line
 from ztp_deploy.exporters.torchscript import GRAPH_FILE, nodes_of
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.manifest import EngineManifest, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,11 @@ def instructions(settings: dict[str, Any]) -> list[str]:
     return []
 
 
+def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """None: the graph is the artifact's, whose versions are recorded."""
+    return {}
+
+
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
     return torch_device.resolve(device, "TorchScript")
@@ -63,7 +68,7 @@ def build(job: BuildJob) -> dict[str, Any]:
 
 def open_runner(directory: Path, manifest: EngineManifest) -> TorchScriptRunner:
     """Opens `model.ts`, which is code: its hash was checked, load only what you built."""
-    return TorchScriptRunner(directory / GRAPH_FILE, manifest)
+    return TorchScriptRunner(listed(directory, manifest, GRAPH_FILE), manifest)
 
 
 class TorchScriptRunner:

@@ -15,8 +15,8 @@ from ztp_deploy.plan import Plan
 from ztp_deploy.quiet import quiet
 
 SUMMARY = "dynamic batch; what ONNX Runtime, TensorRT and OpenVINO engines are built from"
-PRECISIONS = precision.PRECISIONS
-PACKAGES = ("onnx", "onnxscript")
+PRECISIONS: tuple[str, ...] = precision.PRECISIONS
+PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnx-ir")
 OPSET: int | None = 18
 """Of the traced float32 graph; bf16 needs a later one."""
 GRAPH_FILE = "model.onnx"
@@ -57,7 +57,7 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def outgrows_message(model: onnx.ModelProto) -> bool:
-    """Whether the weights have to lie in a file beside the graph."""
+    """Whether the weights have to lie in a file beside the graph; one beyond 2 GB cannot even be asked for its size."""
     return sum(len(weights.raw_data) for weights in model.graph.initializer) > _PROTOBUF_LIMIT
 
 

@@ -24,6 +24,8 @@ _TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _LARGEST: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 255 / 128 * 2.0**127}
 _BF16_OPSET = 22
 """The first opset whose Conv takes bfloat16."""
+_SMALL_BYTES = 1024
+"""What an operator's rules may depend on, such as axes and shapes, is smaller."""
 
 
 def lower(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
@@ -31,8 +33,7 @@ def lower(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
     if precision == "fp32":
         return model
     if precision == "bf16":
-        lowered = onnx.version_converter.convert_version(model, _BF16_OPSET)
-        lowered.doc_string = model.doc_string
+        lowered = _at_opset(model, _BF16_OPSET)
     else:
         lowered = onnx.ModelProto()
         lowered.CopyFrom(model)
@@ -72,6 +73,22 @@ def weight_products(model: onnx.ModelProto) -> list[onnx.NodeProto]:
         and node.input[1] in rule.constants
         and node.input[0] not in pixels
     ]
+
+
+def _at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """The model by a later opset's rules. Weights do not pass the converter, whose messages hold 2 GB."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.raw_data) > _SMALL_BYTES}
+    for tensor in bare.graph.initializer:
+        if tensor.name in weights:
+            tensor.ClearField("raw_data")
+    converted = onnx.version_converter.convert_version(bare, opset)
+    for tensor in converted.graph.initializer:
+        if tensor.name in weights:
+            tensor.CopyFrom(weights[tensor.name])
+    converted.doc_string = model.doc_string
+    return converted
 
 
 class _Lowering:

@@ -14,7 +14,7 @@ from ztp_deploy.errors import GateFailed
 from ztp_deploy.exporters.graph import InferenceGraph
 
 SUMMARY = "traced and frozen, dynamic batch; runs wherever libtorch does"
-PRECISIONS = ("fp32",)
+PRECISIONS: tuple[str, ...] = ("fp32",)
 PACKAGES: tuple[str, ...] = ()
 OPSET: int | None = None
 GRAPH_FILE = "model.ts"

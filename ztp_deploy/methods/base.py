@@ -137,9 +137,14 @@ class Method(Protocol):
     PLACES: tuple[Place, ...]
     """Where its stages may act, the usual place first."""
     SUMMARY: str
-    SEARCH: Search | str
-    """What may be searched, or why nothing can be, in words that follow "cannot be tuned: "."""
-    Options: type[MethodOptions]
+
+    @property
+    def SEARCH(self) -> Search | str:
+        """What may be searched, or why nothing can be, in words that follow "cannot be tuned: "."""
+
+    @property
+    def Options(self) -> type[MethodOptions]:
+        """What the method lets choose; a property, since modules have narrower types."""
 
     def refuses(self, geometry: Geometry, options: MethodOptions) -> str | None:
         """Why the method cannot run on such a backbone, as a sentence; None where it can."""

@@ -443,8 +443,14 @@ def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weight
     assert isinstance(options, Options)
     most = min(stage.tokens_in - staying(stage.tokens_in, options.partition), stage.tokens_in - stage.tokens_out)
     rounds, similar = stage.static.get("rounds", 0), stage.static.get("similar", -1)
-    if not (1 <= rounds <= MAX_ROUNDS and 0 <= similar <= most):
-        raise misnumbered(stage, f"Zero-TPrune needs rounds from 1 to {MAX_ROUNDS} and similar from 0 to {most}")
+    partition = PARTITIONS.index(options.partition) if similar else 0
+    fits = 1 <= rounds <= MAX_ROUNDS and 0 <= similar <= most
+    if not fits or stage.static.get("partition", 0) != partition:
+        raise misnumbered(
+            stage,
+            f"Zero-TPrune needs rounds from 1 to {MAX_ROUNDS}, similar from 0 to {most} and, for its options, "
+            f"partition {partition} (0 may be left out)",
+        )
     return ZeroTPruneStage(stage, geometry, options)
 
 

@@ -234,6 +234,7 @@ def test_scales_too_small_for_fp16_are_raised(tmp_path):
 @needs_modelopt
 def test_graphs_beyond_protobufs_limit_go_through_files(tmp_path, monkeypatch):
     monkeypatch.setattr("ztp_deploy.exporters.onnx._PROTOBUF_LIMIT", 0)
+    tiny.hold_messages_to(1_000, monkeypatch)
     images = np.ones((1, 4, 32), np.float32)
     made = quantised(two_readers(), ["mixing.1"], Calibration(images, "fp8", "max"), tmp_path, silent)
     assert low_products(made, "fp8") == {"mixing.1"}
@@ -322,6 +323,7 @@ def no_gpu(monkeypatch):
 @needs_modelopt
 def test_a_graph_beyond_protobufs_limit_is_built_from_two_files(artifact, calibration, tmp_path, no_gpu, monkeypatch):
     monkeypatch.setattr("ztp_deploy.exporters.onnx._PROTOBUF_LIMIT", 0)
+    tiny.hold_messages_to(100_000, monkeypatch)
     engine = build(artifact, tmp_path / "e", "int8", calibration)
     assert set(engine.manifest.files) == {"model.plan", "model.onnx", "model.onnx.data"}
     assert engine.manifest.built["engine_products"] == {"asked": 24, "proved": 24}

@@ -21,7 +21,7 @@ from ztp_deploy.backends.onnxruntime.graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
 from ztp_deploy.exporters.onnx import GRAPH_FILE, with_audit
-from ztp_deploy.manifest import ArtifactManifest, EngineManifest
+from ztp_deploy.manifest import ArtifactManifest, EngineManifest, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,11 @@ def version() -> str:
 def instructions(settings: dict[str, Any]) -> list[str]:
     """None: ONNX Runtime chooses its kernels when it opens."""
     return []
+
+
+def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """None: the graph is the artifact's, whose versions are recorded."""
+    return {}
 
 
 def resolve_device(device: str) -> Device:
@@ -145,7 +150,7 @@ def _build_for_rtx(job: BuildJob) -> dict[str, Any]:
 def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:
     """Opens `model.onnx` on the manifest's provider. Raises DamagedFiles and MissingSoftware."""
     return OnnxRuntimeRunner(
-        directory / GRAPH_FILE,
+        listed(directory, manifest, GRAPH_FILE),
         manifest,
         provider=manifest.provider,
         settings=Settings(**manifest.settings),
@@ -159,7 +164,8 @@ def open_unoptimised(directory: Path, manifest: ArtifactManifest) -> OnnxRuntime
     """
     if manifest.precision == "bf16":
         raise BadRequest("ONNX Runtime has no bf16 kernels for the CPU.", "Check the engine itself.")
-    return OnnxRuntimeRunner(directory / GRAPH_FILE, manifest, provider=CPU, settings=Settings(), optimise=False)
+    graph = listed(directory, manifest, GRAPH_FILE)
+    return OnnxRuntimeRunner(graph, manifest, provider=CPU, settings=Settings(), optimise=False)
 
 
 @dataclass(frozen=True)
@@ -206,6 +212,7 @@ class OnnxRuntimeRunner:
         self._optimise = optimise
         self._session = self._open(str(graph), recording=settings.cuda_graph)
         self._audit_session: Any = None
+        self._auditing = threading.Lock()
         self._recordings: dict[int, _Bound] = {}
         self._buffers: tuple[Tensor, dict[str, Tensor]] | None = None
         self._one_at_a_time = threading.Lock()
@@ -274,8 +281,9 @@ class OnnxRuntimeRunner:
         return "cpu" if self._provider == CPU else "cuda:0"
 
     def audit(self, images: NDArray[Any]) -> dict[str, NDArray[Any]]:
-        if self._session is not None and self._audit_session is None:
-            self._audit_session = self._open(self._audited(), recording=False)
+        with self._auditing:
+            if self._session is not None and self._audit_session is None:
+                self._audit_session = self._open(self._audited(), recording=False)
         return self._run(self._audit_session, images, (*self._manifest.outputs, *self._manifest.audit))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ztp_deploy.backends.openvino import stage as stages
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.exporters.onnx import GRAPH_FILE
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.manifest import EngineManifest, listed
 from ztp_deploy.scratch import ask_for_room
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ PRECISIONS: tuple[str, ...] = ("fp32", "bf16", "int8")
 CALIBRATED: tuple[str, ...] = ("int8",)
 GPU_REPORT: OnGpu | None = None
 DEVICE = "CPU"
-MODEL_FILE, CACHE_FILE = "model.xml", "model.blob"
+MODEL_FILE, WEIGHTS_FILE, CACHE_FILE = "model.xml", "model.bin", "model.blob"
 _AMX = "amx_bf16"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 _RUNTIME_NAMES = {"fp32": {"f32"}, "bf16": {"bf16"}, "int8": {"i8", "u8"}}
@@ -75,6 +76,15 @@ def instructions(settings: dict[str, Any]) -> list[str]:
     if settings["stage"] == "compiled":
         return sorted(environment.instruction_flags())
     return [_AMX] if _has_amx() else []
+
+
+def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """NNCF, which quantises, and the compiler of stages."""
+    made = {"nncf": environment.installed("nncf") if precision == "int8" else None}
+    if settings["stage"] == "compiled":
+        with contextlib.suppress(MissingSoftware):
+            made["c++"] = stages.compiler_version()
+    return {name: version for name, version in made.items() if version}
 
 
 def _has_amx() -> bool:
@@ -280,15 +290,14 @@ class OpenVinoRunner:
         core = ov.Core()
         if stages.LIBRARY_FILE in self._manifest.files:
             stages.add_to(core, self._directory, self._manifest.backend_version)
+        graph, weights = (listed(self._directory, self._manifest, name) for name in (MODEL_FILE, WEIGHTS_FILE))
         try:
-            model = core.read_model(str(self._directory / MODEL_FILE))
+            model = core.read_model(str(graph), str(weights))
             if further_outputs:
                 model.add_outputs(list(further_outputs))
             return core.compile_model(model, DEVICE, self._properties)
         except RuntimeError as error:
-            raise DamagedFiles(
-                f"OpenVINO cannot open {self._directory / MODEL_FILE}: {_reason(error)}.", "Build it again."
-            ) from error
+            raise DamagedFiles(f"OpenVINO cannot open {graph}: {_reason(error)}.", "Build it again.") from error
 
 
 def _infer(request: Any, images: NDArray[Any], names: tuple[str, ...]) -> dict[str, NDArray[Any]]:

@@ -42,22 +42,11 @@ def compile_library(directory: Path) -> str:
 
     Raises MissingSoftware without a compiler, or with one that cannot compile it.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    version = compiler_version()
     include, libraries = _development_files()
     vectors = _VECTOR_FLAGS if "avx512f" in environment.instruction_flags() else ()
-    command = [*_FLAGS, *vectors, "-isystem", str(include), str(SOURCE), *map(str, libraries)]
-    try:
-        told = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise MissingSoftware(
-            f"stage=compiled compiles C++ and found no working compiler: {(said or ['no reason given'])[0]}.",
-            "Install one (apt-get install g++), name it in the variable CXX, or leave the setting out.",
-        ) from error
-    version = (told.stdout.splitlines() or compiler)[0]
-    done = subprocess.run(
-        [*compiler, *command, "-o", str(directory / LIBRARY_FILE)], capture_output=True, text=True, check=False
-    )
+    command = [*_compiler(), *_FLAGS, *vectors, "-isystem", str(include), str(SOURCE), *map(str, libraries)]
+    done = subprocess.run([*command, "-o", str(directory / LIBRARY_FILE)], capture_output=True, text=True, check=False)
     if done.returncode:
         ask_for_room(directory)
         said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("collect2")]
@@ -67,6 +56,23 @@ def compile_library(directory: Path) -> str:
             "Name another compiler in the variable CXX, or leave the setting out.",
         )
     return version
+
+
+def compiler_version() -> str:
+    """What the C++ compiler says of itself. Raises MissingSoftware without one."""
+    try:
+        told = subprocess.run([*_compiler(), "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        raise MissingSoftware(
+            f"stage=compiled compiles C++ and found no working compiler: {(said or ['no reason given'])[0]}.",
+            "Install one (apt-get install g++), name it in the variable CXX, or leave the setting out.",
+        ) from error
+    return (told.stdout.splitlines() or _compiler())[0]
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 def _development_files() -> tuple[Path, list[Path]]:

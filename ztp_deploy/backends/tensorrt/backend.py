@@ -21,7 +21,7 @@ from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.exporters.onnx import GRAPH_FILE, with_audit
-from ztp_deploy.manifest import EngineManifest
+from ztp_deploy.manifest import EngineManifest, listed
 
 PLAN_FILE = "model.plan"
 AUDIT_FILE = "audit.plan"
@@ -31,7 +31,7 @@ class TensorRT:
     """A back end over one of the two libraries."""
 
     FORMAT = "onnx"
-    DEVICES = ("cuda",)
+    DEVICES: tuple[str, ...] = ("cuda",)
     PRECISIONS = ("fp32", *LOW, *QUANTISED)
     CALIBRATED = tuple(QUANTISED)
 
@@ -54,6 +54,11 @@ class TensorRT:
     def instructions(self, settings: dict[str, Any]) -> list[str]:
         """None: plans are for GPUs."""
         return []
+
+    def tools(self, precision: str, settings: dict[str, Any]) -> dict[str, str]:
+        """ModelOpt, which calibrates."""
+        found = environment.installed(quantise.PACKAGE) if precision in QUANTISED else None
+        return {quantise.PACKAGE: found} if found else {}
 
     def resolve_device(self, device: str) -> Device:
         """The GPU; a portable library needs none to build. Raises BadRequest and MissingSoftware."""
@@ -152,12 +157,12 @@ class TensorRT:
         check_home(directory, manifest, self.library, self.version(), settings)
         if not torch.cuda.is_available():
             raise MissingSoftware("torch sees no GPU, and it keeps the engine's memory.", "Install torch with CUDA.")
-        weights = directory / GRAPH_FILE if settings.strip_plan else None
+        weights = listed(directory, manifest, GRAPH_FILE) if settings.strip_plan else None
 
         def execute(file: str) -> runtime.Executor:
-            path = directory / file
-            if file not in manifest.files:  # one that lies there all the same was never verified
+            if file == AUDIT_FILE and not settings.audit:
                 raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
+            path = listed(directory, manifest, file)
             engine = runtime.open_engine(self.library, path, weights, settings.version_compatible)
             recording = settings.cuda_graph and file == PLAN_FILE
             config = runtime.portable_config(self.library.load(), engine, recording) if self.library.portable else None

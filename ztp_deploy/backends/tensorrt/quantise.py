@@ -137,6 +137,7 @@ def _calibrated(
     Its own choice of products, its fusing and its lowering to fp16 are not used: they know no scores. It rewrites
     the file it is given, so it gets one of its own; and it patches ONNX Runtime's quantiser for the whole process.
     """
+
     quantize = _modelopt()
     large = outgrows_message(model)
     with TemporaryDirectory(dir=scratch) as folder, quiet("modelopt", errors=calibration.method == "entropy"):

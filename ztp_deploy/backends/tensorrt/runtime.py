@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -277,7 +277,9 @@ class Executor:
 class TensorRTRunner:
     """A session's plan and, on first audit, its second plan with the scores."""
 
-    def __init__(self, shipped: Executor, audited: Any, outputs: Sequence[str], audit: Sequence[str]) -> None:
+    def __init__(
+        self, shipped: Executor, audited: Callable[[], Executor], outputs: Sequence[str], audit: Sequence[str]
+    ) -> None:
         self._shipped = shipped
         self._open_audit = audited
         self._audited: Executor | None = None

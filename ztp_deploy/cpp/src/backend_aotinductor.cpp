@@ -24,8 +24,10 @@ void prepare_gpu() {
   if (!at::hasCUDA()) {
     throw MissingSoftware("This engine was built for a GPU and torch sees none.", "Build it again with device=cpu.");
   }
-  // Convolutions default to TF32, which is not the float32 that was checked; holds for the process.
+  // TF32 is not the float32 that was checked: convolutions default to it, products may have been set to it. Holds for
+  // the process.
   at::globalContext().setAllowTF32CuDNN(false);
+  at::globalContext().setFloat32MatmulPrecision("highest");
 }
 
 class AotInductorRunner final : public Runner {
@@ -37,7 +39,9 @@ class AotInductorRunner final : public Runner {
     if (on_cuda(folder)) prepare_gpu();
     if (folder.threads > 0) at::set_num_threads(folder.threads);  // holds for the process, as in Python
     try {
-      loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(package);
+      // Without an index it takes whichever GPU is the thread's own, and images go to the provider's.
+      const c10::DeviceIndex device = on_cuda(folder) ? at::Device(folder.manifest.provider).index() : c10::DeviceIndex{-1};
+      loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(package, "model", false, 1, device);
     } catch (const std::exception& error) {
       throw DamagedFiles("torch cannot open " + package + ": " + reason_in(error.what()) + ".",
                          "Build the engine again.");

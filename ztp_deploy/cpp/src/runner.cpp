@@ -28,14 +28,14 @@ std::vector<T> copy(const OutputView& view, std::size_t batch) {
 }  // namespace
 
 Outputs collect(const EngineFolder& folder, std::size_t batch, const std::vector<OutputView>& views) {
+  if (views.size() != folder.outputs.size()) {
+    unlike_manifest("list", std::to_string(views.size()) + " entries long");
+  }
   for (std::size_t i = 0; i < views.size(); ++i) {
     const OutputView& view = views[i];
     const bool fits = view.shape.size() == 2 && view.shape[0] == static_cast<std::int64_t>(batch) && view.shape[1] > 0;
     if (!fits) unlike_manifest(folder.outputs[i], readable(view.shape));
     if (i == 0 ? !view.is_float32 : !view.is_int32) unlike_manifest(folder.outputs[i], "of another type");
-  }
-  if (views.size() != folder.outputs.size()) {
-    unlike_manifest("list", std::to_string(views.size()) + " entries long");
   }
   Outputs outputs;
   outputs.batch = batch;
