@@ -369,6 +369,15 @@ def test_compiled_stages_run_and_are_refused_in_pythons_words(runtime, artifact,
     assert "were compiled for OpenVINO" in found[0]
 
 
+def test_stages_that_clang_compiled_run(runtime, artifact, pruned, tmp_path, monkeypatch):
+    if shutil.which("clang++") is None:
+        pytest.skip("clang++ is not installed: apt-get install clang")
+    monkeypatch.setenv("CXX", "clang++")
+    engine = ztp.build(artifact, "openvino", settings={"stage": "compiled"}, directory=tmp_path / "engine")
+    images = tiny.images(2)
+    check_outputs(runtime.outputs(engine.directory, images, tmp_path), pruned, images)
+
+
 @pytest.mark.parametrize(
     "changes", [{"precision": "bf16"}, {"precision": "int8", "settings": {"float_precision": "bf16"}}]
 )
