@@ -530,6 +530,7 @@ def doctored_merges(record):
         (doctored_merges, {}, 1, "stage 2 carries patches in other tokens on image 1"),
         (None, {"manifest_sha256": "0" * 64}, 2, "belongs to another manifest"),
         (None, {"tolerance": "nan"}, 2, "gives no tolerance above zero"),
+        (None, {"tolerance": "inf"}, 2, "gives no tolerance above zero"),
         (lambda record: record.pop("kept_3"), {}, 2, "holds no kept_3"),
         (lambda record: record.pop("assignment_1"), {}, 2, "holds no assignment_1"),
         (lambda record: record.update(images=tiny.images(2, size=64)), {}, 2, "images of another size"),
