@@ -319,6 +319,24 @@ def test_wrong_input_is_refused_in_pythons_words(runtime, engine, tmp_path, imag
     assert (done.stderr.splitlines()[0], done.returncode) == (caught.value.problem, caught.value.exit_code)
 
 
+def test_a_folder_that_does_not_fit_into_memory_is_refused(runtime, damaged):
+    """As everything is: the consumer catches the runtime's own errors alone."""
+    os.truncate(damaged / "manifest.json", 1 << 40)
+    limited = ["sh", "-c", 'ulimit -v 2000000 && exec "$@"', "sh"]
+    done = command(*limited, runtime.consumer, damaged, "none.f32", 1)
+    assert done.stderr.startswith(f"Reading failed on {damaged}: std::bad_alloc.")
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("threads", [-1, 1025, 1.5, 2**32 + 1, 1e300, True, "4"])
+def test_threads_that_cannot_be_are_refused(runtime, damaged, threads):
+    """As one number of 32 bits they were others."""
+    reseal(damaged, settings={"threads": threads})
+    problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
+    assert problem.endswith("settings.threads: Input should be a whole number from 0 to 1024.")
+    assert code == 2
+
+
 def test_large_but_finite_pixels_pass(runtime, engine, tmp_path):
     huge = np.full((1, 3, 96, 96), 1e38, np.float32)
     assert runtime.consume(engine, huge, tmp_path).returncode == 0
