@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -663,6 +664,14 @@ def test_pnm_of_another_depth_or_cut_off_is_refused(runtime, openvino_engine, tm
     assert found == (f"{path} is no image ztp-run can read: {said}.", 2)
 
 
+def test_a_picture_too_narrow_to_resize_is_refused(runtime, openvino_engine, tmp_path):
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5\n1 1000000\n255\n" + bytes(1000000))
+    problem, code = refusal(runtime.run(openvino_engine, path, "--json"))
+    assert problem == "A picture of 1 × 1000000 pixels would be resized to more than 268435456."
+    assert code == 2
+
+
 @pytest.mark.parametrize("kind", ["jpg", "progressive", "bmp", "png"])
 def test_a_picture_that_is_cut_off_is_refused_as_python_does(
     runtime, openvino_engine, shared_engine, pictures, tmp_path, kind
@@ -688,8 +697,6 @@ def test_a_picture_that_is_cut_off_is_refused_as_python_does(
 
 
 def command_bytes(*words):
-    import subprocess
-
     return subprocess.run([str(word) for word in words], capture_output=True, check=True).stdout
 
 
@@ -750,6 +757,7 @@ def test_latency_is_measured(runtime, openvino_engine):
         (["a.png", "--top"], "--top needs a value."),
         (["a.png", "--selftest"], "do not read"),
         (["no_such.png"], "There is no file no_such.png."),
+        (["no_such.f32"], "There is no file no_such.f32."),
         ([__file__], "is no image ztp-run can read"),
     ],
 )
@@ -757,6 +765,20 @@ def test_command_lines_that_cannot_be_meant(runtime, openvino_engine, arguments,
     problem, code = refusal(runtime.run(openvino_engine, *arguments, "--json"))
     assert message in problem
     assert code == 2
+
+
+def test_a_folder_named_as_a_tensor_is_no_file(runtime, openvino_engine, tmp_path):
+    (tmp_path / "a.f32").mkdir()
+    found = refusal(runtime.run(openvino_engine, tmp_path / "a.f32", "--json"))
+    assert found == (f"There is no file {tmp_path / 'a.f32'}.", 2)
+
+
+def test_what_cannot_be_written_is_no_success(runtime, openvino_engine):
+    with open("/dev/full", "w") as full:
+        words = [str(runtime.build / "run" / "ztp-run"), str(openvino_engine), "--selftest", "--help"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == "error: What was found could not be written to the standard output. Check where it goes.\n"
+    assert done.returncode == 2
 
 
 def test_help_names_every_option(runtime):
