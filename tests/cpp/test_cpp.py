@@ -297,6 +297,10 @@ def test_broken_json_is_refused(runtime, damaged):
     problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
     assert "Invalid JSON" in problem
     assert code == python_refusal(damaged)[1]
+    (damaged / "manifest.json").write_bytes(whole + b"\0more")
+    problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
+    assert problem.endswith(f": the file: Invalid JSON at byte {len(whole) + 1}.")
+    assert code == python_refusal(damaged)[1]
     (damaged / "manifest.json").write_text('{"schema": ')
     problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
     theirs, their_code = python_refusal(damaged)

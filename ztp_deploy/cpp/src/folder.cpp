@@ -104,6 +104,9 @@ class Fields {
 json parse(const std::string& text, const fs::path& path) {
   try {
     if (text.rfind("\xEF\xBB\xBF", 0) == 0) refuse(path, "the file", "Invalid JSON at byte 1");
+    // The parser would take a zero byte for the end, whatever comes after it.
+    const std::size_t zero = text.find('\0');
+    if (zero != std::string::npos) refuse(path, "the file", "Invalid JSON at byte " + std::to_string(zero + 1));
     json root = json::parse(text, [&](int depth, json::parse_event_t, json&) {
       if (depth > kDeepest) refuse(path, "the file", "It is nested too deeply");
       return true;
