@@ -700,6 +700,19 @@ def test_a_picture_that_is_cut_off_is_refused_as_python_does(
     assert runtime.run(openvino_engine, path).returncode == 0
 
 
+def test_a_jpeg_with_more_codes_than_there_are_bytes_is_refused(runtime, openvino_engine, pictures, tmp_path):
+    """Debian's stb writes them over the pointers that come after its table."""
+    path = tmp_path / "a.jpg"
+    with Image.open(pictures[0]) as picture:
+        picture.save(path)
+    whole = path.read_bytes()
+    place = whole.index(b"\xff\xc4") + 5
+    path.write_bytes(whole[:place] + bytes([255] * 16) + whole[place + 16 :])
+    problem, code = refusal(runtime.run(openvino_engine, path, "--json"))
+    assert problem == f"{path} is no image ztp-run can read: it has a Huffman table of more than 256 codes."
+    assert code == 2
+
+
 def command_bytes(*words):
     return subprocess.run([str(word) for word in words], capture_output=True, check=True).stdout
 
