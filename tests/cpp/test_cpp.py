@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -296,6 +297,10 @@ def test_broken_json_is_refused(runtime, damaged):
     problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
     assert "Invalid JSON" in problem
     assert code == python_refusal(damaged)[1]
+    (damaged / "manifest.json").write_bytes(whole + b"\0more")
+    problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
+    assert problem.endswith(f": the file: Invalid JSON at byte {len(whole) + 1}.")
+    assert code == python_refusal(damaged)[1]
     (damaged / "manifest.json").write_text('{"schema": ')
     problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
     theirs, their_code = python_refusal(damaged)
@@ -317,6 +322,24 @@ def test_wrong_input_is_refused_in_pythons_words(runtime, engine, tmp_path, imag
         session.run(images)
     done = runtime.consume(engine, images, tmp_path)
     assert (done.stderr.splitlines()[0], done.returncode) == (caught.value.problem, caught.value.exit_code)
+
+
+def test_a_folder_that_does_not_fit_into_memory_is_refused(runtime, damaged):
+    """As everything is: the consumer catches the runtime's own errors alone."""
+    os.truncate(damaged / "manifest.json", 1 << 40)
+    limited = ["sh", "-c", 'ulimit -v 2000000 && exec "$@"', "sh"]
+    done = command(*limited, runtime.consumer, damaged, "none.f32", 1)
+    assert done.stderr.startswith(f"Reading failed on {damaged}: std::bad_alloc.")
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("threads", [-1, 1025, 1.5, 2**32 + 1, 1e300, True, "4"])
+def test_threads_that_cannot_be_are_refused(runtime, damaged, threads):
+    """As one number of 32 bits they were others."""
+    reseal(damaged, settings={"threads": threads})
+    problem, code = refusal(runtime.run(damaged, "--selftest", "--json"))
+    assert problem.endswith("settings.threads: Input should be a whole number from 0 to 1024.")
+    assert code == 2
 
 
 def test_large_but_finite_pixels_pass(runtime, engine, tmp_path):
@@ -367,6 +390,15 @@ def test_compiled_stages_run_and_are_refused_in_pythons_words(runtime, artifact,
     found = refusal(runtime.run(other, "--selftest", "--json"))
     assert found == python_refusal(other)
     assert "were compiled for OpenVINO" in found[0]
+
+
+def test_stages_that_clang_compiled_run(runtime, artifact, pruned, tmp_path, monkeypatch):
+    if shutil.which("clang++") is None:
+        pytest.skip("clang++ is not installed: apt-get install clang")
+    monkeypatch.setenv("CXX", "clang++")
+    engine = ztp.build(artifact, "openvino", settings={"stage": "compiled"}, directory=tmp_path / "engine")
+    images = tiny.images(2)
+    check_outputs(runtime.outputs(engine.directory, images, tmp_path), pruned, images)
 
 
 @pytest.mark.parametrize(
@@ -521,6 +553,7 @@ def doctored_merges(record):
         (doctored_merges, {}, 1, "stage 2 carries patches in other tokens on image 1"),
         (None, {"manifest_sha256": "0" * 64}, 2, "belongs to another manifest"),
         (None, {"tolerance": "nan"}, 2, "gives no tolerance above zero"),
+        (None, {"tolerance": "inf"}, 2, "gives no tolerance above zero"),
         (lambda record: record.pop("kept_3"), {}, 2, "holds no kept_3"),
         (lambda record: record.pop("assignment_1"), {}, 2, "holds no assignment_1"),
         (lambda record: record.update(images=tiny.images(2, size=64)), {}, 2, "images of another size"),
@@ -635,6 +668,14 @@ def test_pnm_of_another_depth_or_cut_off_is_refused(runtime, openvino_engine, tm
     assert found == (f"{path} is no image ztp-run can read: {said}.", 2)
 
 
+def test_a_picture_too_narrow_to_resize_is_refused(runtime, openvino_engine, tmp_path):
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5\n1 1000000\n255\n" + bytes(1000000))
+    problem, code = refusal(runtime.run(openvino_engine, path, "--json"))
+    assert problem == "A picture of 1 × 1000000 pixels would be resized to more than 268435456."
+    assert code == 2
+
+
 @pytest.mark.parametrize("kind", ["jpg", "progressive", "bmp", "png"])
 def test_a_picture_that_is_cut_off_is_refused_as_python_does(
     runtime, openvino_engine, shared_engine, pictures, tmp_path, kind
@@ -659,9 +700,20 @@ def test_a_picture_that_is_cut_off_is_refused_as_python_does(
     assert runtime.run(openvino_engine, path).returncode == 0
 
 
-def command_bytes(*words):
-    import subprocess
+def test_a_jpeg_with_more_codes_than_there_are_bytes_is_refused(runtime, openvino_engine, pictures, tmp_path):
+    """Debian's stb writes them over the pointers that come after its table."""
+    path = tmp_path / "a.jpg"
+    with Image.open(pictures[0]) as picture:
+        picture.save(path)
+    whole = path.read_bytes()
+    place = whole.index(b"\xff\xc4") + 5
+    path.write_bytes(whole[:place] + bytes([255] * 16) + whole[place + 16 :])
+    problem, code = refusal(runtime.run(openvino_engine, path, "--json"))
+    assert problem == f"{path} is no image ztp-run can read: it has a Huffman table of more than 256 codes."
+    assert code == 2
 
+
+def command_bytes(*words):
     return subprocess.run([str(word) for word in words], capture_output=True, check=True).stdout
 
 
@@ -722,6 +774,7 @@ def test_latency_is_measured(runtime, openvino_engine):
         (["a.png", "--top"], "--top needs a value."),
         (["a.png", "--selftest"], "do not read"),
         (["no_such.png"], "There is no file no_such.png."),
+        (["no_such.f32"], "There is no file no_such.f32."),
         ([__file__], "is no image ztp-run can read"),
     ],
 )
@@ -729,6 +782,20 @@ def test_command_lines_that_cannot_be_meant(runtime, openvino_engine, arguments,
     problem, code = refusal(runtime.run(openvino_engine, *arguments, "--json"))
     assert message in problem
     assert code == 2
+
+
+def test_a_folder_named_as_a_tensor_is_no_file(runtime, openvino_engine, tmp_path):
+    (tmp_path / "a.f32").mkdir()
+    found = refusal(runtime.run(openvino_engine, tmp_path / "a.f32", "--json"))
+    assert found == (f"There is no file {tmp_path / 'a.f32'}.", 2)
+
+
+def test_what_cannot_be_written_is_no_success(runtime, openvino_engine):
+    with open("/dev/full", "w") as full:
+        words = [str(runtime.build / "run" / "ztp-run"), str(openvino_engine), "--selftest", "--help"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == "error: What was found could not be written to the standard output. Check where it goes.\n"
+    assert done.returncode == 2
 
 
 def test_help_names_every_option(runtime):

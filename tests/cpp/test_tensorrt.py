@@ -207,6 +207,14 @@ def test_threads_on_other_devices_run_and_close_an_engine_where_it_was_opened(
     assert done.stdout == "opened on 1, run on 0, closed on 0\n"
 
 
+def test_a_run_that_fails_is_waited_for(runtime, engine, tmp_path, monkeypatch):
+    """What a stand-in is still running ends the process where it is destroyed."""
+    monkeypatch.setenv("FAKE_LOST", "1")
+    done = runtime.consume(engine, noise(2), tmp_path)
+    assert done.stderr.startswith("CUDA failed to copy outputs: no device.")
+    assert done.returncode == 3
+
+
 @pytest.mark.parametrize(
     "text, changes, said",
     [

@@ -1,5 +1,5 @@
 // TensorRT-RTX 1.7.1.116, the CUDA runtime and its driver on the CPU, with FAKE_GPUS devices of compute capability 9.0;
-// FAKE_MAJOR and FAKE_CAPABILITY change the first number of either.
+// FAKE_MAJOR and FAKE_CAPABILITY change the first number of either. With FAKE_LOST no output comes back.
 // The plan `toy TYPE SIZE LARGEST` is tests/cpp/toys.py's toy. What is put into a stream happens when it is synchronised
 // and not before, so that whoever does not wait reads nothing. As with the real ones, every thread starts on device 0,
 // what was made on one device does not work on another, and the first logger of a process is the only one.
@@ -112,7 +112,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyDeviceToHost && std::getenv("FAKE_LOST") != nullptr) return cudaErrorNoDevice;
   stream->queue.push_back([=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
@@ -135,7 +136,12 @@ struct Toy {
 class Context final : public IExecutionContext, Placed {
  public:
   explicit Context(const Toy& toy) : toy_(toy) {}
-  ~Context() override { here("A context"); }
+  ~Context() override {
+    here("A context");
+    if (stream_ == nullptr || stream_->queue.empty()) return;
+    std::fprintf(stderr, "A context is destroyed while it runs\n");
+    std::abort();
+  }
 
   bool setInputShape(const char* name, const Dims& shape) noexcept override {
     batch_ = shape.d[0];
@@ -158,6 +164,7 @@ class Context final : public IExecutionContext, Placed {
     here("A context");
     stream->here("A stream");
     for (const auto& [name, address] : addresses_) block_of(address)->here("Memory");
+    stream_ = stream;
     stream->queue.push_back([this, batch = batch_] {
       for (std::int64_t image = 0; image < batch; ++image) run(image);
     });
@@ -184,6 +191,7 @@ class Context final : public IExecutionContext, Placed {
 
   Toy toy_;
   std::int64_t batch_ = 0;
+  cudaStream_t stream_ = nullptr;
   std::map<std::string, void*> addresses_;
 };
 

@@ -71,6 +71,21 @@ Lanes load(const Bf16* from) {
 
 void store(float* to, const Lanes& values) { std::memcpy(to, &values, sizeof values); }
 
+/// The lanes of two vectors whose numbers are in `from`, the second's being counted on from the first's.
+template <class Vector>
+Vector pick(const Vector& first, const Vector& second, const Words& from) {
+#ifdef __clang__
+  // It has no shuffle by a vector; where the loop is unrolled it makes one of this.
+  Vector picked;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    picked[lane] = from[lane] < kLanes ? first[from[lane]] : second[from[lane] - kLanes];
+  }
+  return picked;
+#else
+  return __builtin_shuffle(first, second, from);
+#endif
+}
+
 /// Every lane plus the one whose number differs in one bit: `first`'s where that bit is clear, `second`'s where it is set.
 template <std::size_t bit>
 Lanes fold(const Lanes& first, const Lanes& second) {
@@ -80,7 +95,7 @@ Lanes fold(const Lanes& first, const Lanes& second) {
     own[lane] = static_cast<std::uint32_t>(from + lane);
     other[lane] = static_cast<std::uint32_t>(from + (lane ^ bit));
   }
-  return __builtin_shuffle(first, second, own) + __builtin_shuffle(first, second, other);
+  return pick(first, second, own) + pick(first, second, other);
 }
 
 /// Sums of kLanes vectors' lanes, each in the lane of its vector's number; overwrites them.
@@ -199,8 +214,8 @@ void swap_blocks(Words* rows) {
   for (std::size_t row = 0; row < kLanes; ++row) {
     if (row & size) continue;
     const Words first = rows[row], second = rows[row + size];
-    rows[row] = __builtin_shuffle(first, second, low);
-    rows[row + size] = __builtin_shuffle(first, second, high);
+    rows[row] = pick(first, second, low);
+    rows[row + size] = pick(first, second, high);
   }
 }
 

@@ -12,6 +12,8 @@
 namespace ztp::run {
 namespace {
 
+constexpr int kMostPixels = 1 << 28;  // of a resized picture: nearly a gigabyte
+
 std::size_t values_of(const Manifest& manifest) { return 3 * manifest.size * manifest.size; }
 
 /// uint8 [3, size, size] → what the model was trained on: (x / 255 − mean) / std.
@@ -38,8 +40,11 @@ void append(const std::vector<std::uint8_t>& pixels, const Manifest& manifest, I
 
 /// A raw file's bytes, how many images they are being checked.
 std::vector<std::uint8_t> read_raw(const std::string& path, std::size_t image_bytes, std::size_t& count) {
+  std::error_code ignored;
   std::ifstream stream(path, std::ios::binary);
-  if (!stream) throw BadRequest("There is no file " + path + ".", "Check the path.");
+  if (!std::filesystem::is_regular_file(path, ignored) || !stream) {
+    throw BadRequest("There is no file " + path + ".", "Check the path.");
+  }
   std::vector<std::uint8_t> bytes{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
   count = bytes.size() / image_bytes;
   if (bytes.empty() || bytes.size() % image_bytes != 0) {
@@ -101,8 +106,16 @@ std::vector<std::uint8_t> prepare(const Picture& picture, const Manifest& manife
     throw BadRequest("The engine's pictures are cropped by '" + wanted.crop_mode + "', which ztp-run does not know.",
                      "Prepare them in Python and give raw tensors (.f32).");
   }
-  const auto side = static_cast<std::size_t>(std::floor(static_cast<double>(manifest.size) / wanted.crop_pct));
-  const std::size_t shorter = squash ? 1 : std::min(picture.width, picture.height);
+  const double exact = std::floor(static_cast<double>(manifest.size) / wanted.crop_pct);
+  const auto [least, most] = std::minmax(picture.width, picture.height);
+  const double stretch = squash ? 1 : static_cast<double>(most) / static_cast<double>(least);
+  if (exact * exact * stretch > kMostPixels) {
+    throw BadRequest("A picture of " + std::to_string(picture.width) + " × " + std::to_string(picture.height) +
+                         " pixels would be resized to more than " + std::to_string(kMostPixels) + ".",
+                     "Cut it closer to a square.");
+  }
+  const auto side = static_cast<std::size_t>(exact);
+  const std::size_t shorter = squash ? 1 : least;
   const std::size_t width = squash ? side : side * picture.width / shorter;
   const std::size_t height = squash ? side : side * picture.height / shorter;
   const Picture cut = centre_crop(resize(picture, width, height, wanted.interpolation), manifest.size, manifest.size);

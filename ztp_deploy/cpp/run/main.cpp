@@ -30,6 +30,11 @@ void run(const std::vector<std::string>& arguments) {
   }
 }
 
+void require_written() {
+  if (std::cout.flush()) return;
+  throw ztp::BadRequest("What was found could not be written to the standard output.", "Check where it goes.");
+}
+
 }  // namespace
 
 int main(int count, char** words) {
@@ -37,6 +42,7 @@ int main(int count, char** words) {
   const bool as_json = std::find(arguments.begin(), arguments.end(), "--json") != arguments.end();
   try {
     run(arguments);
+    require_written();
     return 0;
   } catch (const ztp::Error& error) {
     ztp::run::print_refusal(error.problem(), error.fix(), error.exit_code(), as_json);

@@ -51,7 +51,32 @@ struct Source {
   }
 };
 
+/// Whether a JPEG has a Huffman table of more than 256 codes, which stb before 2.28 writes past its own memory.
+///
+/// Every DHT marker counts, wherever it stands: stb finds markers in ways of its own where a file is damaged.
+bool has_overfull_table(const std::string& bytes) {
+  if (bytes.empty() || bytes[0] != '\xFF') return false;
+  const auto byte = [&](std::size_t at) -> std::size_t {
+    return at < bytes.size() ? static_cast<unsigned char>(bytes[at]) : 0;
+  };
+  for (std::size_t at = bytes.find("\xFF\xC4"); at != std::string::npos; at = bytes.find("\xFF\xC4", at + 1)) {
+    const std::size_t end = at + 2 + (byte(at + 2) << 8U | byte(at + 3));
+    for (std::size_t table = at + 4; table < end && byte(table) >> 4U <= 1 && (byte(table) & 15U) <= 3;) {
+      std::size_t codes = 0;
+      for (std::size_t length = 1; length <= 16; ++length) codes += byte(table + length);
+      if (codes > 256) return true;
+      table += 17 + codes;
+    }
+  }
+  return false;
+}
+
 Picture decode(const std::string& bytes, const std::string& path) {
+  const auto refuse = [&](const std::string& reason) {
+    throw BadRequest(path + " is no image ztp-run can read: " + reason + ".",
+                     "Take it out, or convert it to PNG or JPEG.");
+  };
+  if (has_overfull_table(bytes)) refuse("it has a Huffman table of more than 256 codes");
   Source source{bytes};
   const stbi_io_callbacks calls{Source::read, Source::skip, Source::at_end};
   int width = 0;
@@ -59,11 +84,7 @@ Picture decode(const std::string& bytes, const std::string& path) {
   int channels = 0;
   const std::unique_ptr<stbi_uc, decltype(&stbi_image_free)> loaded(
       stbi_load_from_callbacks(&calls, &source, &width, &height, &channels, 3), &stbi_image_free);
-  if (loaded == nullptr || source.cut_off) {
-    const std::string reason = source.cut_off ? "it is cut off" : stbi_failure_reason();
-    throw BadRequest(path + " is no image ztp-run can read: " + reason + ".",
-                     "Take it out, or convert it to PNG or JPEG.");
-  }
+  if (loaded == nullptr || source.cut_off) refuse(source.cut_off ? "it is cut off" : stbi_failure_reason());
   Picture picture;
   picture.width = static_cast<std::size_t>(width);
   picture.height = static_cast<std::size_t>(height);

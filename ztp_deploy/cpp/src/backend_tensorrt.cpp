@@ -101,6 +101,18 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
+/// Waits for what is under way in a stream, however its scope is left.
+class Settled {
+ public:
+  explicit Settled(cudaStream_t stream) : stream_(stream) {}
+  Settled(const Settled&) = delete;
+  Settled& operator=(const Settled&) = delete;
+  ~Settled() { cudaStreamSynchronize(stream_); }
+
+ private:
+  cudaStream_t stream_;
+};
+
 std::size_t width(nvinfer1::DataType type) {
   switch (type) {
     case nvinfer1::DataType::kFLOAT:
@@ -129,13 +141,14 @@ class Context {
 
   Outputs run(const void* images, std::size_t batch) {
     set_batch(batch);
+    std::vector<OutputView> views;
+    std::vector<std::vector<char>> copies;
+    const Settled settled(stream_.get());  // before the copies go, and the context with its buffers
     const std::size_t input = bytes(folder_.input);
     require(cudaMemcpyAsync(buffers_[0]->get(), images, input, cudaMemcpyHostToDevice, stream_.get()), "copy images");
     if (!context_->enqueueV3(stream_.get())) {
       throw BadRequest(kTitle + " could not run the engine.", "See its message above.");
     }
-    std::vector<OutputView> views;
-    std::vector<std::vector<char>> copies;
     for (std::size_t i = 0; i < folder_.outputs.size(); ++i) {
       const std::string& name = folder_.outputs[i];
       std::vector<char>& copy = copies.emplace_back(bytes(name));

@@ -22,6 +22,7 @@ constexpr std::size_t kChunk = std::size_t{1} << 20U;
 // Far above any engine's, and so low that the bytes of a batch, three channels of float32, are countable.
 constexpr std::size_t kLargestBatch = std::size_t{1} << 16U;
 constexpr std::size_t kLargestSide = std::size_t{1} << 14U;
+constexpr int kMostThreads = 1024;
 
 /// What is wrong with a manifest is said in the words of the Python side.
 [[noreturn]] void refuse(const fs::path& path, const std::string& where, const std::string& what) {
@@ -103,6 +104,9 @@ class Fields {
 json parse(const std::string& text, const fs::path& path) {
   try {
     if (text.rfind("\xEF\xBB\xBF", 0) == 0) refuse(path, "the file", "Invalid JSON at byte 1");
+    // The parser would take a zero byte for the end, whatever comes after it.
+    const std::size_t zero = text.find('\0');
+    if (zero != std::string::npos) refuse(path, "the file", "Invalid JSON at byte " + std::to_string(zero + 1));
     json root = json::parse(text, [&](int depth, json::parse_event_t, json&) {
       if (depth > kDeepest) refuse(path, "the file", "It is nested too deeply");
       return true;
@@ -171,7 +175,11 @@ void read_settings(const json& root, const Fields& fields, EngineFolder& folder)
   const json settings = root.value("settings", json::object());
   const json built = root.value("built", json::object());
   try {
-    folder.threads = settings.value("threads", 0);
+    const json threads = settings.value("threads", json(0));
+    if (!threads.is_number_integer() || threads < 0 || threads > kMostThreads) {
+      fields.invalid("settings.threads", "Input should be a whole number from 0 to " + std::to_string(kMostThreads));
+    }
+    folder.threads = threads.get<int>();
     folder.spin_between_runs = settings.value("spin_between_runs", false);
     folder.strip_plan = settings.value("strip_plan", false);
     folder.version_compatible = settings.value("version_compatible", false);
@@ -276,11 +284,11 @@ EngineFolder open_folder(const std::string& directory) {
 }
 
 std::string read_file(const fs::path& path) {
-  std::ifstream stream(path, std::ios::binary);
-  std::ostringstream text;
-  text << stream.rdbuf();
+  std::ifstream stream(path, std::ios::binary | std::ios::ate);
+  std::string text(stream ? static_cast<std::size_t>(stream.tellg()) : 0, '\0');
+  stream.seekg(0).read(text.data(), static_cast<std::streamsize>(text.size()));
   if (!stream) throw DamagedFiles(path.string() + " cannot be read.", "Check its permissions.");
-  return text.str();
+  return text;
 }
 
 }  // namespace ztp

@@ -45,7 +45,8 @@ class Record {
     const char* end = written.data() + written.size();
     double value = 0;
     const std::from_chars_result read = std::from_chars(written.data(), end, value);
-    if (read.ec != std::errc() || read.ptr != end || !(value > 0)) damaged("gives no tolerance above zero");
+    const bool usable = read.ec == std::errc() && read.ptr == end && std::isfinite(value) && value > 0;
+    if (!usable) damaged("gives no tolerance above zero");
     return value;
   }
 

@@ -77,16 +77,15 @@ std::unique_ptr<Runner> open_runner(const EngineFolder& folder) {
       "Use ztp_deploy from Python, or build for openvino, onnxruntime, tensorrt, tensorrt_rtx or aotinductor.");
 }
 
-/// Does `work`, and makes the runtime's own error of whatever a library throws.
+/// Does `work` of `who` on an engine folder, and makes the runtime's own error of whatever a library throws.
 template <class Work>
-auto own_errors(const EngineFolder& folder, Work work) {
+auto own_errors(const std::string& who, const std::filesystem::path& directory, Work work) {
   try {
     return work();
   } catch (const Error&) {
     throw;
   } catch (const std::exception& error) {
-    throw BadRequest(folder.manifest.backend + " failed on " + folder.directory.string() + ": " +
-                         reason_in(error.what()) + ".",
+    throw BadRequest(who + " failed on " + directory.string() + ": " + reason_in(error.what()) + ".",
                      "Check that its library is whole and memory is free, or build the engine again.");
   }
 }
@@ -120,14 +119,15 @@ void check_finite(const float* images, std::size_t values) {
 
 class Session::Implementation {
  public:
-  explicit Implementation(const std::string& directory) : folder_(open_folder(directory)) {
-    own_errors(folder_, [&] { runner_ = open_runner(folder_); });
+  explicit Implementation(const std::string& directory)
+      : folder_(own_errors("Reading", directory, [&] { return open_folder(directory); })) {
+    own_errors(folder_.manifest.backend, folder_.directory, [&] { runner_ = open_runner(folder_); });
   }
 
   const EngineFolder& folder() const noexcept { return folder_; }
 
   Outputs run(const void* images, std::size_t batch) const {
-    return own_errors(folder_, [&] { return runner_->run(images, batch); });
+    return own_errors(folder_.manifest.backend, folder_.directory, [&] { return runner_->run(images, batch); });
   }
 
  private:
@@ -155,7 +155,10 @@ Outputs Session::run(const std::uint8_t* images, std::size_t batch) const {
   return implementation_->run(images, batch);
 }
 
-SelfTest Session::self_test() const { return repeat_recorded_run(*this, implementation_->folder().directory); }
+SelfTest Session::self_test() const {
+  const std::filesystem::path& directory = implementation_->folder().directory;
+  return own_errors("The self-test", directory, [&] { return repeat_recorded_run(*this, directory); });
+}
 
 std::vector<std::string> backends() {
   std::vector<std::string> names;
