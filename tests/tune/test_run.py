@@ -311,6 +311,10 @@ def test_the_command_line(weights, photographs, tmp_path, monkeypatch, capsys):
     # What `ztp engine --recipe` would plan.
     again = plan_request(model=NAME, recipe=f"{folder}/recipe.toml").plan(NAME)
     assert again.counts == [stage["tokens_out"] for stage in report["winner"]["plan"]["stages"]]
+    missed = TuneReport.model_validate(report | {"verdict": "misses the budget"})
+    monkeypatch.setattr(run, "tune", lambda *arguments: missed)
+    code, printed, _ = ztp(*asked, "--json")
+    assert (code, json.loads(printed)["verdict"]) == (1, "misses the budget")  # one object, also of a failed gate
     code, _, refusal = ztp(*asked, "--backend", "onnxruntime")
     assert code == 2
     assert "--backend makes no sense with --budget flops=0.65" in " ".join(refusal.split())

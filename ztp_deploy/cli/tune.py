@@ -23,6 +23,7 @@ from ztp_deploy.cli.options import (
 )
 from ztp_deploy.console import Bars, out, print_json
 from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
+from ztp_deploy.errors import GateFailed
 
 
 def tune(
@@ -79,6 +80,7 @@ def tune(
     report = search(request, Bars())
     if as_json:
         print_json(report.model_dump(mode="json"))
-    else:
-        show_tune(report, request.folder, out)
+        missed = report.verdict == "misses the budget"
+        raise typer.Exit(GateFailed.exit_code if missed else 0)  # a refusal would be a second object
+    show_tune(report, request.folder, out)
     report.require()
