@@ -110,12 +110,14 @@ def test_every_error_is_a_public_name_and_of_one_tree():
 
 
 def test_the_readmes_python_runs(monkeypatch, tmp_path):
-    """The ten lines of the README, on DeiT-T with random weights instead of a download."""
+    """The lines of the README, on DeiT-T with random weights instead of a download."""
     from PIL import Image
 
     [script] = ["\n".join(lines) for kind, lines in fences(README) if kind == "python"]
     monkeypatch.chdir(tmp_path)
-    Image.effect_noise((300, 200), 80).convert("RGB").save("photo.jpg")
+    for path in (Path("photo.jpg"), Path("photos/one.jpg"), Path("photos/two.jpg")):
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((300, 200), 80).convert("RGB").save(path)
     script = script.replace('ztp.load_model("deit_s")', 'ztp.load_model("deit_t", weights="random")')
     names: dict[str, object] = {}
     exec(compile(script, "README", "exec"), names)  # noqa: S102

@@ -135,7 +135,7 @@ def lint(model: onnx.ModelProto, plan: Plan, *, quantised: bool = False) -> list
     counts ask), each Gather by a computed index (axis 0; a constant index is a mere slice), and the outputs:
     `logits`, then `kept_i` int32 [batch, tokens_out] and, of methods that merge, `merged_i` int32 [batch, tokens_in].
     """
-    known = _constants(model.graph)
+    known = constants(model.graph)
     allowed = ALLOWED | QUANTISATION if quantised else ALLOWED
     faults: list[str] = []
     counts: Counter[int] = Counter()
@@ -174,15 +174,6 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _nodes(attribute.g)
-
-
-def _constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
-    """Constant tensors by name, under their new names too where they are merely given another shape."""
-    found = constants(graph)
-    for node in graph.node:
-        if node.op_type == "Reshape" and all(name in found for name in node.input):
-            found[node.output[0]] = found[node.input[0]]  # torch's exporter folds only small constants
-    return found
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: int) -> int:
