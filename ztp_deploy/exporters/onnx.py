@@ -9,6 +9,7 @@ import torch
 
 from ztp_deploy.errors import GateFailed
 from ztp_deploy.exporters import attention, precision, vocabulary
+from ztp_deploy.exporters.files import GRAPH_FILE, WEIGHTS_FILE
 from ztp_deploy.exporters.fold import fold_constants
 from ztp_deploy.exporters.graph import AuditedGraph, InferenceGraph
 from ztp_deploy.plan import Plan
@@ -19,8 +20,6 @@ PRECISIONS: tuple[str, ...] = precision.PRECISIONS
 PACKAGES: tuple[str, ...] = ("onnx", "onnxscript", "onnx-ir")
 OPSET: int | None = 18
 """Of the traced float32 graph; bf16 needs a later one."""
-GRAPH_FILE = "model.onnx"
-WEIGHTS_FILE = "model.onnx.data"
 _PROTOBUF_LIMIT = 1_900_000_000
 """Bytes; one message holds 2 GB at most."""
 

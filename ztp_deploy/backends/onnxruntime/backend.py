@@ -20,7 +20,7 @@ from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
-from ztp_deploy.exporters.onnx import GRAPH_FILE, with_audit
+from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest, listed
 
 if TYPE_CHECKING:
@@ -306,6 +306,8 @@ class OnnxRuntimeRunner:
 
     def _audited(self) -> bytes:
         import onnx
+
+        from ztp_deploy.exporters.onnx import with_audit
 
         # Large weights stay in their file: with them a message would be beyond protobuf's 2 GB.
         model = with_audit(onnx.load(str(self._graph), load_external_data=False), self._manifest.audit)

@@ -19,7 +19,7 @@ from ztp_deploy.backends.openvino import attention, ir
 from ztp_deploy.backends.openvino import stage as stages
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
-from ztp_deploy.exporters.onnx import GRAPH_FILE
+from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.manifest import EngineManifest, listed
 from ztp_deploy.scratch import ask_for_room
 

@@ -20,7 +20,8 @@ from ztp_deploy.backends.tensorrt.library import Library
 from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
-from ztp_deploy.exporters.onnx import GRAPH_FILE, with_audit
+from ztp_deploy.exporters.files import GRAPH_FILE
+from ztp_deploy.exporters.onnx import with_audit
 from ztp_deploy.manifest import EngineManifest, listed
 
 PLAN_FILE = "model.plan"

@@ -26,8 +26,9 @@ from ztp_deploy.backends.tensorrt.graph import low_products
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
 from ztp_deploy.exporters import vocabulary
+from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.exporters.fold import constants, drop_unread
-from ztp_deploy.exporters.onnx import GRAPH_FILE, outgrows_message, save, with_audit
+from ztp_deploy.exporters.onnx import outgrows_message, save, with_audit
 from ztp_deploy.exporters.precision import lower, weight_products
 from ztp_deploy.exporters.vocabulary import QUANTISATION
 from ztp_deploy.quiet import quiet
