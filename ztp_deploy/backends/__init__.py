@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -45,8 +46,13 @@ BACKENDS: dict[str, str] = {
     "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",
 }
 EVIDENCE = "evidence"
+PARITY_FILE = "parity.json"
 SOURCES = (*exporters.SOURCES, "backends", "environment.py", "cpp/openvino_stage/stage.cpp")
 """What of this package decides an engine: builds change graphs, and compile methods' stages."""
+
+
+class ParityWarning(UserWarning):
+    """The engine that is opened failed its last parity check: its answers are not the model's."""
 
 
 @dataclass(frozen=True)
@@ -356,20 +362,47 @@ def require_runnable(engine: Engine) -> Backend:
 def load_engine(directory: Engine | Path | str) -> Session:
     """Opens an engine, what `build` returned or a folder, after verifying its manifest and every file's sha256.
 
+    Warns of one that failed its last parity check (ParityWarning), and of one built with another release of its library.
     TorchScript, AOTInductor and TensorRT engines and OpenVINO's with compiled stages are code: load only what you built.
     Raises BadRequest (no engine folder), DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
     """
-    engine = find_engine(directory)
-    manifest = engine.manifest
-    module = require_runnable(engine)
-    runner = module.open_runner(engine.directory, manifest)
-    if module.version() != manifest.backend_version:
+    session = open_engine(directory)
+    manifest, check = session.manifest, f"ztp check --engine {shlex.quote(str(session.directory))}"
+    version = get(manifest.backend).version()
+    if version != manifest.backend_version:
         warnings.warn(
-            f"{engine.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
-            f"this is {module.version()}. Run `ztp check --engine {shlex.quote(str(engine.directory))}`.",
+            f"{session.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
+            f"this is {version}. Run `{check}`.",
             stacklevel=2,
         )
-    return Session(engine.directory, manifest, runner)
+    failed = _failed_check(session.directory)
+    if failed is not None:
+        warnings.warn(
+            f"{session.directory} ({manifest.precision}) failed its last parity check{failed}: do not rely on its answers. "
+            f"Run `{check}`, and build it again.",
+            ParityWarning,
+            stacklevel=2,
+        )
+    return session
+
+
+def open_engine(directory: Engine | Path | str) -> Session:
+    """`load_engine` without its warnings, for who is about to judge the engine. Raises what it raises."""
+    engine = find_engine(directory)
+    runner = require_runnable(engine).open_runner(engine.directory, engine.manifest)
+    return Session(engine.directory, engine.manifest, runner)
+
+
+def _failed_check(directory: Path) -> str | None:
+    """Where the parity check of this very manifest failed, as " between … and …"; None unless it did."""
+    try:
+        report = json.loads((directory / EVIDENCE / PARITY_FILE).read_bytes())
+        if report["passed"] or report["manifest_sha256"] != manifest_sha256(directory):
+            return None
+        edges = [(edge["reference"], edge["candidate"]) for edge in report["edges"] if edge["faults"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return " between {} and {}".format(*edges[0]) if edges else ""
 
 
 def _standing(directory: Path, wanted: EngineManifest) -> Engine | None:
