@@ -79,6 +79,7 @@ def test_audit_scores_equal_eager(any_engine, pruned):
         (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "float64 came"),
         (torch.zeros(1, 3, 96, 96, device="meta"), "takes tensors on cpu; one on meta came"),
         (np.full((1, 3, 96, 96), np.nan, np.float32), "27648 of the pixels are NaN"),
+        (torch.full((2, 3, 96, 96), torch.inf), "55296 of the pixels are NaN or infinite"),
         (np.concatenate([tiny.images(1), np.full((1, 3, 96, 96), np.inf, np.float32)]), "NaN or infinite"),
     ],
 )
@@ -390,6 +391,22 @@ def test_a_damaged_engine_is_not_opened(any_engine, tmp_path):
     tiny.reseal(copy)  # as if a builder had written half a file
     with pytest.raises(DamagedFiles, match="cannot open"):
         ztp.load_engine(copy)
+
+
+@pytest.mark.parametrize(
+    "calibration, message",
+    [
+        (tiny.images(0), "calibrated on images and none were given"),
+        (np.full((2, 3, 96, 96), np.nan, np.float32), "55296 of the pixels are NaN"),
+        (tiny.images(2).astype(np.uint8), "takes float32 arrays .* uint8 came"),
+        (tiny.images(2, size=64), r"\[B, 3, 96, 96\]; \[2, 3, 64, 64\] came"),
+        (tiny.images(2).tolist(), "calibration=list is no array"),
+    ],
+)
+def test_what_cannot_calibrate_is_refused(artifact, tmp_path, calibration, message):
+    with pytest.raises(BadRequest, match=message):
+        ztp.build(artifact, "openvino", precision="int8", calibration=calibration, directory=tmp_path / "e")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_version_of_the_library_is_announced(any_engine, tmp_path):

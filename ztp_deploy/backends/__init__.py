@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy import environment, exporters
-from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
+from ztp_deploy.backends.base import Backend, BuildJob, Device, Session, check_images
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
 from ztp_deploy.errors import BadRequest, MissingSoftware, ZtpError, nearest
 from ztp_deploy.exporters import Artifact, load_artifact
@@ -178,7 +178,7 @@ def engine_directory(
 
 def _fitted_to(target: Target, calibration: NDArray[Any] | None) -> str | None:
     """The sha256 of the images that the target's precision is fitted to; None where it is fitted to none."""
-    if calibration is None or not target.calibrated:
+    if not isinstance(calibration, np.ndarray) or not target.calibrated:  # what is no array is refused by the build
         return None
     return hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest()
 
@@ -280,11 +280,18 @@ def _check_fits(source: ArtifactManifest, target: Target, calibration: NDArray[A
             f"A {target.precision} engine of {name} is built from a {graph_precision} graph; the artifact holds {source.precision}.",
             f"Precision is written into the graph: export with precision={graph_precision!r}.",
         )
-    if target.calibrated and calibration is None:
+    if not target.calibrated:
+        return
+    if calibration is None or (isinstance(calibration, np.ndarray) and not calibration.size):
         raise BadRequest(
             f"A {target.precision} engine is calibrated on images and none were given.",
             "Give calibration=images [M, 3, H, W].",
         )
+    if not isinstance(calibration, np.ndarray):
+        raise BadRequest(
+            f"calibration={type(calibration).__name__} is no array of images.", "Give a NumPy array [M, 3, H, W]."
+        )
+    check_images(calibration, source.input)
 
 
 def _wanted(artifact: Artifact, target: Target, directory: Path, calibration: NDArray[Any] | None) -> EngineManifest:
