@@ -138,6 +138,10 @@ def test_documented_commands_exist():
         assert {word for word in words if word.startswith("-")} <= known, line
 
 
+def option_of(variable):
+    return variable.lower().replace("_", "-")
+
+
 def variables_arrive(line):
     """Asserts that make takes a documented line and that every variable's value reaches the command, by its option."""
     target, *variables = shlex.split(line.removeprefix("make "))
@@ -146,7 +150,7 @@ def variables_arrive(line):
     typed = shlex.split(done.stdout.replace("\\\n", ""), comments=True)
     for name, value in (variable.split("=", 1) for variable in variables):
         assert value in typed, f"{line}: {done.stdout}"
-        assert typed[typed.index(value) - 1] == f"--{name.lower()}", done.stdout
+        assert typed[typed.index(value) - 1] == f"--{option_of(name)}", done.stdout
 
 
 def test_documented_make_lines_reach_the_command_whole():
@@ -339,7 +343,7 @@ def make(*arguments, cwd=ROOT):
 
 VARIABLES = (
     *("MODEL", "METHOD", "RATIO", "FLOPS", "KEEP", "SITES", "RECIPE", "WEIGHTS", "PROFILE", "BACKEND", "PRECISION"),
-    *("BATCH", "IMAGES", "METHODS", "ENGINE", "DATA", "BUDGET", "TRIALS", "BESIDE"),
+    *("BATCH", "IMAGES", "METHODS", "ENGINE", "DATA", "BUDGET", "TRIALS", "BESIDE", "NUM_CLASSES", "IMG_SIZE"),
 )
 
 
@@ -405,7 +409,7 @@ def test_make_passes_a_variable_on_or_stops_at_it(target):
         done = make("-n", "-o", ".venv/.ready", target, f"{name}=some")
         if done.returncode == 0:
             words = shlex.split(done.stdout.replace("\\\n", ""))
-            option = RENAMED.get((target, name), f"--{name.lower()}")
+            option = RENAMED.get((target, name), f"--{option_of(name)}")
             before = words[words.index("some") - 1]
             assert before == (target if (target, name) in PLAIN else option), done.stdout
             passed.add(name)

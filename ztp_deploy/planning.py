@@ -12,6 +12,7 @@ from torch import nn
 from ztp_deploy import methods, models
 from ztp_deploy.defaults import METHOD
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import DEFAULT_STAGES, FLOP_SHARE_TOLERANCE, Geometry, Plan, Stage, count_flops, share_of
 
 
@@ -24,6 +25,7 @@ def make_plan(
     keep: Sequence[int | float] | None = None,
     sites: Sequence[int] | None = None,
     options: Mapping[str, Any] | None = None,
+    overrides: ModelSize | None = None,
 ) -> Plan:
     """Fixes the token count of every stage for one model and one method.
 
@@ -31,9 +33,11 @@ def make_plan(
     the dense model's multiply-accumulates, in (0, 1]; `keep`, per stage a count (int) or a share of
     what enters it (float). `sites` are block numbers counted from 1 (default ⌊depth·i/4⌋, i = 1 … 3, the next
     block for methods that act before or inside one, all blocks for those with a number per block).
-    `method="dense"` takes none of them. Raises BadRequest for anything that cannot be met.
+    `method="dense"` takes none of them. `overrides` are the sizes of a model that is only named. Raises BadRequest for anything that cannot be met.
     """
-    name, geometry = models.describe(model_or_name)
+    if overrides is not None and not isinstance(model_or_name, str):
+        raise BadRequest("A module has its own sizes, and overrides were given.", "Leave them out.")
+    name, geometry = models.describe(model_or_name, overrides)
     request: dict[str, Any] = {
         kind: value for kind, value in (("ratio", ratio), ("flops", flops), ("keep", keep)) if value is not None
     }

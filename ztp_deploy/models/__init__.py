@@ -131,9 +131,9 @@ def load_model(
     return model
 
 
-def check_request(name: str, weights: str) -> None:
+def check_request(name: str, weights: str, overrides: ModelSize | None = None) -> None:
     """Refuses, before anything is loaded, a name that nobody carries and a checkpoint that is not there."""
-    describe(name)
+    describe(name, overrides)
     if weights not in NAMED_WEIGHTS:
         weights_module.check_file(weights_module.user_path(weights)[0])
 

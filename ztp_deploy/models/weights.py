@@ -116,10 +116,14 @@ def load_given(
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
     """Raises BadRequest that lists missing, unexpected and misshapen keys."""
     if problems := misfits(expected, found):
-        raise BadRequest(
-            f"{origin} does not fit the model. {problems}.",
-            "Check the model name, or give the sizes as overrides.",
-        )
+        others = [
+            len(found[name])
+            for name in sorted(expected.keys() & found.keys())
+            if re.fullmatch(r"(aux_)?head\w*\.bias", name) and found[name].shape != expected[name].shape
+        ]
+        given = f"--num-classes {others[0]}" if others else "--num-classes or --img-size"
+        fix = f"Check the model name, or say what sizes it has: {given}, in Python overrides=ModelSize(…)."
+        raise BadRequest(f"{origin} does not fit the model. {problems}.", fix)
 
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
