@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -56,6 +57,8 @@ def make_plan(
     chosen = methods.parse_options(method, options or {})
     if reason := rule.refuses(geometry, chosen):
         raise BadRequest(f"{method} cannot prune {name}: {reason}", "`ztp list` shows which pairs work.")
+    keep = None if keep is None else _listed("keep", keep, "[137, 95, 66]")
+    sites = None if sites is None else _listed("sites", sites, "[3, 6, 9]")
     blocks = _checked_sites(sites, geometry.depth, rule.default_sites, None if keep is None else len(keep))
 
     def stages_for(counts: list[int]) -> list[Stage]:
@@ -94,6 +97,13 @@ def _assemble(
     )
 
 
+def _listed(name: str, values: object, example: str) -> list[Any]:
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
+        with contextlib.suppress(TypeError):  # an array of no dimensions
+            return list(values)
+    raise BadRequest(f"{name}={values!r} is no list.", f"Give one number for each stage, such as {name}={example}.")
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -130,10 +140,17 @@ def _kept_counts(keep: Sequence[int | float], tokens: int, sites: int) -> list[i
     for value in given:
         if _is_whole(value) and value >= 1:
             count = int(value)
-        elif isinstance(value, Real) and not _is_whole(value):
-            count = share_of(_unit_interval("keep", value), tokens)
+        elif isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= 1:
+            count = share_of(float(value), tokens)
         else:
-            raise BadRequest(f"keep={list(keep)} holds {value!r}.", "Give counts of at least 1, or shares in (0, 1].")
+            raise BadRequest(
+                f"keep={list(keep)} holds {value!r}.",
+                "Counts are whole numbers of at least 1, such as 137; shares lie in (0, 1], such as 0.7.",
+            )
+        if count > tokens and not counts:
+            raise BadRequest(
+                f"keep={list(keep)} asks for {count}, and the model has {tokens} patches.", f"Keep at most {tokens}."
+            )
         if count > tokens:
             raise BadRequest(
                 f"keep={list(keep)} grows: a stage that {tokens} tokens reach cannot keep {count}.",

@@ -450,3 +450,17 @@ def test_batch_range_is_in_the_manifest(shared_engine):
     assert fields["schema"] == "ztp.engine/1"
     assert fields["provider"] == "CPUExecutionProvider"
     assert fields["files"]["model.onnx"]["sha256"]
+
+
+def test_what_is_no_artifact_engine_or_name_is_refused(pruned, artifact, tmp_path):
+    for call, message in (
+        (lambda: ztp.build(None, "onnxruntime"), "An artifact or the path of its folder is needed; NoneType came"),
+        (lambda: ztp.build(pruned, "onnxruntime"), r"PrunedModel came\. Make one with ztp\.export"),
+        (lambda: ztp.build(artifact, None), "no back end None.*There are: .*onnxruntime"),
+        (lambda: ztp.load_engine(None), "An engine or the path of its folder is needed; NoneType came"),
+        (lambda: ztp.load_engine(artifact), r"Artifact came\. Make one with ztp\.build"),
+        (lambda: ztp.export(pruned, None, tmp_path / "a"), "no format None.*There are: onnx"),
+        (lambda: ztp.export(pruned, "onnx", None), "directory=None is no path"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            call()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ztp_deploy import environment, exporters
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session, check_images
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
-from ztp_deploy.errors import BadRequest, MissingSoftware, ZtpError, nearest
+from ztp_deploy.errors import BadRequest, MissingSoftware, ZtpError, suggestion
 from ztp_deploy.exporters import Artifact, load_artifact
 from ztp_deploy.manifest import (
     ArtifactManifest,
@@ -70,8 +70,8 @@ class Engine:
 
 def get(name: str) -> Backend:
     """The back end of that name. Raises BadRequest with the nearest names."""
-    if name not in BACKENDS:
-        raise BadRequest(f"There is no back end {name!r}.", f"Did you mean: {nearest(name, BACKENDS)}?")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise BadRequest(f"There is no back end {name!r}.", suggestion(name, BACKENDS))
     module, _, attribute = BACKENDS[name].partition(":")
     found = import_module(module)
     return cast(Backend, getattr(found, attribute) if attribute else found)
@@ -347,6 +347,11 @@ def check_precision(backend: str, precision: str) -> None:
 
 def find_engine(engine: Engine | Path | str) -> Engine:
     """An engine or its folder with every file verified, not opened. Raises BadRequest and DamagedFiles."""
+    if not isinstance(engine, (Engine, str, Path)):
+        raise BadRequest(
+            f"An engine or the path of its folder is needed; {type(engine).__name__} came.",
+            "Make one with ztp.build(artifact, backend).",
+        )
     folder = engine.directory if isinstance(engine, Engine) else Path(engine)
     manifest = read_manifest(folder, EngineManifest)
     verify_files(folder, manifest)

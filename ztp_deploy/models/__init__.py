@@ -10,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
+from ztp_deploy.errors import BadRequest, MissingSoftware, first_fault, nearest
 from ztp_deploy.models import weights as weights_module
 from ztp_deploy.models.base import Host, ModelSize, Preprocessing, Source, Weights
 from ztp_deploy.plan import Geometry
@@ -91,7 +92,7 @@ def describe(model_or_name: nn.Module | str, overrides: ModelSize | None = None)
 def load_model(
     name_or_module: str | nn.Module,
     weights: str | Path | Mapping[str, Any] = "auto",
-    overrides: ModelSize | None = None,
+    overrides: ModelSize | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A model in evaluation mode with a frozen `.source`.
 
@@ -99,7 +100,7 @@ def load_model(
     its weights). `weights`: "auto" (pre-trained where they can be had, else random with a
     RandomWeightsWarning), "pretrained" (refuses otherwise), "random" (seeded), the path of a
     checkpoint (with `:state_dict_ema` behind it where it holds several), or a state dict with
-    official keys. `overrides` change sizes.
+    official keys. `overrides` change sizes: a `ModelSize`, or its fields in a dict.
     Raises BadRequest (unknown name, weights that do not fit) and MissingSoftware (no pre-trained weights).
     """
     if not isinstance(name_or_module, (str, nn.Module)):
@@ -113,7 +114,12 @@ def load_model(
             )
         return _own_module(name_or_module)
     key, architecture = _resolve(name_or_module)
-    size = overrides or ModelSize()
+    if not isinstance(weights, (str, Path, Mapping)):
+        raise BadRequest(
+            f"weights={weights!r} are no weights.",
+            "Give auto, pretrained, random, the path of a checkpoint, or a state dict.",
+        )
+    size = _size(overrides)
     model = family(key).build(architecture, size)
     host_of(model)
     record = _give_weights(model, key, architecture, size, weights)
@@ -129,6 +135,22 @@ def load_model(
         labels=labels,
     )
     return model
+
+
+def _size(overrides: object) -> ModelSize:
+    """Raises BadRequest that names the wrong one."""
+    if overrides is None or isinstance(overrides, ModelSize):
+        return overrides or ModelSize()
+    if not isinstance(overrides, Mapping):
+        raise BadRequest(f"overrides={overrides!r} are no sizes.", "Give a dict, such as {'num_classes': 5}.")
+    try:
+        return ModelSize(**overrides)
+    except ValidationError as error:
+        where, why = first_fault(error, "overrides")
+        raise BadRequest(
+            f"A model has no size {where}={overrides.get(where)!r}: {why}.",
+            f"Its sizes are: {', '.join(ModelSize.model_fields)}.",
+        ) from error
 
 
 def check_request(name: str, weights: str, overrides: ModelSize | None = None) -> None:
