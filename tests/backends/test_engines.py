@@ -67,7 +67,7 @@ def test_audit_scores_equal_eager(any_engine, pruned):
     "images, message",
     [
         (tiny.images(9), "outside this engine's range 1 to 8"),
-        (tiny.images(0), "outside this engine's range"),
+        (tiny.images(0), "holds at least one image"),
         (tiny.images(1).astype(np.float64), "float64"),
         (tiny.images(1).astype(np.uint8), "uint8"),
         (tiny.images(1, size=64), r"\[1, 3, 64, 64\]"),
@@ -157,8 +157,14 @@ def test_preprocess_equals_timms_transform(any_engine, tmp_path):
         transform = create_transform(**config, is_training=False)
         theirs = [transform(crop).numpy() for crop in (crops[0], crops[1], crops[2].convert("L").convert("RGB"))]
         assert np.array_equal(ours, np.stack(theirs))
+        assert np.array_equal(session.preprocess(np.asarray(crops[1])), ours[1:2])
         with pytest.raises(BadRequest, match="No image"):
             session.preprocess([])
+        for picture in (np.zeros((96, 96, 3), np.float32), np.zeros((2, 96, 96, 3), np.uint8), np.zeros(3, np.uint8)):
+            with pytest.raises(BadRequest, match=r"is no picture\. Give uint8 arrays \[H, W, 3\] in RGB"):
+                session.preprocess(picture)
+        with pytest.raises(BadRequest, match="is a folder, no file"):
+            session.preprocess(tmp_path)
 
 
 def test_a_closed_session_says_so(any_engine):
@@ -365,8 +371,9 @@ def test_a_gpu_that_is_not_there_is_not_replaced(backend, monkeypatch):
     if backend == "tensorrt_rtx":  # builds without one, and says that it cannot run
         assert module.unrunnable(module.resolve_device("cuda")) == "no NVIDIA GPU was found"
         return
-    with pytest.raises(MissingSoftware, match="cuda"):
+    with pytest.raises(MissingSoftware, match="cuda") as refusal:
         module.resolve_device("cuda")
+    assert "install onnxruntime" not in str(refusal.value)  # that brings no GPU
 
 
 def test_a_silent_fall_back_of_the_provider_is_an_error(shared_engine, monkeypatch):
@@ -450,6 +457,15 @@ def test_batch_range_is_in_the_manifest(shared_engine):
     assert fields["schema"] == "ztp.engine/1"
     assert fields["provider"] == "CPUExecutionProvider"
     assert fields["files"]["model.onnx"]["sha256"]
+
+
+def test_an_artifact_is_no_engine_nor_the_reverse(shared_engine, artifact):
+    with pytest.raises(BadRequest, match=r"exported artifact, no engine\. Build one .*`ztp build --artifact .*/onnx`"):
+        ztp.load_engine(artifact.directory)
+    with pytest.raises(BadRequest, match="is an engine, no exported artifact"):
+        ztp.build(shared_engine.directory, "onnxruntime")
+    with pytest.raises(BadRequest, match="nowhere is no engine folder: it does not exist"):
+        ztp.load_engine("nowhere")
 
 
 def test_what_is_no_artifact_engine_or_name_is_refused(pruned, artifact, tmp_path):

@@ -137,6 +137,12 @@ def test_values_that_are_no_weights_are_refused(value, reason):
         ztp.load_model("deit_t", weights=state, overrides=tiny.SIZE)
 
 
+def test_unknown_containers_are_answered_with_the_known_ones():
+    state = {"epoch": 3, "net": tiny.model().state_dict()}
+    with pytest.raises(BadRequest, match=r"dicts under net.*under model, model_ema, .*with :net behind it"):
+        ztp.load_model("deit_t", weights=state, overrides=tiny.SIZE)
+
+
 @pytest.mark.parametrize("name", ["empty.pt", "text.pth", "text.npz", "none.npz"])
 def test_files_that_are_no_checkpoints_are_refused(name, tmp_path):
     if not name.startswith("none"):

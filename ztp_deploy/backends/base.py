@@ -253,10 +253,11 @@ class Session:
         self._check(images)
         return self._runner.audit(images)
 
-    def preprocess(self, images: Image | Path | str | list[Any] | tuple[Any, ...]) -> NDArray[Any]:
-        """Pictures (PIL images or paths) → what `run` takes; equals timm's transform for the model.
+    def preprocess(self, images: Image | NDArray[Any] | Path | str | list[Any] | tuple[Any, ...]) -> NDArray[Any]:
+        """Pictures, one or a list of them, → what `run` takes; equals timm's transform for the model.
 
-        Raises BadRequest for files that are no readable images.
+        A picture is a PIL image, a path, or a uint8 array [H, W, 3] in RGB (OpenCV reads BGR: image[..., ::-1]).
+        Raises BadRequest for what is none.
         """
         from ztp_deploy.models.preprocessing import open_image, transform_for
 
@@ -284,10 +285,12 @@ class Session:
     def _check(self, images: NDArray[Any] | Tensor) -> None:
         check_images(images, self.manifest.input)
         count, span = len(images), self.manifest.batch
+        if not count:
+            raise BadRequest("A batch holds at least one image; none came.", "Give at least one.")
         if not span.min <= count <= span.max:
             raise BadRequest(
                 f"A batch of {count} is outside this engine's range {span.min} to {span.max}.",
-                f"Split it, or build with BATCH={min(span.min, count or 1)}:{span.opt}:{max(span.max, count)}.",
+                f"Split it, or build with BATCH={min(span.min, count)}:{span.opt}:{max(span.max, count)}.",
             )
 
 

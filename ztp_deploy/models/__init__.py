@@ -82,7 +82,7 @@ def describe(model_or_name: nn.Module | str, overrides: ModelSize | None = None)
     """Name and geometry of a model; a name is built without memory for its weights."""
     if isinstance(model_or_name, str):
         key, architecture = _resolve(model_or_name)
-        skeleton = family(key).build(architecture, overrides or ModelSize(), device="meta")
+        skeleton = family(key).build(architecture, _size(overrides), device="meta")
         return model_or_name, family(key).host(skeleton).geometry
     source = getattr(model_or_name, "source", None)
     name = source.name if isinstance(source, Source) else type(model_or_name).__name__

@@ -104,6 +104,12 @@ def load_given(
             f"{origin} holds several sets of weights: {', '.join(chosen)}.",
             f"Choose one: the path with :{chosen[-1]} behind it, or that part of the state dict.",
         )
+    if nested and not chosen:
+        raise BadRequest(
+            f"{origin} has no weights where they are looked for; it has dicts under {', '.join(nested)}.",
+            f"Weights are found at the top or under {', '.join(_CONTAINERS)}; "
+            f"name another: the path with :{nested[0]} behind it, or that part of the state dict.",
+        )
     for name in chosen:
         state = state[name]
     found = {str(name).removeprefix("module."): _tensor(name, value, origin) for name, value in state.items()}
