@@ -15,16 +15,17 @@ comma := ,
 
 # Every variable and the option of `ztp` that it becomes; then what each target takes.
 OPTIONS := MODEL/model METHOD/method RATIO/ratio FLOPS/flops KEEP/keep SITES/sites RECIPE/recipe WEIGHTS/weights \
+           NUM_CLASSES/num-classes IMG_SIZE/img-size \
            PROFILE/profile BACKEND/backend PRECISION/precision BATCH/batch IMAGES/images METHODS/methods \
            ENGINE/engine DATA/data BUDGET/budget TRIALS/trials BESIDE/beside
-PLAN    := MODEL METHOD RATIO FLOPS KEEP SITES RECIPE WEIGHTS
+PLAN    := MODEL METHOD RATIO FLOPS KEEP SITES RECIPE WEIGHTS NUM_CLASSES IMG_SIZE
 BUILD   := PROFILE BACKEND PRECISION BATCH
 TAKES_engine     := $(PLAN) $(BUILD) IMAGES
 TAKES_bench      := $(PLAN) $(BUILD) IMAGES
 TAKES_demo       := METHOD RATIO FLOPS WEIGHTS PROFILE BACKEND PRECISION
 TAKES_export     := $(PLAN) PRECISION
 TAKES_check      := ENGINE IMAGES
-TAKES_compare    := MODEL RATIO FLOPS WEIGHTS $(BUILD) IMAGES METHODS
+TAKES_compare    := MODEL RATIO FLOPS WEIGHTS NUM_CLASSES IMG_SIZE $(BUILD) IMAGES METHODS
 TAKES_eval        = DATA $(if $(ENGINE),ENGINE,$(PLAN))
 TAKES_tune        = MODEL METHOD WEIGHTS IMAGES BUDGET TRIALS $(if $(filter latency%,$(BUDGET)),PROFILE BACKEND PRECISION)
 TAKES_gpu-report := MODEL WEIGHTS PRECISION
@@ -57,6 +58,7 @@ help:  ## Show the targets and variables
 	@echo "  MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(or $(METHOD),zero_tprune) BACKEND=$(or $(BACKEND),auto)"
 	@echo "  PRECISION=$(or $(PRECISION),fp32) BATCH=$(or $(BATCH),1:8:64) WEIGHTS=$(or $(WEIGHTS),auto)"
 	@echo "  FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name METHODS=names ENGINE=folder BESIDE=folders"
+	@echo "  NUM_CLASSES=count IMG_SIZE=pixels, where a checkpoint's are others than the model's"
 	@echo "  DATA=folder or CSV file, BUDGET=flops=0.65 or latency=12ms@batch8, TRIALS=60"
 	@echo "  CMAKE_ARGS=-DORT_ROOT=… for cpp"
 	@echo "  IMAGES=folder; for classify, show and report files"

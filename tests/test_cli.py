@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from onnx import numpy_helper
 from PIL import Image
 
@@ -196,6 +197,24 @@ def test_paths_with_brackets_arrive_as_they_are(ztp, tmp_path):
     [artifact] = folder.iterdir()
     assert f"Artifact: {artifact}\n" in out
     assert f"Next: ztp build --artifact '{artifact}'\n" in out
+
+
+def test_a_checkpoint_with_another_head_and_other_images(ztp, tmp_path):
+    from ztp_deploy import models
+    from ztp_deploy.exporters import load_artifact
+
+    size = models.ModelSize(num_classes=5, img_size=96)
+    torch.save(models.load_model("deit_t", "random", size).state_dict(), "five.pth")
+    plan = ("-m", "deit_t", "--keep", "0.5", "--sites", "6", "--weights", "five.pth", "--img-size", 96)
+    one_sentence(*ztp("export", *plan), 2, "head.bias (5,) instead of (1000,)", "--num-classes 5")
+    code, out, err = ztp("export", *plan, "--num-classes", 5, "--format", "torchscript", "--json")
+    assert code == 0, err
+    source = load_artifact(json.loads(out)["artifact"]).manifest.source
+    assert source.size == size
+    assert models.host_of(models.reload_model(source)).geometry.num_classes == 5
+    assert json.loads(ztp("plan", "-m", "deit_t", "-r", 0.7, "--img-size", 96, "--json")[1])["patch_tokens"] == 36
+    one_sentence(*ztp("show", "a.png", "--engine", "e", "--num-classes", 5), 2, "--num-classes makes no sense")
+    one_sentence(*ztp("plan", "-m", "deit_t", "-r", 0.7, "--img-size", 0), 2, "--img-size")
 
 
 def test_bench_of_engine_folders(made, ztp):

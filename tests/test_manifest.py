@@ -43,7 +43,7 @@ def test_an_edited_manifest_is_refused(engine, change, message):
 def test_folders_of_the_wrong_kind_are_named(engine, artifact, tmp_path):
     with pytest.raises(BadRequest, match="no engine folder"):
         read_manifest(tmp_path, EngineManifest)
-    with pytest.raises(DamagedFiles, match="not a valid engine manifest"):
+    with pytest.raises(BadRequest, match="an exported artifact, no engine"):
         read_manifest(artifact.directory, EngineManifest)
     (engine.directory / "manifest.json").write_bytes(b"\xff\xfe not json")
     with pytest.raises(DamagedFiles, match="not a valid"):

@@ -140,6 +140,10 @@ def test_documented_commands_exist():
         assert {word for word in words if word.startswith("-")} <= known, line
 
 
+def option_of(variable):
+    return variable.lower().replace("_", "-")
+
+
 def variables_arrive(line):
     """Asserts that make takes a documented line and that every variable's value reaches the command, by its option."""
     target, *variables = shlex.split(line.removeprefix("make "))
@@ -148,7 +152,7 @@ def variables_arrive(line):
     typed = shlex.split(done.stdout.replace("\\\n", ""), comments=True)
     for name, value in (variable.split("=", 1) for variable in variables):
         assert value in typed, f"{line}: {done.stdout}"
-        assert typed[typed.index(value) - 1] == f"--{name.lower()}", done.stdout
+        assert typed[typed.index(value) - 1] == f"--{option_of(name)}", done.stdout
 
 
 def test_documented_make_lines_reach_the_command_whole():
@@ -332,6 +336,21 @@ def test_profiles_are_valid(path):
     backends.get(backends.choose(profile.backend)).parse_settings(dict(profile.settings))
 
 
+def test_recipes_and_profiles_are_found_from_everywhere(tmp_path, monkeypatch):
+    """One in the current directory comes before one of the same name that comes with the package."""
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("deit_s_paper").model == "deit_s"
+    assert read_profile("gpu_fp16").precision == "fp16"
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "deit_s_paper.toml").write_text('model = "deit_b"\nratio = 0.5\n')
+    (tmp_path / "export" / "mine.toml").write_text('model = "deit_t"\nratio = 0.5\n')
+    assert read_recipe("deit_s_paper").model == "deit_b"
+    with pytest.raises(
+        ztp.BadRequest, match=r"no recipe export/other.toml.*one of deit_s_one_stage, deit_s_paper, mine"
+    ):
+        read_recipe("other")
+
+
 def make(*arguments, cwd=ROOT):
     # Run by make itself, the tests must not hand its flags on.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
@@ -341,7 +360,7 @@ def make(*arguments, cwd=ROOT):
 
 VARIABLES = (
     *("MODEL", "METHOD", "RATIO", "FLOPS", "KEEP", "SITES", "RECIPE", "WEIGHTS", "PROFILE", "BACKEND", "PRECISION"),
-    *("BATCH", "IMAGES", "METHODS", "ENGINE", "DATA", "BUDGET", "TRIALS", "BESIDE"),
+    *("BATCH", "IMAGES", "METHODS", "ENGINE", "DATA", "BUDGET", "TRIALS", "BESIDE", "NUM_CLASSES", "IMG_SIZE"),
 )
 
 
@@ -407,7 +426,7 @@ def test_make_passes_a_variable_on_or_stops_at_it(target):
         done = make("-n", "-o", ".venv/.ready", target, f"{name}=some")
         if done.returncode == 0:
             words = shlex.split(done.stdout.replace("\\\n", ""))
-            option = RENAMED.get((target, name), f"--{name.lower()}")
+            option = RENAMED.get((target, name), f"--{option_of(name)}")
             before = words[words.index("some") - 1]
             assert before == (target if (target, name) in PLAIN else option), done.stdout
             passed.add(name)
@@ -489,6 +508,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {"ztp_deploy/evidence/report/report.html.jinja", "ztp_deploy/reference/vit_digits.safetensors"} <= set(names)
     assert {"ztp_deploy/cpp/CMakeLists.txt", "ztp_deploy/cpp/include/ztp/session.h"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"ztp_deploy"}
+    shipped = {name.removeprefix("ztp_deploy/shipped/") for name in names if name.startswith("ztp_deploy/shipped/")}
+    assert shipped == {
+        f"{folder}/{path.name}" for folder in ("export", "engines") for path in (ROOT / folder).glob("*.toml")
+    }
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ztp_deploy.backends import Engine, build, load_engine
+    from ztp_deploy.backends import Engine, ParityWarning, build, load_engine
     from ztp_deploy.backends.base import Session
     from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, WriteFailed, ZtpError
     from ztp_deploy.evidence.images import ImageSet, load_images
@@ -38,6 +38,7 @@ _HOMES = {
     "MissingSoftware": "ztp_deploy.errors",
     "ModelSize": "ztp_deploy.models.base",
     "ParityReport": "ztp_deploy.evidence.parity",
+    "ParityWarning": "ztp_deploy.backends",
     "Plan": "ztp_deploy.plan",
     "Preprocessing": "ztp_deploy.models.base",
     "PrunedModel": "ztp_deploy.pruning.prune",
@@ -69,6 +70,7 @@ __all__ = [
     "MissingSoftware",
     "ModelSize",
     "ParityReport",
+    "ParityWarning",
     "Plan",
     "Preprocessing",
     "PrunedModel",

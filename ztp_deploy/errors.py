@@ -64,6 +64,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return ", ".join(close or names[:6])
 
 
+def suggestion(name: object, known: Iterable[str]) -> str:
+    """What to type instead of a name that is not known: those that look like it, or all."""
+    names = list(known)
+    close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.55)
+    return f"Did you mean: {', '.join(close)}?" if close else f"There are: {', '.join(names)}."
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a foreign error's message, without its full stop; the error's type where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

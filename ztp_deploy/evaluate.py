@@ -144,11 +144,11 @@ def evaluate_model(
     request.check()
     if wanted.weights == "random":
         raise _random(wanted.model)
-    models.check_request(wanted.model, wanted.weights)
+    models.check_request(wanted.model, wanted.weights, wanted.size)
     wanted.check()
     device = torch_device.resolve(request.device, "Eager PyTorch")
     clock = Clock(monitor)
-    model = load_trained(wanted.model, wanted.weights, clock)
+    model = load_trained(wanted.model, wanted.weights, clock, wanted.size)
     plan = wanted.plan(model)
     source = models.source_of(model)
     refuse_meaningless(source, plan)

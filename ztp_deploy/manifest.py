@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
+import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -191,11 +192,22 @@ def read_manifest(directory: Path, kind: type[M]) -> M:
     noun = "engine" if kind is EngineManifest else "artifact"
     verb = "engine" if kind is EngineManifest else "export"
     if not path.is_file():
-        raise BadRequest(f"{directory} is no {noun} folder: it has no {MANIFEST}.", f"Make one with `ztp {verb} …`.")
+        why = f"it has no {MANIFEST}" if directory.exists() else "it does not exist"
+        raise BadRequest(f"{directory} is no {noun} folder: {why}.", f"Make one with `ztp {verb} …`.")
     try:
         manifest = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         where, why = first_fault(error, "the file")
+        if kind is EngineManifest and _is_valid(path, ArtifactManifest):
+            raise BadRequest(
+                f"{directory} is an exported artifact, no engine.",
+                f"Build one from it: `ztp build --artifact {shlex.quote(str(directory))}`.",
+            ) from error
+        if kind is ArtifactManifest and _is_valid(path, EngineManifest):
+            raise BadRequest(
+                f"{directory} is an engine, no exported artifact.",
+                "Give the artifact's folder; `ztp export …` makes one.",
+            ) from error
         raise DamagedFiles(
             f"{path} is not a valid {noun} manifest: {where}: {why}.", f"Run `ztp {verb} …` again."
         ) from error
@@ -205,6 +217,14 @@ def read_manifest(directory: Path, kind: type[M]) -> M:
             f"Run `ztp {verb} …` again with what you want to change.",
         )
     return manifest
+
+
+def _is_valid(path: Path, kind: type[_Manifest]) -> bool:
+    try:
+        kind.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return False
+    return True
 
 
 def verify_files(directory: Path, manifest: _Manifest) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from ztp_deploy import methods, models
 from ztp_deploy.defaults import METHOD
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import DEFAULT_STAGES, FLOP_SHARE_TOLERANCE, Geometry, Plan, Stage, count_flops, share_of
 
 
@@ -24,6 +26,7 @@ def make_plan(
     keep: Sequence[int | float] | None = None,
     sites: Sequence[int] | None = None,
     options: Mapping[str, Any] | None = None,
+    overrides: ModelSize | None = None,
 ) -> Plan:
     """Fixes the token count of every stage for one model and one method.
 
@@ -31,9 +34,11 @@ def make_plan(
     the dense model's multiply-accumulates, in (0, 1]; `keep`, per stage a count (int) or a share of
     what enters it (float). `sites` are block numbers counted from 1 (default ⌊depth·i/4⌋, i = 1 … 3, the next
     block for methods that act before or inside one, all blocks for those with a number per block).
-    `method="dense"` takes none of them. Raises BadRequest for anything that cannot be met.
+    `method="dense"` takes none of them. `overrides` are the sizes of a model that is only named. Raises BadRequest for anything that cannot be met.
     """
-    name, geometry = models.describe(model_or_name)
+    if overrides is not None and not isinstance(model_or_name, str):
+        raise BadRequest("A module has its own sizes, and overrides were given.", "Leave them out.")
+    name, geometry = models.describe(model_or_name, overrides)
     request: dict[str, Any] = {
         kind: value for kind, value in (("ratio", ratio), ("flops", flops), ("keep", keep)) if value is not None
     }
@@ -52,6 +57,8 @@ def make_plan(
     chosen = methods.parse_options(method, options or {})
     if reason := rule.refuses(geometry, chosen):
         raise BadRequest(f"{method} cannot prune {name}: {reason}", "`ztp list` shows which pairs work.")
+    keep = None if keep is None else _listed("keep", keep, "[137, 95, 66]")
+    sites = None if sites is None else _listed("sites", sites, "[3, 6, 9]")
     blocks = _checked_sites(sites, geometry.depth, rule.default_sites, None if keep is None else len(keep))
 
     def stages_for(counts: list[int]) -> list[Stage]:
@@ -90,6 +97,13 @@ def _assemble(
     )
 
 
+def _listed(name: str, values: object, example: str) -> list[Any]:
+    if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
+        with contextlib.suppress(TypeError):  # an array of no dimensions
+            return list(values)
+    raise BadRequest(f"{name}={values!r} is no list.", f"Give one number for each stage, such as {name}={example}.")
+
+
 def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
@@ -126,10 +140,17 @@ def _kept_counts(keep: Sequence[int | float], tokens: int, sites: int) -> list[i
     for value in given:
         if _is_whole(value) and value >= 1:
             count = int(value)
-        elif isinstance(value, Real) and not _is_whole(value):
-            count = share_of(_unit_interval("keep", value), tokens)
+        elif isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= 1:
+            count = share_of(float(value), tokens)
         else:
-            raise BadRequest(f"keep={list(keep)} holds {value!r}.", "Give counts of at least 1, or shares in (0, 1].")
+            raise BadRequest(
+                f"keep={list(keep)} holds {value!r}.",
+                "Counts are whole numbers of at least 1, such as 137; shares lie in (0, 1], such as 0.7.",
+            )
+        if count > tokens and not counts:
+            raise BadRequest(
+                f"keep={list(keep)} asks for {count}, and the model has {tokens} patches.", f"Keep at most {tokens}."
+            )
         if count > tokens:
             raise BadRequest(
                 f"keep={list(keep)} grows: a stage that {tokens} tokens reach cannot keep {count}.",

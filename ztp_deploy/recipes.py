@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT, EXPORT_ROOT, METHOD
 from ztp_deploy.errors import BadRequest, first_fault
 
+_PACKAGE = Path(__file__).parent
+# A wheel has them within the package, a checkout beside it.
+_SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
+
 
 class Recipe(BaseModel):
     """What is particular to a model (`export/<recipe>.toml`): method, amount, sites, options."""
@@ -43,20 +47,24 @@ T = TypeVar("T", Recipe, Profile)
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe by its name in `export/` or by path. Raises BadRequest."""
+    """A recipe by path, or by its name in `export/` here or among those that come with the package. Raises BadRequest."""
     return _read(name, EXPORT_ROOT, Recipe, "recipe")
 
 
 def read_profile(name: str) -> Profile:
-    """A profile by its name in `engines/` or by path. Raises BadRequest."""
+    """A profile by path, or by its name in `engines/` here or among those that come with the package. Raises BadRequest."""
     return _read(name, ENGINES_ROOT, Profile, "profile")
 
 
 def _read(name: str, folder: Path, kind: type[T], noun: str) -> T:
-    path = Path(name) if name.endswith(".toml") else folder / f"{name}.toml"
-    if not path.is_file():
-        there = ", ".join(sorted(found.stem for found in folder.glob("*.toml"))) or "none"
-        raise BadRequest(f"There is no {noun} {path}.", f"In {folder}/ there are: {there}.")
+    folders = [folder, _SHIPPED / folder.name]
+    paths = [Path(name)] if name.endswith(".toml") else [place / f"{name}.toml" for place in folders]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        there = sorted({found.stem for place in folders for found in place.glob("*.toml")})
+        raise BadRequest(
+            f"There is no {noun} {paths[0]}.", f"Give a path that ends in .toml, or one of {', '.join(there)}."
+        )
     try:
         return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

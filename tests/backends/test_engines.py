@@ -67,7 +67,7 @@ def test_audit_scores_equal_eager(any_engine, pruned):
     "images, message",
     [
         (tiny.images(9), "outside this engine's range 1 to 8"),
-        (tiny.images(0), "outside this engine's range"),
+        (tiny.images(0), "holds at least one image"),
         (tiny.images(1).astype(np.float64), "float64"),
         (tiny.images(1).astype(np.uint8), "uint8"),
         (tiny.images(1, size=64), r"\[1, 3, 64, 64\]"),
@@ -79,6 +79,7 @@ def test_audit_scores_equal_eager(any_engine, pruned):
         (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "float64 came"),
         (torch.zeros(1, 3, 96, 96, device="meta"), "takes tensors on cpu; one on meta came"),
         (np.full((1, 3, 96, 96), np.nan, np.float32), "27648 of the pixels are NaN"),
+        (torch.full((2, 3, 96, 96), torch.inf), "55296 of the pixels are NaN or infinite"),
         (np.concatenate([tiny.images(1), np.full((1, 3, 96, 96), np.inf, np.float32)]), "NaN or infinite"),
     ],
 )
@@ -156,8 +157,14 @@ def test_preprocess_equals_timms_transform(any_engine, tmp_path):
         transform = create_transform(**config, is_training=False)
         theirs = [transform(crop).numpy() for crop in (crops[0], crops[1], crops[2].convert("L").convert("RGB"))]
         assert np.array_equal(ours, np.stack(theirs))
+        assert np.array_equal(session.preprocess(np.asarray(crops[1])), ours[1:2])
         with pytest.raises(BadRequest, match="No image"):
             session.preprocess([])
+        for picture in (np.zeros((96, 96, 3), np.float32), np.zeros((2, 96, 96, 3), np.uint8), np.zeros(3, np.uint8)):
+            with pytest.raises(BadRequest, match=r"is no picture\. Give uint8 arrays \[H, W, 3\] in RGB"):
+                session.preprocess(picture)
+        with pytest.raises(BadRequest, match="is a folder, no file"):
+            session.preprocess(tmp_path)
 
 
 def test_a_closed_session_says_so(any_engine):
@@ -364,8 +371,9 @@ def test_a_gpu_that_is_not_there_is_not_replaced(backend, monkeypatch):
     if backend == "tensorrt_rtx":  # builds without one, and says that it cannot run
         assert module.unrunnable(module.resolve_device("cuda")) == "no NVIDIA GPU was found"
         return
-    with pytest.raises(MissingSoftware, match="cuda"):
+    with pytest.raises(MissingSoftware, match="cuda") as refusal:
         module.resolve_device("cuda")
+    assert "install onnxruntime" not in str(refusal.value)  # that brings no GPU
 
 
 def test_a_silent_fall_back_of_the_provider_is_an_error(shared_engine, monkeypatch):
@@ -390,6 +398,22 @@ def test_a_damaged_engine_is_not_opened(any_engine, tmp_path):
     tiny.reseal(copy)  # as if a builder had written half a file
     with pytest.raises(DamagedFiles, match="cannot open"):
         ztp.load_engine(copy)
+
+
+@pytest.mark.parametrize(
+    "calibration, message",
+    [
+        (tiny.images(0), "calibrated on images and none were given"),
+        (np.full((2, 3, 96, 96), np.nan, np.float32), "55296 of the pixels are NaN"),
+        (tiny.images(2).astype(np.uint8), "takes float32 arrays .* uint8 came"),
+        (tiny.images(2, size=64), r"\[B, 3, 96, 96\]; \[2, 3, 64, 64\] came"),
+        (tiny.images(2).tolist(), "calibration=list is no array"),
+    ],
+)
+def test_what_cannot_calibrate_is_refused(artifact, tmp_path, calibration, message):
+    with pytest.raises(BadRequest, match=message):
+        ztp.build(artifact, "openvino", precision="int8", calibration=calibration, directory=tmp_path / "e")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_version_of_the_library_is_announced(any_engine, tmp_path):
@@ -433,3 +457,26 @@ def test_batch_range_is_in_the_manifest(shared_engine):
     assert fields["schema"] == "ztp.engine/1"
     assert fields["provider"] == "CPUExecutionProvider"
     assert fields["files"]["model.onnx"]["sha256"]
+
+
+def test_an_artifact_is_no_engine_nor_the_reverse(shared_engine, artifact):
+    with pytest.raises(BadRequest, match=r"exported artifact, no engine\. Build one .*`ztp build --artifact .*/onnx`"):
+        ztp.load_engine(artifact.directory)
+    with pytest.raises(BadRequest, match="is an engine, no exported artifact"):
+        ztp.build(shared_engine.directory, "onnxruntime")
+    with pytest.raises(BadRequest, match="nowhere is no engine folder: it does not exist"):
+        ztp.load_engine("nowhere")
+
+
+def test_what_is_no_artifact_engine_or_name_is_refused(pruned, artifact, tmp_path):
+    for call, message in (
+        (lambda: ztp.build(None, "onnxruntime"), "An artifact or the path of its folder is needed; NoneType came"),
+        (lambda: ztp.build(pruned, "onnxruntime"), r"PrunedModel came\. Make one with ztp\.export"),
+        (lambda: ztp.build(artifact, None), "no back end None.*There are: .*onnxruntime"),
+        (lambda: ztp.load_engine(None), "An engine or the path of its folder is needed; NoneType came"),
+        (lambda: ztp.load_engine(artifact), r"Artifact came\. Make one with ztp\.build"),
+        (lambda: ztp.export(pruned, None, tmp_path / "a"), "no format None.*There are: onnx"),
+        (lambda: ztp.export(pruned, "onnx", None), "directory=None is no path"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            call()

@@ -47,7 +47,8 @@ def test_a_folder_is_sampled_evenly_with_its_sub_folders(preprocessing, tmp_path
         folder = tmp_path / f"class{index % 2}"
         folder.mkdir(exist_ok=True)
         Image.new("RGB", (120, 100), (index * 20, 0, 0)).save(folder / f"{index}.png")
-    (tmp_path / ".hidden").write_text("not an image, not looked at")
+    for name in (".hidden", "Thumbs.db", "class0/desktop.ini"):
+        (tmp_path / name).write_text("not an image, not looked at")
     images = load_images(tmp_path, preprocessing, "uint8", 4)
     assert len(images.names) == 4
     assert {name.split("/")[0] for name in images.names} == {"class0", "class1"}

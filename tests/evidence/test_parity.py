@@ -70,6 +70,13 @@ def test_wrong_weights_before_a_stage_are_a_weight_fault(engine, model, photogra
     assert broken.faults[0].stage == 1
     with pytest.raises(GateFailed, match="between exported and engine: weights fault, stage 1"):
         report.require()
+    said = r"\(fp32\) failed its last parity check between exported and engine.*`ztp check --engine .*engine`"
+    with pytest.warns(ztp.ParityWarning, match=said):
+        ztp.load_engine(engine).close()
+    assert not ztp.check_parity(engine, model, photographs).passed  # without a warning: it is the judge
+    for text in ("[]", '{"passed": false, "manifest_sha256": "of another"}', ""):
+        (engine.evidence / parity.PARITY_FILE).write_text(text)
+        ztp.load_engine(engine).close()
 
 
 def test_wrong_weights_after_the_last_stage_are_seen_in_the_logits(engine, model, photographs):

@@ -137,6 +137,12 @@ def test_values_that_are_no_weights_are_refused(value, reason):
         ztp.load_model("deit_t", weights=state, overrides=tiny.SIZE)
 
 
+def test_unknown_containers_are_answered_with_the_known_ones():
+    state = {"epoch": 3, "net": tiny.model().state_dict()}
+    with pytest.raises(BadRequest, match=r"dicts under net.*under model, model_ema, .*with :net behind it"):
+        ztp.load_model("deit_t", weights=state, overrides=tiny.SIZE)
+
+
 @pytest.mark.parametrize("name", ["empty.pt", "text.pth", "text.npz", "none.npz"])
 def test_files_that_are_no_checkpoints_are_refused(name, tmp_path):
     if not name.startswith("none"):
@@ -165,11 +171,19 @@ def test_pickled_code_does_not_run(tmp_path, capsys):
         ({"name_or_module": "deit_t", "weights": "no/such/file.pth"}, "is no file"),
         ({"name_or_module": "deit_t", "weights": "random", "overrides": ModelSize(embed_dim=50, num_heads=3)}, "50"),
         ({"name_or_module": "eva02_tiny_patch14_224", "weights": "random"}, "no classifier"),
+        ({"name_or_module": "deit_t", "weights": 3}, "weights=3 are no weights"),
+        ({"name_or_module": "deit_t", "overrides": {"classes": 3}}, "no size classes=3.*num_classes"),
+        ({"name_or_module": "deit_t", "overrides": 3}, "overrides=3 are no sizes"),
     ],
 )
 def test_refusals(arguments, message):
     with pytest.raises(BadRequest, match=message):
         ztp.load_model(**arguments)
+
+
+def test_sizes_in_a_dict_are_sizes():
+    model = ztp.load_model("deit_t", "random", {"num_classes": 3, "depth": 1})
+    assert models.source_of(model).size == ModelSize(num_classes=3, depth=1)
 
 
 def test_blocks_of_another_kind_are_refused():

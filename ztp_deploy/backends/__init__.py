@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -17,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy import environment, exporters
-from ztp_deploy.backends.base import Backend, BuildJob, Device, Session
+from ztp_deploy.backends.base import Backend, BuildJob, Device, Session, check_images
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
-from ztp_deploy.errors import BadRequest, MissingSoftware, ZtpError, nearest
+from ztp_deploy.errors import BadRequest, MissingSoftware, ZtpError, suggestion
 from ztp_deploy.exporters import Artifact, load_artifact
 from ztp_deploy.manifest import (
     ArtifactManifest,
@@ -45,8 +46,13 @@ BACKENDS: dict[str, str] = {
     "tensorrt_rtx": "ztp_deploy.backends.tensorrt:TENSORRT_RTX",
 }
 EVIDENCE = "evidence"
+PARITY_FILE = "parity.json"
 SOURCES = (*exporters.SOURCES, "backends", "environment.py", "cpp/openvino_stage/stage.cpp")
 """What of this package decides an engine: builds change graphs, and compile methods' stages."""
+
+
+class ParityWarning(UserWarning):
+    """The engine that is opened failed its last parity check: its answers are not the model's."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,8 @@ class Engine:
 
 def get(name: str) -> Backend:
     """The back end of that name. Raises BadRequest with the nearest names."""
-    if name not in BACKENDS:
-        raise BadRequest(f"There is no back end {name!r}.", f"Did you mean: {nearest(name, BACKENDS)}?")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise BadRequest(f"There is no back end {name!r}.", suggestion(name, BACKENDS))
     module, _, attribute = BACKENDS[name].partition(":")
     found = import_module(module)
     return cast(Backend, getattr(found, attribute) if attribute else found)
@@ -172,7 +178,7 @@ def engine_directory(
 
 def _fitted_to(target: Target, calibration: NDArray[Any] | None) -> str | None:
     """The sha256 of the images that the target's precision is fitted to; None where it is fitted to none."""
-    if calibration is None or not target.calibrated:
+    if not isinstance(calibration, np.ndarray) or not target.calibrated:  # what is no array is refused by the build
         return None
     return hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest()
 
@@ -274,11 +280,18 @@ def _check_fits(source: ArtifactManifest, target: Target, calibration: NDArray[A
             f"A {target.precision} engine of {name} is built from a {graph_precision} graph; the artifact holds {source.precision}.",
             f"Precision is written into the graph: export with precision={graph_precision!r}.",
         )
-    if target.calibrated and calibration is None:
+    if not target.calibrated:
+        return
+    if calibration is None or (isinstance(calibration, np.ndarray) and not calibration.size):
         raise BadRequest(
             f"A {target.precision} engine is calibrated on images and none were given.",
             "Give calibration=images [M, 3, H, W].",
         )
+    if not isinstance(calibration, np.ndarray):
+        raise BadRequest(
+            f"calibration={type(calibration).__name__} is no array of images.", "Give a NumPy array [M, 3, H, W]."
+        )
+    check_images(calibration, source.input)
 
 
 def _wanted(artifact: Artifact, target: Target, directory: Path, calibration: NDArray[Any] | None) -> EngineManifest:
@@ -334,6 +347,11 @@ def check_precision(backend: str, precision: str) -> None:
 
 def find_engine(engine: Engine | Path | str) -> Engine:
     """An engine or its folder with every file verified, not opened. Raises BadRequest and DamagedFiles."""
+    if not isinstance(engine, (Engine, str, Path)):
+        raise BadRequest(
+            f"An engine or the path of its folder is needed; {type(engine).__name__} came.",
+            "Make one with ztp.build(artifact, backend).",
+        )
     folder = engine.directory if isinstance(engine, Engine) else Path(engine)
     manifest = read_manifest(folder, EngineManifest)
     verify_files(folder, manifest)
@@ -356,20 +374,47 @@ def require_runnable(engine: Engine) -> Backend:
 def load_engine(directory: Engine | Path | str) -> Session:
     """Opens an engine, what `build` returned or a folder, after verifying its manifest and every file's sha256.
 
+    Warns of one that failed its last parity check (ParityWarning), and of one built with another release of its library.
     TorchScript, AOTInductor and TensorRT engines and OpenVINO's with compiled stages are code: load only what you built.
     Raises BadRequest (no engine folder), DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
     """
-    engine = find_engine(directory)
-    manifest = engine.manifest
-    module = require_runnable(engine)
-    runner = module.open_runner(engine.directory, manifest)
-    if module.version() != manifest.backend_version:
+    session = open_engine(directory)
+    manifest, check = session.manifest, f"ztp check --engine {shlex.quote(str(session.directory))}"
+    version = get(manifest.backend).version()
+    if version != manifest.backend_version:
         warnings.warn(
-            f"{engine.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
-            f"this is {module.version()}. Run `ztp check --engine {shlex.quote(str(engine.directory))}`.",
+            f"{session.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
+            f"this is {version}. Run `{check}`.",
             stacklevel=2,
         )
-    return Session(engine.directory, manifest, runner)
+    failed = _failed_check(session.directory)
+    if failed is not None:
+        warnings.warn(
+            f"{session.directory} ({manifest.precision}) failed its last parity check{failed}: do not rely on its answers. "
+            f"Run `{check}`, and build it again.",
+            ParityWarning,
+            stacklevel=2,
+        )
+    return session
+
+
+def open_engine(directory: Engine | Path | str) -> Session:
+    """`load_engine` without its warnings, for who is about to judge the engine. Raises what it raises."""
+    engine = find_engine(directory)
+    runner = require_runnable(engine).open_runner(engine.directory, engine.manifest)
+    return Session(engine.directory, engine.manifest, runner)
+
+
+def _failed_check(directory: Path) -> str | None:
+    """Where the parity check of this very manifest failed, as " between … and …"; None unless it did."""
+    try:
+        report = json.loads((directory / EVIDENCE / PARITY_FILE).read_bytes())
+        if report["passed"] or report["manifest_sha256"] != manifest_sha256(directory):
+            return None
+        edges = [(edge["reference"], edge["candidate"]) for edge in report["edges"] if edge["faults"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return " between {} and {}".format(*edges[0]) if edges else ""
 
 
 def _standing(directory: Path, wanted: EngineManifest) -> Engine | None:

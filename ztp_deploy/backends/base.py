@@ -19,7 +19,7 @@ from torch import Tensor
 from ztp_deploy import environment
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.exporters import Artifact
-from ztp_deploy.manifest import BatchRange, EngineManifest
+from ztp_deploy.manifest import BatchRange, EngineManifest, ImageInput
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -187,20 +187,16 @@ class Session:
         """Images [B, 3, H, W] (float32 normalised, or uint8 pixels, as the manifest's input says) → logits [B, classes].
 
         A torch tensor on the engine's device (a CPU tensor for a CPU engine) is answered with one there, without a
-        copy through the host and in the order of the caller's stream; its pixels are not looked at.
+        copy through the host and in the order of the caller's stream; on a GPU its pixels are not looked at.
         Raises BadRequest for a wrong dtype, shape or batch, for pixels that are not finite, for a tensor that lies
         elsewhere and where the session is closed.
         """
         self._require_open()
         outputs: Mapping[str, Any]
+        self._check(images)
         if isinstance(images, Tensor):
-            self._check_dtype(images, str(images.dtype).removeprefix("torch."))
-            self._check_shape(tuple(images.shape))
-            if images.layout is not torch.strided:
-                raise BadRequest(f"This engine takes dense tensors; one of {images.layout} came.", "Call .to_dense().")
             outputs = self._runner.run_tensors(images.resolve_neg())
         else:
-            self._check(images)
             outputs = self._runner.run(images)
         self._last.outputs = outputs
         return outputs["logits"]
@@ -257,10 +253,11 @@ class Session:
         self._check(images)
         return self._runner.audit(images)
 
-    def preprocess(self, images: Image | Path | str | list[Any] | tuple[Any, ...]) -> NDArray[Any]:
-        """Pictures (PIL images or paths) → what `run` takes; equals timm's transform for the model.
+    def preprocess(self, images: Image | NDArray[Any] | Path | str | list[Any] | tuple[Any, ...]) -> NDArray[Any]:
+        """Pictures, one or a list of them, → what `run` takes; equals timm's transform for the model.
 
-        Raises BadRequest for files that are no readable images.
+        A picture is a PIL image, a path, or a uint8 array [H, W, 3] in RGB (OpenCV reads BGR: image[..., ::-1]).
+        Raises BadRequest for what is none.
         """
         from ztp_deploy.models.preprocessing import open_image, transform_for
 
@@ -285,35 +282,45 @@ class Session:
     ) -> None:
         self.close()
 
-    def _check(self, images: NDArray[Any]) -> None:
-        self._check_dtype(images, str(images.dtype) if isinstance(images, np.ndarray) else None)
-        self._check_shape(images.shape)
-        # The sum finds every NaN or infinity in one fast pass; only then the slow look decides.
-        floats = self.manifest.input.dtype == "float32"
-        if floats and not math.isfinite(float(images.sum())) and not np.isfinite(images).all():
-            count = int(np.size(images) - np.isfinite(images).sum())
-            raise BadRequest(f"{count} of the pixels are NaN or infinite.", "Check where the images come from.")
-
-    def _check_dtype(self, images: object, dtype: str | None) -> None:
-        wanted = self.manifest.input
-        if isinstance(images, np.ma.MaskedArray):
-            raise BadRequest("This engine takes plain arrays; a masked one came.", "Fill it: images.filled(0).")
-        if dtype != wanted.dtype:
+    def _check(self, images: NDArray[Any] | Tensor) -> None:
+        check_images(images, self.manifest.input)
+        count, span = len(images), self.manifest.batch
+        if not count:
+            raise BadRequest("A batch holds at least one image; none came.", "Give at least one.")
+        if not span.min <= count <= span.max:
             raise BadRequest(
-                f"This engine takes {wanted.dtype} arrays [B, 3, {wanted.size}, {wanted.size}]; "
-                f"{dtype or type(images).__name__} came.",
-                "Use session.preprocess(images), or convert them.",
+                f"A batch of {count} is outside this engine's range {span.min} to {span.max}.",
+                f"Split it, or build with BATCH={min(span.min, count)}:{span.opt}:{max(span.max, count)}.",
             )
 
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        size, span = self.manifest.input.size, self.manifest.batch
-        if len(shape) != 4 or shape[1:] != (3, size, size):
-            raise BadRequest(
-                f"This engine takes images [B, 3, {size}, {size}]; {list(shape)} came.",
-                "Use session.preprocess(images).",
-            )
-        if not span.min <= shape[0] <= span.max:
-            raise BadRequest(
-                f"A batch of {shape[0]} is outside this engine's range {span.min} to {span.max}.",
-                f"Split it, or build with BATCH={min(span.min, shape[0] or 1)}:{span.opt}:{max(span.max, shape[0])}.",
-            )
+
+def check_images(images: NDArray[Any] | Tensor, wanted: ImageInput) -> None:
+    """Raises BadRequest unless these are what an engine of that input takes, but for their number.
+
+    The pixels of tensors on a GPU are not looked at, which would make it wait.
+    """
+    size = wanted.size
+    if isinstance(images, np.ma.MaskedArray):
+        raise BadRequest("This engine takes plain arrays; a masked one came.", "Fill it: images.filled(0).")
+    known = isinstance(images, (np.ndarray, Tensor))
+    dtype = str(images.dtype).removeprefix("torch.") if known else type(images).__name__
+    if dtype != wanted.dtype:
+        raise BadRequest(
+            f"This engine takes {wanted.dtype} arrays [B, 3, {size}, {size}]; {dtype} came.",
+            "Use session.preprocess(images), or convert them.",
+        )
+    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise BadRequest(
+            f"This engine takes images [B, 3, {size}, {size}]; {list(images.shape)} came.",
+            "Use session.preprocess(images).",
+        )
+    if isinstance(images, Tensor):
+        if images.layout is not torch.strided:
+            raise BadRequest(f"This engine takes dense tensors; one of {images.layout} came.", "Call .to_dense().")
+        if images.device.type != "cpu":
+            return
+        images = images.detach().numpy(force=True)
+    # The sum finds every NaN or infinity in one fast pass; only then the slow look decides.
+    if wanted.dtype == "float32" and not math.isfinite(float(images.sum())) and not np.isfinite(images).all():
+        count = int(images.size - np.isfinite(images).sum())
+        raise BadRequest(f"{count} of the pixels are NaN or infinite.", "Check where the images come from.")

@@ -15,7 +15,9 @@ from ztp_deploy.cli.options import (
     DeviceName,
     FlopShare,
     Images,
+    ImageSize,
     Model,
+    NumClasses,
     Precision,
     Profile,
     Ratio,
@@ -45,6 +47,8 @@ def compare(
         typer.Option("--option", "-o", help="A method's option as method.name=value (JSON value); repeatable."),
     ] = None,
     weights: Weights = "auto",
+    num_classes: NumClasses = None,
+    img_size: ImageSize = None,
     profile: Profile = None,
     backend: BackendName = None,
     device: DeviceName = None,
@@ -70,7 +74,16 @@ def compare(
         )
     options = _options_by_method(option, names)
     wanted = [
-        plan_request(model=model, method=name, ratio=ratio, flops=flops, option=options[name], weights=weights)
+        plan_request(
+            model=model,
+            method=name,
+            ratio=ratio,
+            flops=flops,
+            option=options[name],
+            weights=weights,
+            num_classes=num_classes,
+            img_size=img_size,
+        )
         for name in names
     ]
     request = asked_build(context)

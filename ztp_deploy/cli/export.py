@@ -11,10 +11,12 @@ from ztp_deploy.cli.options import (
     AsJson,
     ExportRoot,
     FlopShare,
+    ImageSize,
     InputType,
     Keep,
     Method,
     ModelOrRecipe,
+    NumClasses,
     Option,
     Precision,
     Ratio,
@@ -38,6 +40,8 @@ def export(
     sites: Sites = None,
     option: Option = None,
     weights: Weights = "auto",
+    num_classes: NumClasses = None,
+    img_size: ImageSize = None,
     recipe: Recipe = None,
     format: Annotated[str, typer.Option(help="onnx, torch_export or torchscript.")] = "onnx",
     precision: Precision = None,
@@ -54,10 +58,10 @@ def export(
     wanted = asked_plan(context)
     request = asked_build(context, export_root=directory)
     exporters.check_precision(format, request.precision)
-    models.check_request(wanted.model, wanted.weights)
+    models.check_request(wanted.model, wanted.weights, wanted.size)
     wanted.check()
     clock = Clock(Bars())
-    module = load(wanted.model, wanted.weights, clock)
+    module = load(wanted.model, wanted.weights, clock, wanted.size)
     artifact = export_model(module, wanted.plan(module), request, format, request.precision, clock)
     if as_json:
         print_json(

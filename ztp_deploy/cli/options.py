@@ -41,6 +41,12 @@ Weights = Annotated[
         help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path (path:state_dict_ema of several)."
     ),
 ]
+NumClasses = Annotated[
+    int | None, typer.Option(min=2, help="Classes that the model tells apart, where your checkpoint has another head.")
+]
+ImageSize = Annotated[
+    int | None, typer.Option("--img-size", min=1, help="Side of the model's images in pixels, where it is another.")
+]
 TrainedWeights = Annotated[
     str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
 ]
@@ -83,7 +89,9 @@ Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-PLAN_OPTIONS = frozenset({"method", "ratio", "flops", "keep", "sites", "option", "weights", "recipe"})
+PLAN_OPTIONS = frozenset(
+    {"method", "ratio", "flops", "keep", "sites", "option", "weights", "recipe", "num_classes", "img_size"}
+)
 BUILD_OPTIONS = frozenset({"profile", "backend", "device", "precision", "batch", "input"})
 """Parameters of commands that decide a plan, and those that decide a build: what stands already heeds neither."""
 
@@ -99,6 +107,8 @@ def plan_request(
     option: list[str] | None = None,
     weights: str = "auto",
     recipe: str | None = None,
+    num_classes: int | None = None,
+    img_size: int | None = None,
 ) -> PlanRequest:
     """The plan that these options ask for; a recipe fills in what they leave out, the model too.
 
@@ -121,7 +131,7 @@ def plan_request(
     asked |= {name: value for name, value in given.items() if value is not None}
     if not asked.get("model"):
         raise BadRequest("No model was named.", "Give --model, such as --model deit_s, or a --recipe, which names one.")
-    return PlanRequest(**asked, weights=weights)
+    return PlanRequest(**asked, weights=weights, num_classes=num_classes, img_size=img_size)
 
 
 def asked_plan(context: typer.Context) -> PlanRequest:

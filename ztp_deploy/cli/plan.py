@@ -10,6 +10,7 @@ from rich.table import Table
 from ztp_deploy.cli.options import (
     AsJson,
     FlopShare,
+    ImageSize,
     Keep,
     Method,
     ModelOrRecipe,
@@ -31,6 +32,7 @@ def plan(
     keep: Keep = None,
     sites: Sites = None,
     option: Option = None,
+    img_size: ImageSize = None,
     recipe: Recipe = None,
     as_json: AsJson = False,
 ) -> None:

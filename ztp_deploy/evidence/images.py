@@ -19,6 +19,8 @@ from ztp_deploy.models.base import Preprocessing
 from ztp_deploy.models.preprocessing import open_image, transform_for
 
 DEFAULT_ORIGIN = "crops of scikit-learn's sample photographs"
+_OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")
+"""Files that Windows leaves in folders of pictures."""
 _CROP_SIDES = (160, 200, 240, 280, 320, 360, 400)
 
 
@@ -119,7 +121,7 @@ def first_of(things: Sequence[object]) -> str:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(part.startswith(".") for part in path.parts) or path.name.lower() in _OF_THE_SYSTEM
 
 
 def _evenly(files: Sequence[Path], count: int) -> list[Path]:

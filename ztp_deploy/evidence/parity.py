@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field
 from torch import nn
 
 from ztp_deploy import environment, exporters, methods
-from ztp_deploy.backends import Engine, find_engine, load_engine
+from ztp_deploy.backends import PARITY_FILE, Engine, find_engine, open_engine
 from ztp_deploy.backends.base import Runner
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.accuracy import mean_kl
@@ -36,8 +36,6 @@ from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import PrunedModel, prune
 from ztp_deploy.scratch import write_text
-
-PARITY_FILE = "parity.json"
 
 
 class Tolerance(EvidencePart):
@@ -298,7 +296,7 @@ def _observed_sides(
         sides[name] = Side(name, tolerance, ran, runner, manifest.batch.min)
 
     exported = _exported_runner(engine, notes)
-    with load_engine(engine.directory) as session:
+    with open_engine(engine) as session:
         if exported is not None:
             join("exported", *exported, batch=8)
         join("engine", session.runner, TOLERANCES[manifest.precision], manifest.batch.opt)

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
-from ztp_deploy.errors import BadRequest, ZtpError, nearest
+from ztp_deploy.errors import BadRequest, ZtpError, suggestion
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import (
     ArtifactManifest,
@@ -57,8 +57,8 @@ class Artifact:
 
 def get(name: str) -> Exporter:
     """The exporter of that name. Raises BadRequest with the nearest names."""
-    if name not in FORMATS:
-        raise BadRequest(f"There is no format {name!r}.", f"Did you mean: {nearest(name, FORMATS)}?")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise BadRequest(f"There is no format {name!r}.", suggestion(name, FORMATS))
     return cast(Exporter, import_module(FORMATS[name]))
 
 
@@ -93,6 +93,8 @@ def export(
             f"What {pruned.plan.label} keeps of an image depends on the others in its batch: no engine could be proved.",
             "Leave that option out (batch_padding of ats).",
         )
+    if not isinstance(directory, (str, Path)):
+        raise BadRequest(f"directory={directory!r} is no path.", "Give the folder that the artifact becomes.")
     final = Path(directory)
     check_replaceable(final, ArtifactManifest)
     sweep(final.parent)
@@ -178,6 +180,11 @@ def check_precision(format: str, precision: str) -> None:
 
 def load_artifact(directory: Path | str) -> Artifact:
     """An artifact folder, its files verified. Raises BadRequest and DamagedFiles."""
+    if not isinstance(directory, (str, Path)):
+        raise BadRequest(
+            f"An artifact or the path of its folder is needed; {type(directory).__name__} came.",
+            "Make one with ztp.export(pruned, format, directory).",
+        )
     folder = Path(directory)
     manifest = read_manifest(folder, ArtifactManifest)
     verify_files(folder, manifest)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from ztp_deploy.errors import BadRequest, first_fault, nearest
+from ztp_deploy.errors import BadRequest, first_fault, suggestion
 from ztp_deploy.methods.base import Method, MethodOptions
 from ztp_deploy.plan import Geometry, Plan
 
@@ -33,12 +33,9 @@ WEIGHTS: dict[str, str] = {
 
 
 def get(name: str) -> Method:
-    """The method of that name. Raises BadRequest with the nearest names."""
-    if name not in METHODS:
-        known = [*METHODS, "dense"]
-        raise BadRequest(
-            f"There is no method {name!r}.", f"Did you mean: {nearest(name, known)}? `ztp list` shows all."
-        )
+    """The method of that name. Raises BadRequest with the suggestion names."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise BadRequest(f"There is no method {name!r}.", suggestion(name, [*METHODS, "dense"]))
     return cast(Method, import_module(METHODS[name]))
 
 
@@ -60,6 +57,8 @@ def pairs(models: Mapping[str, Geometry]) -> dict[str, dict[str, str | None]]:
 def parse_options(name: str, options: Mapping[str, Any]) -> MethodOptions:
     """The method's options with defaults filled in. Raises BadRequest that names the wrong one."""
     schema = get(name).Options
+    if not isinstance(options, Mapping):
+        raise BadRequest(f"options={options!r} are no options.", "Give a dict, such as {'rounds': 8}.")
     try:
         return schema.model_validate(dict(options))
     except ValidationError as error:

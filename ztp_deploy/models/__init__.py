@@ -10,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from ztp_deploy.errors import BadRequest, MissingSoftware, nearest
+from ztp_deploy.errors import BadRequest, MissingSoftware, first_fault, nearest
 from ztp_deploy.models import weights as weights_module
 from ztp_deploy.models.base import Host, ModelSize, Preprocessing, Source, Weights
 from ztp_deploy.plan import Geometry
@@ -81,7 +82,7 @@ def describe(model_or_name: nn.Module | str, overrides: ModelSize | None = None)
     """Name and geometry of a model; a name is built without memory for its weights."""
     if isinstance(model_or_name, str):
         key, architecture = _resolve(model_or_name)
-        skeleton = family(key).build(architecture, overrides or ModelSize(), device="meta")
+        skeleton = family(key).build(architecture, _size(overrides), device="meta")
         return model_or_name, family(key).host(skeleton).geometry
     source = getattr(model_or_name, "source", None)
     name = source.name if isinstance(source, Source) else type(model_or_name).__name__
@@ -91,7 +92,7 @@ def describe(model_or_name: nn.Module | str, overrides: ModelSize | None = None)
 def load_model(
     name_or_module: str | nn.Module,
     weights: str | Path | Mapping[str, Any] = "auto",
-    overrides: ModelSize | None = None,
+    overrides: ModelSize | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A model in evaluation mode with a frozen `.source`.
 
@@ -99,7 +100,7 @@ def load_model(
     its weights). `weights`: "auto" (pre-trained where they can be had, else random with a
     RandomWeightsWarning), "pretrained" (refuses otherwise), "random" (seeded), the path of a
     checkpoint (with `:state_dict_ema` behind it where it holds several), or a state dict with
-    official keys. `overrides` change sizes.
+    official keys. `overrides` change sizes: a `ModelSize`, or its fields in a dict.
     Raises BadRequest (unknown name, weights that do not fit) and MissingSoftware (no pre-trained weights).
     """
     if not isinstance(name_or_module, (str, nn.Module)):
@@ -113,7 +114,12 @@ def load_model(
             )
         return _own_module(name_or_module)
     key, architecture = _resolve(name_or_module)
-    size = overrides or ModelSize()
+    if not isinstance(weights, (str, Path, Mapping)):
+        raise BadRequest(
+            f"weights={weights!r} are no weights.",
+            "Give auto, pretrained, random, the path of a checkpoint, or a state dict.",
+        )
+    size = _size(overrides)
     model = family(key).build(architecture, size)
     host_of(model)
     record = _give_weights(model, key, architecture, size, weights)
@@ -131,9 +137,25 @@ def load_model(
     return model
 
 
-def check_request(name: str, weights: str) -> None:
+def _size(overrides: object) -> ModelSize:
+    """Raises BadRequest that names the wrong one."""
+    if overrides is None or isinstance(overrides, ModelSize):
+        return overrides or ModelSize()
+    if not isinstance(overrides, Mapping):
+        raise BadRequest(f"overrides={overrides!r} are no sizes.", "Give a dict, such as {'num_classes': 5}.")
+    try:
+        return ModelSize(**overrides)
+    except ValidationError as error:
+        where, why = first_fault(error, "overrides")
+        raise BadRequest(
+            f"A model has no size {where}={overrides.get(where)!r}: {why}.",
+            f"Its sizes are: {', '.join(ModelSize.model_fields)}.",
+        ) from error
+
+
+def check_request(name: str, weights: str, overrides: ModelSize | None = None) -> None:
     """Refuses, before anything is loaded, a name that nobody carries and a checkpoint that is not there."""
-    describe(name)
+    describe(name, overrides)
     if weights not in NAMED_WEIGHTS:
         weights_module.check_file(weights_module.user_path(weights)[0])
 

@@ -29,16 +29,27 @@ def transform_for(preprocessing: Preprocessing, dtype: Literal["float32", "uint8
     return apply
 
 
-def open_image(image: Image.Image | Path | str) -> Image.Image:
+def open_image(image: Image.Image | NDArray[Any] | Path | str) -> Image.Image:
     """A picture in RGB, as timm's own loaders make it: EXIF rotation is not applied, transparency is dropped.
 
-    16-bit greys are scaled to 8 bits. Raises BadRequest for what is no readable image.
+    An array is uint8 [H, W, 3] in RGB. 16-bit greys are scaled to 8 bits. Raises BadRequest for what is no readable image.
     """
     if isinstance(image, Image.Image):
         return _to_rgb(image, "The image")
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise BadRequest(
+                f"An array of {image.dtype} {list(image.shape)} is no picture.",
+                "Give uint8 arrays [H, W, 3] in RGB (from OpenCV: image[..., ::-1]), PIL images or paths.",
+            )
+        return Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, (str, Path)):
-        raise BadRequest(f"{type(image).__name__} is no picture.", "Give PIL images or paths.")
+        raise BadRequest(
+            f"{type(image).__name__} is no picture.", "Give PIL images, paths, or uint8 arrays [H, W, 3] in RGB."
+        )
     path = Path(image)
+    if path.is_dir():
+        raise BadRequest(f"{path} is a folder, no file.", f"Give the images in it, such as {path}/*.jpg.")
     if not path.is_file():
         raise BadRequest(f"There is no file {path}.", "Check the path.")
     try:

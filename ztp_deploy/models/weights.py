@@ -104,6 +104,12 @@ def load_given(
             f"{origin} holds several sets of weights: {', '.join(chosen)}.",
             f"Choose one: the path with :{chosen[-1]} behind it, or that part of the state dict.",
         )
+    if nested and not chosen:
+        raise BadRequest(
+            f"{origin} has no weights where they are looked for; it has dicts under {', '.join(nested)}.",
+            f"Weights are found at the top or under {', '.join(_CONTAINERS)}; "
+            f"name another: the path with :{nested[0]} behind it, or that part of the state dict.",
+        )
     for name in chosen:
         state = state[name]
     found = {str(name).removeprefix("module."): _tensor(name, value, origin) for name, value in state.items()}
@@ -116,10 +122,14 @@ def load_given(
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
     """Raises BadRequest that lists missing, unexpected and misshapen keys."""
     if problems := misfits(expected, found):
-        raise BadRequest(
-            f"{origin} does not fit the model. {problems}.",
-            "Check the model name, or give the sizes as overrides.",
-        )
+        others = [
+            len(found[name])
+            for name in sorted(expected.keys() & found.keys())
+            if re.fullmatch(r"(aux_)?head\w*\.bias", name) and found[name].shape != expected[name].shape
+        ]
+        given = f"--num-classes {others[0]}" if others else "--num-classes or --img-size"
+        fix = f"Check the model name, or say what sizes it has: {given}, in Python overrides=ModelSize(…)."
+        raise BadRequest(f"{origin} does not fit the model. {problems}.", fix)
 
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:

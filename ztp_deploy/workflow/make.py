@@ -69,7 +69,7 @@ def make_engine(
     runs_here = build.target().unrunnable is None
     measure = measure and runs_here
     check_wanted([wanted], build, images)
-    model = load(wanted.model, wanted.weights, clock)
+    model = load(wanted.model, wanted.weights, clock, wanted.size)
     plan = wanted.plan(model)
     plans: dict[str, Plan] = {"pruned": plan}
     if measure and plan.stages:

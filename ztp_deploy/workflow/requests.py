@@ -9,6 +9,7 @@ from torch import nn
 from ztp_deploy import backends, models
 from ztp_deploy.backends import Target
 from ztp_deploy.defaults import ENGINES_ROOT, EXPORT_ROOT
+from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import build_stages
@@ -19,6 +20,14 @@ class PlanRequest(Recipe):
     """What is asked of a plan; exactly one of ratio, flops, keep, unless the method is dense."""
 
     weights: str = "auto"
+    num_classes: int | None = None
+    img_size: int | None = None
+
+    @property
+    def size(self) -> ModelSize | None:
+        """The sizes that differ from the named model's."""
+        size = ModelSize(num_classes=self.num_classes, img_size=self.img_size)
+        return size if size.given() else None
 
     def plan(self, model: nn.Module | str) -> Plan:
         """The plan for a model or, without its weights, for its name."""
@@ -30,13 +39,14 @@ class PlanRequest(Recipe):
             keep=self.keep,
             sites=self.sites,
             options=self.options,
+            overrides=self.size if isinstance(model, str) else None,
         )
 
     def check(self) -> None:
         """Refuses what cannot be done, as far as that can be said before weights are loaded."""
         plan = self.plan(self.model)
         if self.weights in models.NAMED_WEIGHTS:
-            build_stages(plan, models.describe(self.model)[1], weights={})
+            build_stages(plan, models.describe(self.model, self.size)[1], weights={})
 
 
 class BuildRequest(Profile):

@@ -28,6 +28,7 @@ from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, folder_tags
 from ztp_deploy.models import RandomWeightsWarning
+from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.scratch import write_text
@@ -43,17 +44,17 @@ def check_wanted(wanted: Sequence[PlanRequest], build: BuildRequest, images: Pat
     target = build.target()
     exporters.check_precision(target.backend.FORMAT, target.graph_precision)
     for request in wanted:
-        models.check_request(request.model, request.weights)
+        models.check_request(request.model, request.weights, request.size)
         request.check()
     if images is not None:
         image_files(Path(images))
 
 
-def load(name: str, weights: str, clock: Clock) -> nn.Module:
-    """The model with its weights; random ones are announced loudly."""
+def load(name: str, weights: str, clock: Clock, size: ModelSize | None = None) -> nn.Module:
+    """The model with its weights, of other sizes where `size` says so; random weights are announced loudly."""
     with clock.step(f"load {name}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RandomWeightsWarning)
-        model = models.load_model(name, weights)
+        model = models.load_model(name, weights, size)
     for warning in caught:
         if issubclass(warning.category, RandomWeightsWarning):
             clock.monitor.warn(str(warning.message))
@@ -65,10 +66,10 @@ def load(name: str, weights: str, clock: Clock) -> nn.Module:
     return model
 
 
-def load_trained(name: str, weights: str, clock: Clock) -> nn.Module:
+def load_trained(name: str, weights: str, clock: Clock, size: ModelSize | None = None) -> nn.Module:
     """The same where predictions count: "auto" takes no random weights. Raises MissingSoftware where there are none."""
     try:
-        return load(name, "pretrained" if weights == "auto" else weights, clock)
+        return load(name, "pretrained" if weights == "auto" else weights, clock, size)
     except MissingSoftware as error:
         raise MissingSoftware(error.problem, "Give a checkpoint: --weights path.") from error
 

@@ -100,7 +100,8 @@ def resolve_device(device: str) -> Device:
         return Device("cuda", f"cuda-{found[0].slug}", CUDA)
     if device == "cuda":
         lacks = "no NVIDIA GPU was found" if not found else "this onnxruntime has no CUDA provider"
-        raise MissingSoftware(f"device=cuda was asked for, but {lacks}.", "Use device=cpu, or install onnxruntime-gpu.")
+        fix = "Use device=cpu, or install onnxruntime-gpu." if found else "Use device=cpu."
+        raise MissingSoftware(f"device=cuda was asked for, but {lacks}.", fix)
     return cpu
 
 

@@ -253,7 +253,9 @@ EngineFolder open_folder(const std::string& directory) {
   const fs::path path = folder.directory / kManifest;
   std::error_code ignored;
   if (!fs::is_regular_file(path, ignored)) {
-    throw BadRequest(folder.directory.string() + " is no engine folder: it has no " + kManifest + ".",
+    const bool exists = fs::exists(folder.directory, ignored);
+    throw BadRequest(folder.directory.string() + " is no engine folder: it " +
+                         (exists ? std::string("has no ") + kManifest : std::string("does not exist")) + ".",
                      "Make one with `ztp engine …`.");
   }
   const std::string text = read_file(path);

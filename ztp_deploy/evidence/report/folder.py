@@ -9,10 +9,10 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ztp_deploy.backends import EVIDENCE
+from ztp_deploy.backends import EVIDENCE, PARITY_FILE
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport
-from ztp_deploy.evidence.parity import PARITY_FILE, ParityReport
+from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.summary import SUMMARY_FILE, Summary, summarise
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.manifest import EngineManifest, hash_file, manifest_sha256, read_manifest
