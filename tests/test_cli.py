@@ -613,7 +613,7 @@ def test_what_a_standing_engine_does_not_heed_is_refused(ztp, start, heeded):
     assert {"method", "ratio", "flops", "keep", "sites", "option", "weights"} <= refused
     for name in sorted(refused):
         option = max(parameters[name].opts, key=len)
-        value = () if parameters[name].is_flag else ("1",)
+        value = () if parameters[name].is_flag else ("2",)
         one_sentence(*ztp(*start, option, *value), 2, f"{option} makes no sense with --engine")
     for word in ("--model", "--recipe"):
         one_sentence(*ztp(*start, word, "m"), 2, "Give either an engine folder (--engine) or a model")
