@@ -99,17 +99,19 @@ def test_check_and_classify_the_engine(made, ztp):
     code, out, err = ztp("check", "--engine", engine, "--count", 8)
     assert code == 0, err
     assert "holds" in out
+    assert f"parity of {engine.name} on " in out  # piped it is 80 columns wide, and no name is broken
     assert "8/8" in page.read_text()
     assert "64/64" not in page.read_text()
     code, out, _ = ztp("check", "--engine", engine, "--count", 8, "--json")
     assert (code, json.loads(out)["passed"]) == (0, True)
     names = []
     for index, crop in enumerate(photograph_crops(3).values()):
-        crop.save(f"{index}.png")
-        names.append(f"{index}.png")
+        names.append(f"{index} {'long ' * 20}name.png")
+        crop.save(names[-1])
     code, out, err = ztp("classify", *names, "--engine", engine)
     assert code == 0, err
     assert out.count("%") == 15
+    assert [line for line in out.splitlines() if "%" not in line] == names
     assert "random weights" in err
     code, out, _ = ztp("classify", *names, "--engine", engine, "--json", "--top", 2)
     found = json.loads(out)
