@@ -581,7 +581,7 @@ def test_bench_finds_the_engine_that_was_calibrated_on_these_images(ztp, monkeyp
         (("show", "a.png", "--engine", "e"), {"images", "engine", "directory", "as_json"}),
         (
             ("eval", "--engine", "e", "--data", "d"),
-            {"data", "engine", "dense_engine", "no_dense", "batch", "workers", "device", "as_json"},
+            {"data", "engine", "weights", "dense_engine", "no_dense", "batch", "workers", "device", "as_json"},
         ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -593,7 +593,7 @@ def test_what_a_standing_engine_does_not_heed_is_refused(ztp, start, heeded):
     parameters = {parameter.name: parameter for parameter in get_command(app).commands[start[0]].params}
     assert heeded <= set(parameters)
     refused = set(parameters) - heeded - {"model", "recipe", "help"}
-    assert {"method", "ratio", "flops", "keep", "sites", "option", "weights"} <= refused
+    assert {"method", "ratio", "flops", "keep", "sites", "option"} <= refused
     for name in sorted(refused):
         option = max(parameters[name].opts, key=len)
         value = () if parameters[name].is_flag else ("1",)

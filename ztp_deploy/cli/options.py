@@ -44,6 +44,9 @@ Weights = Annotated[
 TrainedWeights = Annotated[
     str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
 ]
+SameWeights = Annotated[
+    str | None, typer.Option("--weights", help="Where the checkpoint of the engine's weights lies now, if it was moved.")
+]
 Recipe = Annotated[
     str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
 ]
@@ -74,6 +77,10 @@ Images = Annotated[
     typer.Option(
         help="Folder of pictures for the proof, and to calibrate int8 and fp8; by default crops of scikit-learn's photographs."
     ),
+]
+ProofImages = Annotated[
+    str | None,
+    typer.Option("--images", help="Folder of pictures for the proof; by default crops of scikit-learn's photographs."),
 ]
 Batches = Annotated[
     str | None,
