@@ -619,23 +619,32 @@ def test_options_that_would_be_ignored_are_refused(ztp, tmp_path, arguments, wor
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("seconds", [1.0, 4.0, 7.0])
-def test_interrupts_return_130_and_leave_nothing_partial(tmp_path, seconds):
+@pytest.mark.parametrize(
+    "seconds, number, code, word",
+    [
+        (1.0, signal.SIGINT, 130, "Interrupted"),
+        (4.0, signal.SIGINT, 130, "Interrupted"),
+        (7.0, signal.SIGINT, 130, "Interrupted"),
+        (7.0, signal.SIGTERM, 143, "Terminated"),
+    ],
+)
+def test_a_stopped_command_leaves_nothing_partial(tmp_path, seconds, number, code, word):
     command = [sys.executable, "-m", "ztp_deploy", "engine", "-m", "deit_t", "-r", "0.7", "--weights", "random"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    assert process.returncode == code, err
     assert "Traceback" not in err
-    assert "Interrupted" in err
+    assert word in err
     assert not list(tmp_path.rglob("*.partial"))
     for folder in tmp_path.glob("e*/**/manifest.json"):
         assert json.loads(folder.read_text())["seal"]
 
 
-def test_an_interrupt_while_the_command_line_is_imported_is_answered():
-    script = """
+@pytest.mark.parametrize("number, code, word", [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")])
+def test_a_signal_while_the_command_line_is_imported_is_answered(number, code, word):
+    script = f"""
 import os, signal, sys
 from ztp_deploy import __main__
 
@@ -643,14 +652,16 @@ class Press:
     @staticmethod
     def find_spec(name, path=None, target=None):
         if name == "ztp_deploy.cli":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), {int(number)})
 
 sys.meta_path.insert(0, Press)
 __main__.main()
 """
-    done = subprocess.run([sys.executable, "-c", script, "list"], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "Interrupted; nothing was begun.\n"
+    command = [sys.executable, "-c", script, "list"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"{word}; nothing was begun.\n")
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, json.loads(done.stdout)["error"]["exit_code"], done.stderr) == (code, code, "")
 
 
 def test_the_command_line_starts_without_engine_libraries():
