@@ -49,6 +49,7 @@ def end(command: Callable[[], object]) -> NoReturn:
             signal.signal(number, handler)
         warnings.showwarning = show
     if code in STOPPED:
+        code = interrupts.code or code  # typer makes 130 of either
         sentence = f"{STOPPED[code]}; nothing half-written was left."
         if "--json" in sys.argv:
             _print_refusal(sentence, "", code)
