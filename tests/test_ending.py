@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -70,30 +71,46 @@ end(command)
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_the_answer_to_ctrl_c_is_put_back():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_answer_to_a_signal_is_put_back(number):
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit):
-        end(lambda: signal.getsignal(signal.SIGINT) is before and refuse(AssertionError("nobody listens")))
-    assert signal.getsignal(signal.SIGINT) is before
+        end(lambda: signal.getsignal(number) is before and refuse(AssertionError("nobody listens")))
+    assert signal.getsignal(number) is before
 
 
-def test_ctrl_c_is_130_even_where_a_library_wraps_it():
-    script = """
+@pytest.mark.parametrize(
+    "number, code, sentence",
+    [
+        (signal.SIGINT, 130, "Interrupted; nothing half-written was left."),
+        (signal.SIGTERM, 143, "Terminated; nothing half-written was left."),
+    ],
+)
+def test_a_command_that_is_stopped_says_so_even_where_a_library_wraps_it(number, code, sentence):
+    script = f"""
 import os, signal
 from ztp_deploy.ending import end
 
 def command():
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), {int(number)})
     except KeyboardInterrupt as error:
         raise RuntimeError("something went wrong inside") from error
 
 end(command)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ, "NO_COLOR": "1"}
-    )
-    assert (done.returncode, done.stderr) == (130, "Interrupted; nothing half-written was left.\n")
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            capture_output=True, text=True, timeout=60, env={**os.environ, "NO_COLOR": "1"},
+        )  # fmt: skip
+
+    done = run()
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"{sentence}\n")
+    done = run("--json")
+    assert (done.returncode, done.stderr) == (code, "")
+    assert json.loads(done.stdout) == {"error": {"problem": sentence, "fix": "", "exit_code": code}}
 
 
 def test_warnings_of_this_project_are_notes():

@@ -193,6 +193,27 @@ def test_weights_that_only_python_had_leave_no_dense_model(trained, pictures, tm
     assert evaluate_engine(engine.directory, EvalRequest(pictures, dense=False), Silent()).images == 22
 
 
+def test_weights_that_were_moved_are_found_where_they_lie_now(command, trained, pictures, tmp_path):
+    old, new = tmp_path / "old.safetensors", tmp_path / "new.safetensors"
+    save_file(trained.state_dict(), old)
+    model = ztp.load_model("deit_t", weights=old, overrides=tiny.SIZE)
+    engine = built(model, ztp.make_plan(model, "slice", ratio=0.5), tmp_path / "engine", (1, 4, 8)).directory
+    old.rename(new)
+    (tmp_path / "few").mkdir()
+    Image.new("RGB", (100, 100)).save(tmp_path / "few" / "a.png")
+    check = ("check", "--engine", engine, "--count", 1, "--images", tmp_path / "few")
+    for asked in (check, ("eval", "--engine", engine, "--data", pictures)):
+        code, _, err = command(*asked[1:], name=asked[0])
+        assert code == 2
+        assert "there is no such file. Say where the same checkpoint lies now: --weights path." in err
+        code, _, err = command(*asked[1:], "--weights", new, name=asked[0])
+        assert code == 0, err
+    save_file({name: value + 1 for name, value in trained.state_dict().items()}, new)
+    code, _, err = command(*check[1:], "--weights", new, name="check")
+    assert code == 2
+    assert "not the ones this was built from" in err
+
+
 def test_what_a_reader_should_know_is_noted(engines, trained, pictures, tmp_path):
     """Whether parity was proved of this very engine, and that the reference ran in another precision."""
     copy = tmp_path / "copy"
@@ -271,8 +292,8 @@ def command(monkeypatch, capsys, tmp_path):
     """Runs `ztp eval` in an empty folder; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        return typed(monkeypatch, capsys, "eval", *arguments)
+    def run(*arguments: object, name: str = "eval") -> tuple[int, str, str]:
+        return typed(monkeypatch, capsys, name, *arguments)
 
     return run
 
@@ -314,7 +335,7 @@ def test_the_command_on_a_model_by_its_name(command, tmp_path):
         (("--data", ".", "-e", "a", "-m", "deit_t"), ("either an engine folder",)),
         (("-m", "deit_t", "-r", 0.7), ("--data",)),
         (("-e", "a", "--data", ".", "-r", 0.7), ("--ratio makes no sense with --engine",)),
-        (("-e", "a", "--data", ".", "--weights", "w"), ("--weights makes no sense with --engine",)),
+        (("-e", "a", "--data", ".", "--no-dense", "--weights", "w"), ("--weights makes no sense with --no-dense",)),
         (("-e", "a", "--data", ".", "--record", "r"), ("--record makes no sense with --engine",)),
         (("-m", "deit_t", "--data", ".", "--dense-engine", "a"), ("--dense-engine makes no sense with --model",)),
         (("-e", "a", "--data", ".", "--dense-engine", "b", "--no-dense"), ("makes no sense with --no-dense",)),

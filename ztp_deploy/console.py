@@ -79,7 +79,8 @@ def show_result(result: Result, as_json: bool, *, kept: bool = True) -> None:
 def show_parity(report: ParityReport) -> None:
     from ztp_deploy.evidence.report.parity import EDGE_HEAD, edge_rows
 
-    table = Table(title=f"parity of {report.engine} on {report.images}", title_justify="left", title_style="bold")
+    out.print(f"parity of {report.engine} on {report.images}", style="bold", soft_wrap=True)  # a title would be broken
+    table = Table()
     for name in EDGE_HEAD:
         table.add_column(name)
     for row, edge in zip(edge_rows(report), report.edges, strict=True):

@@ -1,7 +1,7 @@
 """How every command of the project ends: with its exit code and, where it is refused, one sentence.
 
 Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device, 70 a fault of this
-program, 130 interrupted.
+program, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ztp_deploy.console import err, nobody_reads, print_json, warn
-from ztp_deploy.errors import FAULT, INTERRUPTED, BadRequest, MissingSoftware, ZtpError
+from ztp_deploy.errors import FAULT, INTERRUPTED, STOPPED, BadRequest, MissingSoftware, ZtpError
 
 
 class _Interrupts:
-    """Remembers that Ctrl-C was pressed, since libraries wrap the exception it raises."""
+    """Remembers that Ctrl-C or SIGTERM came, since libraries wrap the exception that is raised for it."""
 
-    pressed = False
+    code = 0
 
     def __call__(self, number: int, frame: object) -> None:
-        self.pressed = True
+        self.code = 128 + number
         raise KeyboardInterrupt
 
 
@@ -36,23 +36,28 @@ def end(command: Callable[[], object]) -> NoReturn:
     traceback, which alone Python would end with the code of a failed gate.
     """
     interrupts = _Interrupts()
-    previous = signal.signal(signal.SIGINT, interrupts)
+    previous = {number: signal.signal(number, interrupts) for number in (signal.SIGINT, signal.SIGTERM)}
     show = warnings.showwarning
     warnings.showwarning = partial(_show, show)
     try:
         code = command()
         code = code if isinstance(code, int) else 0
     except (Exception, KeyboardInterrupt) as error:
-        pressed = interrupts.pressed or isinstance(error, KeyboardInterrupt)
-        code = INTERRUPTED if pressed else _refuse(error)
+        code = interrupts.code or (INTERRUPTED if isinstance(error, KeyboardInterrupt) else _refuse(error))
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         warnings.showwarning = show
-    if code == INTERRUPTED:
-        err.print("Interrupted; nothing half-written was left.")
+    if code in STOPPED:
+        code = interrupts.code or code  # typer makes 130 of either
+        sentence = f"{STOPPED[code]}; nothing half-written was left."
+        if "--json" in sys.argv:
+            _print_refusal(sentence, "", code)
+        else:
+            err.print(sentence)
         sys.stdout.flush()
         # Python would kill itself with the signal where the interrupt once passed through an exec().
-        os._exit(INTERRUPTED)
+        os._exit(code)
     sys.exit(code)
 
 
@@ -89,8 +94,12 @@ def _refuse(error: BaseException) -> int:
         sys.excepthook(type(error), error, error.__traceback__)
         return FAULT
     if "--json" in sys.argv:
-        print_json({"error": {"problem": problem, "fix": fix, "exit_code": code}})
+        _print_refusal(problem, fix, code)
     else:
         err.print("error: ", style="bold red", end="")
         err.print(f"{problem} {fix}".strip(), soft_wrap=True)
     return code
+
+
+def _print_refusal(problem: str, fix: str, code: int) -> None:
+    print_json({"error": {"problem": problem, "fix": fix, "exit_code": code}})

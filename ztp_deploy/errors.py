@@ -15,6 +15,8 @@ BAD_REQUEST = 2
 MISSING = 3
 FAULT = 70
 INTERRUPTED = 130
+TERMINATED = 143
+STOPPED = {INTERRUPTED: "Interrupted", TERMINATED: "Terminated"}
 
 
 class ZtpError(Exception):

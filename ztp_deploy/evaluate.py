@@ -34,7 +34,7 @@ from ztp_deploy.pruning.prune import prune
 from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import PlanRequest
-from ztp_deploy.workflow.steps import load_trained
+from ztp_deploy.workflow.steps import load_trained, reload
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class EvalRequest:
 
     `data` is a folder with a sub-folder per class or a CSV file; `dense` False leaves the reference out; `batch` is the
     number of images per run (None: an engine's optimal, `EAGER_BATCH` in eager PyTorch); `workers` is the number of threads that
-    decode (None: a core each, at most `MAX_DECODERS`); `device` is where eager PyTorch runs.
+    decode (None: a core each, at most `MAX_DECODERS`); `device` is where eager PyTorch runs; `weights` is where the
+    checkpoint of an engine's weights lies now, if it was moved.
     """
 
     data: Path | str
@@ -51,6 +52,7 @@ class EvalRequest:
     batch: int | None = None
     workers: int | None = None
     device: str = "auto"
+    weights: str | None = None
     command: str = "ztp_deploy.evaluate"
 
     def check(self) -> None:
@@ -102,7 +104,7 @@ def evaluate_engine(
     refuse_meaningless(manifest.source, manifest.plan)
     require_runnable(engine)
     other = None if dense_engine is None else _dense_engine(dense_engine, engine)
-    if other is None and request.dense and manifest.source.weights.kind == "given":
+    if other is None and request.dense and manifest.source.weights.kind == "given" and not request.weights:
         raise BadRequest(
             f"The weights of {manifest.source.name} were handed over in Python: there is no dense model to load.",
             "Give an engine of it with --dense-engine, or leave the comparison out with --no-dense.",
@@ -328,8 +330,7 @@ def _dense_predictor(source: Source, engine: Engine | None, request: EvalRequest
             yield _engine_predictor(session, engine, "dense", request.batch)
         return
     device = torch_device.resolve(request.device, "Eager PyTorch")
-    with clock.step(f"load {source.name}, dense"):
-        model = models.reload_model(source)
+    model = reload(source, request.weights, clock)
     yield _eager_predictor(model, source, None, "dense", request, device)
 
 

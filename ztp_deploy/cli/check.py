@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import AsJson, EngineDir, Images
+from ztp_deploy.cli.options import AsJson, EngineDir, ProofImages, SameWeights
 from ztp_deploy.console import Bars, print_json, show_parity
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import GateFailed
@@ -14,12 +14,12 @@ from ztp_deploy.errors import GateFailed
 
 def check(
     engine: EngineDir,
-    images: Images = None,
+    images: ProofImages = None,
     count: Annotated[int, typer.Option(help="How many images.")] = CHECK_IMAGES,
+    weights: SameWeights = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
-    from ztp_deploy import models
     from ztp_deploy.backends import find_engine, require_runnable
     from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
@@ -27,8 +27,7 @@ def check(
     found = find_engine(engine)
     require_runnable(found)
     clock = Clock(Bars())
-    with clock.step(f"load {found.manifest.source.name}"):
-        model = models.reload_model(found.manifest.source)
+    model = steps.reload(found.manifest.source, weights, clock)
     report = steps.check(found, model, images, clock, count)
     if as_json:
         print_json(report.model_dump(mode="json"))

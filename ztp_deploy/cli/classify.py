@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from ztp_deploy.cli.options import AsJson, EngineDir
 from ztp_deploy.console import out, print_json, warn
@@ -48,8 +47,8 @@ def classify(
         return
     if manifest.random_weights:
         warn("This engine has random weights: the names below mean nothing.")
-    for entry in found:
-        table = Table(title=str(entry["image"]), title_justify="left", title_style="bold", show_header=False, box=None)
+    for entry in found:  # soft_wrap: piped lines stay whole
+        out.print(entry["image"], style="bold", soft_wrap=True)
         for guess in entry["top"]:
-            table.add_row(f"{guess['probability'] * 100:6.2f} %", guess["name"] or f"class {guess['class']}")
-        out.print(table)
+            name = guess["name"] or f"class {guess['class']}"
+            out.print(f" {guess['probability'] * 100:6.2f} %  {name}", soft_wrap=True)

@@ -19,7 +19,6 @@ from ztp_deploy.cli.options import (
     Ratio,
     Recipe,
     Sites,
-    TrainedWeights,
     asked_plan,
     check_record,
     command_line,
@@ -48,7 +47,13 @@ def eval_(
     keep: Keep = None,
     sites: Sites = None,
     option: Option = None,
-    weights: TrainedWeights = "auto",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="auto or pretrained (from the hub or its cache), or a checkpoint's path; "
+            "with --engine where that of its weights lies now, if it was moved."
+        ),
+    ] = "auto",
     num_classes: NumClasses = None,
     img_size: ImageSize = None,
     recipe: Recipe = None,
@@ -84,14 +89,15 @@ def eval_(
     if engine is None:
         refuse_idle(context, ["dense_engine"], "--model", fix)
     else:
-        refuse_idle(context, PLAN_OPTIONS | {"record"}, "--engine", fix)
+        refuse_idle(context, PLAN_OPTIONS - {"weights"} | {"record"}, "--engine", fix)
     check_record(record)
     if no_dense:
         refuse_idle(context, ["dense_engine"], "--no-dense", fix)
     if engine is not None and (no_dense or dense_engine):
         without = "--no-dense" if no_dense else "--dense-engine"
-        refuse_idle(context, ["device"], f"{without}: nothing runs in eager PyTorch", fix)
-    request = EvalRequest(data, not no_dense, batch, workers, device, command_line())
+        refuse_idle(context, ["device", "weights"], f"{without}: nothing runs in eager PyTorch", fix)
+    moved = None if engine is None or weights == "auto" else weights
+    request = EvalRequest(data, not no_dense, batch, workers, device, moved, command_line())
     try:
         if engine is not None:
             report = evaluate_engine(engine, request, Bars(), dense_engine=dense_engine)

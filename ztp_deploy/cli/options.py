@@ -50,6 +50,10 @@ ImageSize = Annotated[
 TrainedWeights = Annotated[
     str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
 ]
+SameWeights = Annotated[
+    str | None,
+    typer.Option("--weights", help="Where the checkpoint of the engine's weights lies now, if it was moved."),
+]
 Recipe = Annotated[
     str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
 ]
@@ -80,6 +84,10 @@ Images = Annotated[
     typer.Option(
         help="Folder of pictures for the proof, and to calibrate int8 and fp8; by default crops of scikit-learn's photographs."
     ),
+]
+ProofImages = Annotated[
+    str | None,
+    typer.Option("--images", help="Folder of pictures for the proof; by default crops of scikit-learn's photographs."),
 ]
 Batches = Annotated[
     str | None,

@@ -28,7 +28,8 @@ from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, folder_tags
 from ztp_deploy.models import RandomWeightsWarning
-from ztp_deploy.models.base import ModelSize
+from ztp_deploy.models.base import ModelSize, Source
+from ztp_deploy.models.weights import user_path
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.scratch import write_text
@@ -64,6 +65,24 @@ def load(name: str, weights: str, clock: Clock, size: ModelSize | None = None) -
     if licence and re.search(r"\bnc\b|non-?commercial", licence, re.IGNORECASE):
         clock.monitor.warn(f"The weights of {name} are licensed {licence}: no commercial use.")
     return model
+
+
+def reload(source: Source, weights: str | None, clock: Clock) -> nn.Module:
+    """The model an engine was made from; `weights` is where its checkpoint lies now, None where it lay.
+
+    Raises what `models.reload_model` raises, BadRequest too where there is no such checkpoint.
+    """
+    if weights is not None:
+        moved = source.weights.model_copy(update={"kind": "file", "origin": weights})
+        source = source.model_copy(update={"weights": moved})
+    record = source.weights
+    if record.kind == "file" and not user_path(record.origin)[0].is_file():
+        raise BadRequest(
+            f"The weights of {source.name} are to be loaded from {record.origin}: there is no such file.",
+            "Say where the same checkpoint lies now: --weights path.",
+        )
+    with clock.step(f"load {source.name}"):
+        return models.reload_model(source)
 
 
 def load_trained(name: str, weights: str, clock: Clock, size: ModelSize | None = None) -> nn.Module:
