@@ -45,7 +45,8 @@ TrainedWeights = Annotated[
     str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
 ]
 SameWeights = Annotated[
-    str | None, typer.Option("--weights", help="Where the checkpoint of the engine's weights lies now, if it was moved.")
+    str | None,
+    typer.Option("--weights", help="Where the checkpoint of the engine's weights lies now, if it was moved."),
 ]
 Recipe = Annotated[
     str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
@@ -61,6 +62,9 @@ DeviceName = Annotated[
 ]
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, where the back end has it.  \\[default: fp32]")
+]
+GraphPrecision = Annotated[
+    str | None, typer.Option("--precision", help="fp32, fp16 or bf16, where the format has it.  \\[default: fp32]")
 ]
 Batch = Annotated[str | None, typer.Option(help=f"Batch range min:opt:max, or one number.  \\[default: {BATCH}]")]
 InputType = Annotated[
