@@ -99,6 +99,7 @@ def command():
 
 end(command)
 """
+
     def run(*arguments):
         return subprocess.run(
             [sys.executable, "-c", script, *arguments],

@@ -240,7 +240,9 @@ def test_the_terminal_says_what_the_markdown_says_and_why_a_figure_is_in_doubt_o
 
 def test_the_verdict_says_within_which_bounds_and_what_was_not_run(folder):
     assert read_evidence(folder).summary.parity.startswith("holds along ")
-    requote(folder, "parity.json", precision="int8", notes=["The exported graph could not be checked on its own: gone."])
+    requote(
+        folder, "parity.json", precision="int8", notes=["The exported graph could not be checked on its own: gone."]
+    )
     evidence = read_evidence(folder)
     words = "holds within the bounds of int8 (eager → engine only: the exported graph was not checked)"
     assert evidence.summary.parity.startswith(f"{words} along ")
