@@ -103,7 +103,7 @@ def _refuse(error: BaseException) -> int:
 
 def _path(error: BaseException) -> str:
     """The command that click or typer refused, as it is called: `ztp classify`."""
-    names = []
+    names: list[str] = []
     context = getattr(error, "ctx", None)
     while context is not None and context.parent is not None:  # the first is named as the program was started
         names.insert(0, str(context.info_name))
