@@ -404,6 +404,19 @@ def test_defaults_are_those_of_the_python_calls():
     assert TuneRequest.method == PlanRequest.model_fields["method"].default == of(make_plan, "method") == "zero_tprune"
 
 
+def test_the_version(ztp):
+    import ztp_deploy
+
+    assert ztp("--version") == (0, f"ztp {ztp_deploy.__version__}\n", "")
+
+
+def test_help_offers_what_the_command_takes(ztp):
+    for command in ("export", "check"):
+        _, out, _ = ztp(command, "--help")
+        assert " int8" not in out
+    assert " int8" in ztp("build", "--help")[1]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(ztp, command):
     code, out, _ = ztp(command, "--help")
@@ -460,7 +473,8 @@ def test_every_command_explains_itself(ztp, command):
         (("classify", "a" * 300, "--engine", "b" * 300), 2, ("too long",)),
         (("plan", "-m", "vitamin_small_224", "-r", 0.7), 2, ("cannot be pruned",)),
         (("fly",), 2, ("fly", "ztp --help")),
-        (("plan", "--colour"), 2, ("--colour",)),
+        (("plan", "--colour"), 2, ("--colour", "`ztp plan --help`")),
+        (("--colour",), 2, ("--colour", "`ztp --help`")),
     ],
 )
 def test_bad_requests(ztp, tmp_path, arguments, code, words):
@@ -694,14 +708,10 @@ def test_the_command_line_starts_without_engine_libraries():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--methods", "slice,slice", "--flops", 0.65), ("each method once",)),
-        (
-            (
-                "--methods",
-                "slice",
-            ),
-            ("one of --ratio and --flops",),
-        ),
+        (("--methods", "slice,slice", "--flops", 0.65), ("names slice twice",)),
+        (("--methods", ",", "--flops", 0.65), ("names no method",)),
+        (("--methods", "slice"), ("Neither --ratio nor --flops",)),
+        (("--methods", "slice", "--flops", 0.65, "--ratio", 0.7), ("--ratio 0.7 and --flops 0.65 were both given",)),
         (("--methods", "slice", "--flops", 0.65, "-o", "tome.r=3"), ("names no method of this comparison",)),
         (("--methods", "tone", "--flops", 0.65), ("no method 'tone'",)),
         (("--methods", "dynamicvit", "--flops", 0.65, "--weights", "random"), ("weights have none", "weights=random")),

@@ -155,8 +155,8 @@ def test_an_interrupted_evaluation_goes_on(engines, pictures, monkeypatch):
 
 
 def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_trained", lambda name, weights, clock: trained)
-    monkeypatch.setattr(evaluate.models, "check_request", lambda name, weights: None)
+    monkeypatch.setattr(evaluate, "load_trained", lambda name, weights, clock, size: trained)
+    monkeypatch.setattr(evaluate.models, "check_request", lambda name, weights, size: None)
     weights = trained.source.weights.origin
     wanted = PlanRequest(model="deit_t", ratio=0.7, options={"rounds": 2}, weights=weights)
     report = evaluate_model(wanted, EvalRequest(pictures, device="cpu"), Silent(), record=tmp_path)
@@ -214,6 +214,7 @@ def test_weights_that_were_moved_are_found_where_they_lie_now(command, trained, 
     assert "not the ones this was built from" in err
 
 
+@pytest.mark.filterwarnings("ignore::ztp_deploy.backends.ParityWarning")  # notes are looked at here
 def test_what_a_reader_should_know_is_noted(engines, trained, pictures, tmp_path):
     """Whether parity was proved of this very engine, and that the reference ran in another precision."""
     copy = tmp_path / "copy"

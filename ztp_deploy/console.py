@@ -87,6 +87,7 @@ def show_parity(report: ParityReport) -> None:
         style = "green" if edge.holds else "bold red"
         table.add_row(*row[:-1], Text(row[-1], style))
     out.print(table)
+    out.print(f"Parity {report.verdict}.", style="green" if report.passed else "bold red", soft_wrap=True)
     for note in report.notes:
         warn(note)
 

@@ -89,7 +89,7 @@ def _refuse(error: BaseException) -> int:
         message = str(error.format_message()).rstrip(". ")
         if not message:  # no command: the help was shown
             return BadRequest.exit_code
-        problem, fix, code = f"{message}.", "See `ztp --help`.", BadRequest.exit_code
+        problem, fix, code = f"{message}.", f"See `{_path(error)} --help`.", BadRequest.exit_code
     else:
         sys.excepthook(type(error), error, error.__traceback__)
         return FAULT
@@ -99,6 +99,16 @@ def _refuse(error: BaseException) -> int:
         err.print("error: ", style="bold red", end="")
         err.print(f"{problem} {fix}".strip(), soft_wrap=True)
     return code
+
+
+def _path(error: BaseException) -> str:
+    """The command that click or typer refused, as it is called: `ztp classify`."""
+    names: list[str] = []
+    context = getattr(error, "ctx", None)
+    while context is not None and context.parent is not None:  # the first is named as the program was started
+        names.insert(0, str(context.info_name))
+        context = context.parent
+    return " ".join(["ztp", *names])
 
 
 def _print_refusal(problem: str, fix: str, code: int) -> None:

@@ -218,7 +218,7 @@ def snapshot() -> dict[str, Any]:
 def gpu_line() -> str:
     """One line on the GPU for reports."""
     found = gpus()
-    return f"GPU: {', '.join(gpu.name for gpu in found)}" if found else "GPU: none found; everything ran on the CPU"
+    return f"GPU: {', '.join(gpu.name for gpu in found)}" if found else "GPU: none found"
 
 
 def _first_gpu() -> str:

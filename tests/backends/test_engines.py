@@ -283,7 +283,7 @@ def test_an_engine_is_built_from_the_path_of_an_artifact_as_from_the_artifact(ar
         graph.write(b"more")
     with pytest.raises(ztp.DamagedFiles, match=r"model\.onnx"):
         ztp.build(folder, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=tmp_path / "0")
-    with pytest.raises(ztp.BadRequest, match=r"is no artifact folder: it has no manifest\.json"):
+    with pytest.raises(ztp.BadRequest, match=r"is no artifact folder: it does not exist"):
         ztp.build(tmp_path / "none", "onnxruntime", device="cpu", directory=tmp_path / "2")
     assert not (tmp_path / "2").exists()
 

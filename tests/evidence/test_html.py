@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import ztp_deploy as ztp
 from tests import tiny
@@ -33,8 +35,9 @@ from ztp_deploy.evidence.report.html import (
     worst_first,
     write_report,
 )
-from ztp_deploy.evidence.report.markdown import render_markdown, table_rows
+from ztp_deploy.evidence.report.markdown import render_markdown, selection_lines, table_rows
 from ztp_deploy.evidence.report.summary import summarise
+from ztp_deploy.evidence.report.terminal import show_summary
 from ztp_deploy.manifest import EngineManifest, hash_file, manifest_sha256, read_manifest
 
 EVIL = '<b>&"x'
@@ -210,6 +213,44 @@ def requote(folder, name, **changes):
 
 
 # --- content -----------------------------------------------------------------------------------
+
+
+def shown(summary) -> str:
+    """The report in a terminal of 200 columns."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    show_summary(summary, console)
+    return console.export_text()
+
+
+def test_the_terminal_says_what_the_markdown_says_and_why_a_figure_is_in_doubt_once(folder):
+    summary = read_evidence(folder).summary
+    doubtful = [
+        gain.model_copy(
+            update={"speedup": gain.speedup.model_copy(update={"verdict": "inconclusive", "reason": "it is wide"})}
+        )
+        for gain in summary.gains
+    ]
+    printed = shown(summary.model_copy(update={"gains": doubtful}))
+    for line in selection_lines(summary):
+        assert line in printed
+    assert printed.count(") inconclusive ") == 2
+    assert printed.count("it is wide") == 1
+    assert "Inconclusive at batch 1, 8: it is wide." in printed
+
+
+def test_the_verdict_says_within_which_bounds_and_what_was_not_run(folder):
+    assert read_evidence(folder).summary.parity.startswith("holds along ")
+    requote(
+        folder, "parity.json", precision="int8", notes=["The exported graph could not be checked on its own: gone."]
+    )
+    evidence = read_evidence(folder)
+    words = "holds within the bounds of int8 (eager → engine only: the exported graph was not checked)"
+    assert evidence.summary.parity.startswith(f"{words} along ")
+    assert f"parity {words}" in page_of(folder)[1].words
+    assert f"| parity | {words} along " in render_markdown(evidence.summary)
+    assert f"Parity {words} along " in shown(evidence.summary).replace("\n", " ")
+    requote(folder, "parity.json", passed=False)
+    assert read_evidence(folder).summary.parity.startswith("FAILS along ")
 
 
 def test_every_number_is_formatted_as_in_the_markdown(folder):

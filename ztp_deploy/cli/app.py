@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -22,6 +23,7 @@ from ztp_deploy.cli.plan import plan
 from ztp_deploy.cli.report import report
 from ztp_deploy.cli.show import show
 from ztp_deploy.cli.tune import tune
+from ztp_deploy.console import out
 from ztp_deploy.ending import end
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -51,6 +53,25 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import ztp_deploy
+
+        out.print(f"ztp {ztp_deploy.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 

@@ -67,11 +67,7 @@ def compare(
 
     check_record(record)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    if len(set(names)) < len(names) or not names or (ratio is None) == (flops is None):
-        raise BadRequest(
-            f"compare takes each method once and one of --ratio and --flops; --methods {methods!r} came.",
-            "For example: ztp compare --model deit_s --flops 0.65 --methods zero_tprune,tome.",
-        )
+    _check(names, ratio, flops)
     options = _options_by_method(option, names)
     wanted = [
         plan_request(
@@ -103,6 +99,23 @@ def compare(
         print_json(report.model_dump(mode="json"))
         return
     show_rows(HEAD, methods_rows(report), report.latency)
+
+
+def _check(names: list[str], ratio: float | None, flops: float | None) -> None:
+    """Raises BadRequest for no methods, one that is given twice, and unless one of ratio and FLOP share is given."""
+    example = "For example: ztp compare --model deit_s --flops 0.65 --methods zero_tprune,tome."
+    twice = [name for name in names if names.count(name) > 1]
+    if not names:
+        problem = "--methods names no method."
+    elif twice:
+        problem = f"--methods names {twice[0]} twice; each method is compared once."
+    elif ratio is None and flops is None:
+        problem = "Neither --ratio nor --flops was given: how much the methods are to prune is not known."
+    elif ratio is not None and flops is not None:
+        problem = f"--ratio {ratio:g} and --flops {flops:g} were both given; compare takes one of them."
+    else:
+        return
+    raise BadRequest(problem, example)
 
 
 def _options_by_method(option: list[str] | None, names: list[str]) -> dict[str, list[str] | None]:

@@ -69,6 +69,9 @@ DeviceName = Annotated[
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, where the back end has it.  \\[default: fp32]")
 ]
+GraphPrecision = Annotated[
+    str | None, typer.Option("--precision", help="fp32, fp16 or bf16, where the format has it.  \\[default: fp32]")
+]
 Batch = Annotated[str | None, typer.Option(help=f"Batch range min:opt:max, or one number.  \\[default: {BATCH}]")]
 InputType = Annotated[
     str | None,

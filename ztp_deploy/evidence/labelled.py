@@ -170,7 +170,7 @@ def _reading(names: Sequence[str], classes: int, labels: Sequence[str] | None) -
     known = [name for name in names if _plain(name) in ours]
     if known:
         hint = f"Nearest: {_nearest(names, known, ours)}"
-        return {name: ours[_plain(name)] for name in known}, "Labels are the model's own.", hint
+        return {name: ours[_plain(name)] for name in known}, "Labels were matched to the model's class names.", hint
     synsets = _synsets(labels)
     ids = [name for name in names if re.fullmatch(r"n[0-9]{8}", name)]
     if ids and synsets:

@@ -144,6 +144,15 @@ class ParityReport(EvidenceFile):
     dense_to_pruned: Agreement | None
     environment: dict[str, Any]
 
+    @property
+    def verdict(self) -> str:
+        """What reports say of it: within which bounds, and that the exported graph was not there to be compared."""
+        if not self.passed:
+            return "FAILS"
+        bounds = "" if self.precision == "fp32" else f" within the bounds of {self.precision}"
+        only = " (eager → engine only: the exported graph was not checked)" if self.notes else ""
+        return f"holds{bounds}{only}"
+
     def require(self) -> ParityReport:
         """Itself where the gate is passed; raises GateFailed with edge, kind and first fault otherwise."""
         for edge in self.edges:

@@ -199,10 +199,11 @@ def _badges(evidence: Evidence) -> list[tuple[str, str]]:
     summary = evidence.summary
     if summary.unproved:
         badges = [("bad", "BUILT, NOT RUN")]
-    elif summary.parity_passed is None:
+    elif evidence.parity is None:
         badges = [("open", f"parity {NOT_MEASURED}")]
     else:
-        badges = [("good", "parity holds")] if summary.parity_passed else [("bad", "PARITY FAILS")]
+        passed = evidence.parity.passed
+        badges = [("good", f"parity {evidence.parity.verdict}")] if passed else [("bad", "PARITY FAILS")]
     if summary.gains:
         unsure = any(gain.speedup.verdict == "inconclusive" for gain in summary.gains)
         badges.append(("unsure", "speed-up inconclusive") if unsure else ("good", "speed-up measured"))

@@ -50,8 +50,8 @@ def render_tables(summary: Summary) -> str:
     return _render(_TABLES, summary, rows=table_rows(summary), lines=lines)
 
 
-def table_rows(summary: Summary) -> list[list[str]]:
-    """One row an engine and batch, as text."""
+def table_rows(summary: Summary, *, reasons: bool = True) -> list[list[str]]:
+    """One row an engine and batch, as text; with `reasons` the cell of what is inconclusive says why."""
     gains = {gain.batch: gain for gain in summary.gains}
     rows = []
     for timing in summary.timings:
@@ -60,7 +60,7 @@ def table_rows(summary: Summary) -> list[list[str]]:
         if gain:
             speedup = speedup_text(gain.speedup)
             if gain.speedup.verdict == "inconclusive":
-                speedup += f" inconclusive: {gain.speedup.reason}"
+                speedup += f" inconclusive: {gain.speedup.reason}" if reasons else " inconclusive"
             limit = percent(gain.flop_limit_reached, 0)
         rows.append(
             [
@@ -74,6 +74,15 @@ def table_rows(summary: Summary) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def unsure_batches(summary: Summary) -> dict[str, list[int]]:
+    """Why a speed-up is inconclusive, and at which batches for that reason."""
+    found: dict[str, list[int]] = {}
+    for gain in summary.gains:
+        if gain.speedup.reason:
+            found.setdefault(gain.speedup.reason, []).append(gain.batch)
+    return found
 
 
 def selection_lines(summary: Summary) -> list[str]:

@@ -185,7 +185,7 @@ def _parity_line(parity: ParityReport) -> str:
         gap = max((tie.gap for tie in worst.near_ties), default=0.0)
         kept += f" (kept tokens that agree, stage by stage: {shares}; the others were within {gap:.1e} of the cut)"
     return (
-        f"{'holds' if parity.passed else 'FAILS'} along {edges}: {kept}, worst logit {worst.worst_logit:.1e} σ "
+        f"{parity.verdict} along {edges}: {kept}, worst logit {worst.worst_logit:.1e} σ "
         f"(at most {parity.tolerance.logits:g}), top-1 equal on {worst.top1_equal} of {worst.images}"
     )
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ztp_deploy.evidence.report.html import HTML_FILE
-from ztp_deploy.evidence.report.markdown import macs_line, percent, table_rows
+from ztp_deploy.evidence.report.markdown import macs_line, selection_lines, table_rows, unsure_batches
 from ztp_deploy.evidence.report.summary import Summary
 
 
@@ -26,7 +26,7 @@ def show_summary(summary: Summary, console: Console, kept: bool = True) -> None:
         ):
             table.add_column(name, justify=justify, no_wrap="speed-up" not in name)  # type: ignore[arg-type]
         previous = None
-        for row in table_rows(summary):
+        for row in table_rows(summary, reasons=False):
             if previous not in (None, row[0]):
                 table.add_section()
             previous = row[0]
@@ -34,12 +34,10 @@ def show_summary(summary: Summary, console: Console, kept: bool = True) -> None:
         console.print(table)
     else:
         console.print(title, style="bold")
-    for gain in summary.gains:
-        if gain.selection_cost is not None:
-            console.print(
-                f"Selection costs {percent(gain.selection_cost)} of the pruned engine's time at batch {gain.batch} "
-                f"(against the slice twin)."
-            )
+    for reason, batches in unsure_batches(summary).items():
+        console.print(f"Inconclusive at batch {', '.join(map(str, batches))}: {reason}.", style="yellow")
+    for line in selection_lines(summary):
+        console.print(line)
     console.print(f"Tokens {' → '.join(map(str, summary.tokens))}.", highlight=False)
     console.print(macs_line(summary.flops), highlight=False)
     verdict = {True: "green", False: "bold red", None: "bold yellow"}[summary.parity_passed]
