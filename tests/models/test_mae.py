@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import ztp_deploy as ztp
 from tests import golden, tiny
 from tests.models import readings
+from tests.runs import Listening
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.models.base import ModelSize
@@ -173,32 +173,19 @@ def test_pretrained_weights_are_refused_with_the_place_to_get_them():
     assert "WEIGHTS=path" in text
 
 
-class _Monitor:
-    def __init__(self):
-        self.warnings = []
-
-    def step(self, title, total):
-        return contextlib.nullcontext(lambda units: None)
-
-    def warn(self, text):
-        self.warnings.append(text)
-
-
-def test_a_file_carries_the_licence_and_says_so(mae, tmp_path, monkeypatch):
+def test_a_file_carries_the_licence_and_says_so(mae, tmp_path):
     path = tmp_path / "mae_finetuned.pth"
     torch.save({"model": mae.state_dict()}, path)
     own = tmp_path / "own.pth"
     torch.save(tiny.model("deit_t").state_dict(), own)
-    load_model = models.load_model
-    monkeypatch.setattr(models, "load_model", lambda name, weights: load_model(name, weights, tiny.SIZE))
-    monitor = _Monitor()
-    model = steps.load("mae_vit_b", str(path), Clock(monitor))
+    monitor = Listening()
+    model = steps.load("mae_vit_b", str(path), Clock(monitor), tiny.SIZE)
     assert model.source.weights.licence == "CC-BY-NC-4.0"
-    assert monitor.warnings == ["The weights of mae_vit_b are licensed CC-BY-NC-4.0: no commercial use."]
-    monitor = _Monitor()
-    model = steps.load("deit_t", str(own), Clock(monitor))
+    assert monitor.warned == ["The weights of mae_vit_b are licensed CC-BY-NC-4.0: no commercial use."]
+    monitor = Listening()
+    model = steps.load("deit_t", str(own), Clock(monitor), tiny.SIZE)
     assert model.source.weights.licence is None  # a file of one's own; the hub's licence says nothing about it
-    assert monitor.warnings == []
+    assert monitor.warned == []
 
 
 def test_a_pre_training_checkpoint_is_refused(mae):
