@@ -75,8 +75,8 @@ def assert_forced_runs_reproduce(pruned: PrunedModel, deciding: str | None = Non
     if deciding:
         np.testing.assert_array_equal(moved.scores[deciding], own.scores[deciding])
     for index in range(len(pruned.plan.stages)):
-        assert (again.fates(index, patches) == own.fates(index, patches)).all()
-        assert (moved.fates(index, patches) == other.fates(index, patches)).all()
+        assert (again.destinations(index, patches) == own.destinations(index, patches)).all()
+        assert (moved.destinations(index, patches) == other.destinations(index, patches)).all()
 
 
 def engine_report(pruned: PrunedModel, model: torch.nn.Module, folder: Path) -> ParityReport:

@@ -52,7 +52,7 @@ def recipe(folder, text):
         ),
         (
             lambda folder: read_recipe(recipe(folder, 'keep = ["most"]')),
-            "mine.toml is no valid recipe: keep: Input should be a valid integer, unable to parse string as an integer; "
+            "mine.toml is not valid recipe: keep: Input should be a valid integer, unable to parse string as an integer; "
             "or: Input should be a valid number, unable to parse string as a number.",
         ),
         (

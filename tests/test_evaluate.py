@@ -18,7 +18,7 @@ from tests import tiny
 from tests.commands import typed
 from tests.pictures import write_pictures
 from tests.runs import Listening
-from ztp_deploy import ending, evaluate
+from ztp_deploy import entrypoint, evaluate
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest, MissingSoftware
 from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
@@ -378,7 +378,7 @@ def test_an_interrupt_says_what_is_kept(command, engines, pictures, monkeypatch)
     predictions_batches = predictions.batches
     monkeypatch.setattr(predictions, "batches", interrupted)
     ended = []
-    monkeypatch.setattr(ending.os, "_exit", lambda code: (ended.append(code), sys.exit(code)))
+    monkeypatch.setattr(entrypoint.os, "_exit", lambda code: (ended.append(code), sys.exit(code)))
     code, _, err = command("--engine", engines["pruned"].directory, "--data", pictures, "--no-dense")
     assert (code, ended) == (130, [130])
     assert "8 of 22 images are kept, and the same command goes on." in err

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "errors quiet scratch environment recipes defaults pruning.tokens pruning.merge reference.canvases reference.model",
+    "errors quiet atomic environment recipes defaults pruning.tokens pruning.merge reference.canvases reference.model",
     "plan",
     "models",
     "methods",
@@ -22,14 +22,14 @@ ORDER = (
     "gpu_report",
     "show evaluate",
     "tune",
-    "console ending",
+    "console entrypoint",
     "reference",
     "cli",
     "__main__",
 )
 """Rooms as CONTRIBUTING lists them; a file of a room may stand earlier than the room, if it needs that little itself."""
 EXCEPTIONS = {
-    ("reference.canvases", "ending"): "It is a command, too; the shape of `vit_digits` needs three numbers of it.",
+    ("reference.canvases", "entrypoint"): "It is a command, too; the shape of `vit_digits` needs three numbers of it.",
     ("models.weights", "methods"): "Checkpoints carry weights of methods; the registry says which keys these are.",
 }
 
@@ -113,7 +113,7 @@ def reads_the_command_line(text):
 def test_only_commands_read_the_command_line():
     package = ROOT / "ztp_deploy"
     paths = [path for path in package.rglob("*.py") if reads_the_command_line(path.read_text(encoding="utf-8"))]
-    assert {str(path.relative_to(package)) for path in paths} == {"__main__.py", "cli/options.py", "ending.py"}
+    assert {str(path.relative_to(package)) for path in paths} == {"__main__.py", "cli/options.py", "entrypoint.py"}
     assert reads_the_command_line("import sys\ndef line():\n    return ' '.join(sys.argv)\n")
     assert not reads_the_command_line("script = 'sys.argv'\n")
 

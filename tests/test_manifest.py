@@ -181,6 +181,6 @@ def test_folder_names_tell_calibrations_apart(artifact, tmp_path):
     assert path("int8", dark, {}).endswith(f"--int8--b4-4-4--random--c{digits}")
     assert path("int8", dark, {}) != path("int8", light, {})
     assert path("fp32", dark, {}) == path("fp32", light, {}) == path("fp32", None, {})
-    both = backends.particulars("openvino-1-cpu/" + path("int8", dark, {"threads": 1}))
+    both = backends.name_tags("openvino-1-cpu/" + path("int8", dark, {"threads": 1}))
     assert both == ("b4", re.search(r"--(s\w{6})--c", path("int8", dark, {"threads": 1}))[1], f"c{digits}")
-    assert backends.particulars("deit_s--dense--fp32--b1-8-64--wcafe01") == (None, None, None)
+    assert backends.name_tags("deit_s--dense--fp32--b1-8-64--wcafe01") == (None, None, None)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ztp_deploy.workflow.make import Result
 
 
-def nobody_reads() -> int:
+def reader_gone() -> int:
     """The exit code of a program whose output is piped into one that has ended, such as `head`; it writes no more."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
@@ -30,7 +30,7 @@ def nobody_reads() -> int:
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:  # left to itself rich ends with the code of a failed gate
-        raise SystemExit(nobody_reads())
+        raise SystemExit(reader_gone())
 
 
 out = _Console(highlight=False, markup=False)  # square brackets are part of many a path

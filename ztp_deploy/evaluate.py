@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ztp_deploy import environment, methods, models
+from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import Engine, find_engine, load_engine, require_runnable, torch_device
 from ztp_deploy.backends.base import Device, Session
 from ztp_deploy.backends.batches import filled
@@ -31,7 +32,6 @@ from ztp_deploy.models.base import Source
 from ztp_deploy.models.preprocessing import transform_for
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
-from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import PlanRequest
 from ztp_deploy.workflow.steps import load_trained, reload
@@ -95,8 +95,8 @@ def evaluate_engine(
     """An engine on labelled pictures, against the dense model; writes `evidence/accuracy.json` and renders the report again.
 
     The reference is `dense_engine` where one is given, else the dense model that the manifest names, in eager
-    PyTorch. Raises BadRequest for random weights, data that does not fit and an engine that is no dense one of the
-    same weights; MissingSoftware; GateFailed for logits that are no numbers.
+    PyTorch. Raises BadRequest for random weights, data that does not fit and an engine that is not a dense one of the
+    same weights; MissingSoftware; GateFailed for logits that are not finite.
     """
     request.check()
     engine = find_engine(directory)

@@ -61,7 +61,7 @@ class _Manifest(BaseModel):
     seal: str = ""
 
     def sealed(self) -> str:
-        """sha256 over everything but the seal: shows an edit; it is no signature."""
+        """sha256 over everything but the seal: shows an edit; it is not a signature."""
         return hash_of(manifest=self.model_dump(mode="json", by_alias=True, exclude={"seal"}))
 
     @property
@@ -104,7 +104,7 @@ class BatchRange(BaseModel):
             parts = parts * 3
         if isinstance(value, bool) or len(parts) != 3 or not 1 <= parts[0] <= parts[1] <= parts[2]:
             raise BadRequest(
-                f"batch={value!r} is no range.", "Give min:opt:max with 1 ≤ min ≤ opt ≤ max, such as 1:8:64."
+                f"batch={value!r} is not a range.", "Give min:opt:max with 1 ≤ min ≤ opt ≤ max, such as 1:8:64."
             )
         return cls(min=parts[0], opt=parts[1], max=parts[2])
 
@@ -193,7 +193,7 @@ def read_manifest(directory: Path, kind: type[M]) -> M:
     verb = "engine" if kind is EngineManifest else "export"
     if not path.is_file():
         why = f"it has no {MANIFEST}" if directory.exists() else "it does not exist"
-        raise BadRequest(f"{directory} is no {noun} folder: {why}.", f"Make one with `ztp {verb} …`.")
+        raise BadRequest(f"{directory} is not an {noun} folder: {why}.", f"Make one with `ztp {verb} …`.")
     try:
         manifest = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -269,6 +269,6 @@ def check_replaceable(directory: Path, kind: type[_Manifest]) -> None:
         ours = False
     if not ours:
         raise BadRequest(
-            f"{directory} is in the way: it is no {noun} folder, and nothing of yours is overwritten.",
+            f"{directory} is in the way: it is not an {noun} folder, and nothing of yours is overwritten.",
             "Choose another folder, or move it away.",
         )

@@ -119,7 +119,7 @@ class Plan(BaseModel):
             raise ValueError("the dense plan, and no other, has no stages")
         for kind in ("ratio", "flops"):
             if kind in self.asked and not isinstance(self.asked[kind], (int, float)):
-                raise ValueError(f"asked {kind} is no number")
+                raise ValueError(f"asked {kind} is not a number")
         if self.stages and not {"ratio", "flops", "keep"} & self.asked.keys():
             raise ValueError("asked says neither ratio nor flops nor keep")
         for stage in self.stages:

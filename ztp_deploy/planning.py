@@ -51,7 +51,7 @@ def make_plan(
     rule = methods.get(method)
     if len(request) != 1:
         raise BadRequest(
-            f"A plan needs exactly one of ratio, flops and keep; {' and '.join(request) or 'none'} came.",
+            f"A plan needs exactly one of ratio, flops and keep; got {' and '.join(request) or 'none'}.",
             "Give one, for example ratio=0.7.",
         )
     chosen = methods.parse_options(method, options or {})
@@ -101,7 +101,7 @@ def _listed(name: str, values: object, example: str) -> list[Any]:
     if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)):
         with contextlib.suppress(TypeError):  # an array of no dimensions
             return list(values)
-    raise BadRequest(f"{name}={values!r} is no list.", f"Give one number for each stage, such as {name}={example}.")
+    raise BadRequest(f"{name}={values!r} is not a list.", f"Give one number for each stage, such as {name}={example}.")
 
 
 def _is_whole(value: object) -> bool:

@@ -68,7 +68,7 @@ def _read(name: str, folder: Path, kind: type[T], noun: str) -> T:
     try:
         return kind.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"{path} is no valid TOML: {error}.", "Correct the file.") from error
+        raise BadRequest(f"{path} is not valid TOML: {error}.", "Correct the file.") from error
     except ValidationError as error:
         where, why = first_fault(error, "the file", depth=1)
-        raise BadRequest(f"{path} is no valid {noun}: {where}: {why}.", "Correct the file.") from error
+        raise BadRequest(f"{path} is not valid {noun}: {where}: {why}.", "Correct the file.") from error

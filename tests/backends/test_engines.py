@@ -73,11 +73,11 @@ def test_audit_scores_equal_eager(any_engine, pruned):
         (tiny.images(1, size=64), r"\[1, 3, 64, 64\]"),
         (tiny.images(1)[0], r"\[3, 96, 96\]"),
         (tiny.images(1).tolist(), "list"),
-        (np.ma.array(tiny.images(1), mask=False), "a masked one came"),
-        (torch.zeros(1, 3, 96, 96).to_sparse(), "takes dense tensors; one of torch.sparse_coo came"),
+        (np.ma.array(tiny.images(1), mask=False), "got a masked one"),
+        (torch.zeros(1, 3, 96, 96).to_sparse(), "takes dense tensors; got one of torch.sparse_coo"),
         (torch.zeros(9, 3, 96, 96), "outside this engine's range 1 to 8"),
-        (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "float64 came"),
-        (torch.zeros(1, 3, 96, 96, device="meta"), "takes tensors on cpu; one on meta came"),
+        (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "got float64"),
+        (torch.zeros(1, 3, 96, 96, device="meta"), "takes tensors on cpu; got one on meta"),
         (np.full((1, 3, 96, 96), np.nan, np.float32), "27648 of the pixels are NaN"),
         (torch.full((2, 3, 96, 96), torch.inf), "55296 of the pixels are NaN or infinite"),
         (np.concatenate([tiny.images(1), np.full((1, 3, 96, 96), np.inf, np.float32)]), "NaN or infinite"),
@@ -161,7 +161,7 @@ def test_preprocess_equals_timms_transform(any_engine, tmp_path):
         with pytest.raises(BadRequest, match="No image"):
             session.preprocess([])
         for picture in (np.zeros((96, 96, 3), np.float32), np.zeros((2, 96, 96, 3), np.uint8), np.zeros(3, np.uint8)):
-            with pytest.raises(BadRequest, match=r"is no picture\. Give uint8 arrays \[H, W, 3\] in RGB"):
+            with pytest.raises(BadRequest, match=r"is not a picture\. Give uint8 arrays \[H, W, 3\] in RGB"):
                 session.preprocess(picture)
         with pytest.raises(BadRequest, match="is a folder, no file"):
             session.preprocess(tmp_path)
@@ -246,7 +246,7 @@ def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeyp
     assert len(fingerprints) == 3
 
 
-SAY_NOTHING_OF_AN_ENGINE = {"errors", "quiet", "scratch", "manifest", "defaults"}
+SAY_NOTHING_OF_AN_ENGINE = {"errors", "quiet", "atomic", "manifest", "defaults"}
 """How a build fails, what it prints, where it writes, what it is called."""
 
 
@@ -283,7 +283,7 @@ def test_an_engine_is_built_from_the_path_of_an_artifact_as_from_the_artifact(ar
         graph.write(b"more")
     with pytest.raises(ztp.DamagedFiles, match=r"model\.onnx"):
         ztp.build(folder, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=tmp_path / "0")
-    with pytest.raises(ztp.BadRequest, match=r"is no artifact folder: it does not exist"):
+    with pytest.raises(ztp.BadRequest, match=r"is not an artifact folder: it does not exist"):
         ztp.build(tmp_path / "none", "onnxruntime", device="cpu", directory=tmp_path / "2")
     assert not (tmp_path / "2").exists()
 
@@ -349,7 +349,7 @@ def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
         ({"backend": "openvino", "precision": "int8"}, BadRequest, "calibrated on images and none were given"),
         ({"backend": "openvino", "settings": {"hint": "fast"}}, BadRequest, "hint"),
         ({"backend": "onnxruntime", "batch": "8:1:4"}, BadRequest, "no range"),
-        ({"backend": "onnxruntime", "settings": ["threads"]}, BadRequest, "are no settings"),
+        ({"backend": "onnxruntime", "settings": ["threads"]}, BadRequest, "are not settings"),
         ({"backend": "onnxruntime", "directory": "x" * 300}, WriteFailed, "File name too long"),
         ({"backend": "onnxruntime", "device": "tpu"}, BadRequest, "auto, cpu or cuda"),
         ({"backend": "onnxruntime", "settings": {"thread": 1}}, BadRequest, "threads"),
@@ -405,9 +405,9 @@ def test_a_damaged_engine_is_not_opened(any_engine, tmp_path):
     [
         (tiny.images(0), "calibrated on images and none were given"),
         (np.full((2, 3, 96, 96), np.nan, np.float32), "55296 of the pixels are NaN"),
-        (tiny.images(2).astype(np.uint8), "takes float32 arrays .* uint8 came"),
-        (tiny.images(2, size=64), r"\[B, 3, 96, 96\]; \[2, 3, 64, 64\] came"),
-        (tiny.images(2).tolist(), "calibration=list is no array"),
+        (tiny.images(2).astype(np.uint8), "takes float32 arrays .* got uint8"),
+        (tiny.images(2, size=64), r"\[B, 3, 96, 96\]; got \[2, 3, 64, 64\]"),
+        (tiny.images(2).tolist(), "calibration=list is not an array"),
     ],
 )
 def test_what_cannot_calibrate_is_refused(artifact, tmp_path, calibration, message):
@@ -464,19 +464,19 @@ def test_an_artifact_is_no_engine_nor_the_reverse(shared_engine, artifact):
         ztp.load_engine(artifact.directory)
     with pytest.raises(BadRequest, match="is an engine, no exported artifact"):
         ztp.build(shared_engine.directory, "onnxruntime")
-    with pytest.raises(BadRequest, match="nowhere is no engine folder: it does not exist"):
+    with pytest.raises(BadRequest, match="nowhere is not an engine folder: it does not exist"):
         ztp.load_engine("nowhere")
 
 
 def test_what_is_no_artifact_engine_or_name_is_refused(pruned, artifact, tmp_path):
     for call, message in (
-        (lambda: ztp.build(None, "onnxruntime"), "An artifact or the path of its folder is needed; NoneType came"),
-        (lambda: ztp.build(pruned, "onnxruntime"), r"PrunedModel came\. Make one with ztp\.export"),
+        (lambda: ztp.build(None, "onnxruntime"), "An artifact or the path of its folder is needed; got NoneType"),
+        (lambda: ztp.build(pruned, "onnxruntime"), r"got PrunedModel\. Make one with ztp\.export"),
         (lambda: ztp.build(artifact, None), "no back end None.*There are: .*onnxruntime"),
-        (lambda: ztp.load_engine(None), "An engine or the path of its folder is needed; NoneType came"),
-        (lambda: ztp.load_engine(artifact), r"Artifact came\. Make one with ztp\.build"),
+        (lambda: ztp.load_engine(None), "An engine or the path of its folder is needed; got NoneType"),
+        (lambda: ztp.load_engine(artifact), r"got Artifact\. Make one with ztp\.build"),
         (lambda: ztp.export(pruned, None, tmp_path / "a"), "no format None.*There are: onnx"),
-        (lambda: ztp.export(pruned, "onnx", None), "directory=None is no path"),
+        (lambda: ztp.export(pruned, "onnx", None), "directory=None is not a path"),
     ):
         with pytest.raises(BadRequest, match=message):
             call()

@@ -18,9 +18,9 @@ from ztp_deploy.errors import BadRequest
     [
         ("cpu", "cpu", None),
         ("cuda:0", "cuda:0", None),
-        ("cuda:1", "cuda:0", "tensors on cuda:0; one on cuda:1 came"),
-        ("cpu", "cuda:0", "tensors on cuda:0; one on cpu came"),
-        ("cuda:0", "cpu", "tensors on cpu; one on cuda:0 came"),
+        ("cuda:1", "cuda:0", "tensors on cuda:0; got one on cuda:1"),
+        ("cpu", "cuda:0", "tensors on cuda:0; got one on cpu"),
+        ("cuda:0", "cpu", "tensors on cpu; got one on cuda:0"),
     ],
 )
 def test_a_tensor_elsewhere_is_refused(lies, wanted, refused):

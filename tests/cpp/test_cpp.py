@@ -195,7 +195,7 @@ def test_uint8_engines_take_pixels(runtime, back_end, shared_engine, tmp_path):
     np.testing.assert_allclose(found.logits, expected_logits, rtol=1e-5)
     assert found.kept[0].tolist() == expected_kept.tolist()
     done = runtime.consume(engine, pixels.astype(np.float32), tmp_path)
-    assert done.stderr.startswith("This engine takes uint8 arrays [B, 3, 16, 16]; float32 came.")
+    assert done.stderr.startswith("This engine takes uint8 arrays [B, 3, 16, 16]; got float32.")
     assert done.returncode == 2
     Image.fromarray(pixels[0].transpose(1, 2, 0)).save(tmp_path / "a.png")
     (tmp_path / "raw").mkdir()
@@ -286,7 +286,7 @@ def test_a_path_is_shown_as_python_shows_it_and_followed_as_the_system_does(runt
     assert "carries no self-test" in refusal(runtime.run(reached, "--selftest", "--json"))[0]
     # What the text says, the link resolved by hand, is another folder.
     (tmp_path / "engine").mkdir()
-    assert "is no engine folder" in refusal(runtime.run(tmp_path / "engine", "--selftest", "--json"))[0]
+    assert "is not an engine folder" in refusal(runtime.run(tmp_path / "engine", "--selftest", "--json"))[0]
     (tmp_path / "far" / "engine" / "model.onnx").unlink()
     assert refusal(runtime.run(reached, "--selftest", "--json")) == python_refusal(Path(reached))
 
@@ -584,7 +584,7 @@ def test_a_self_test_that_is_gone_or_cut(runtime, recorded):
     whole = path.read_bytes()
     for length in (3, 20, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert refusal(runtime.run(engine, "--selftest", "--json")) == (f"{path} is no whole safetensors file.", 2)
+        assert refusal(runtime.run(engine, "--selftest", "--json")) == (f"{path} is not a whole safetensors file.", 2)
     path.unlink()
     assert "carries no self-test" in refusal(runtime.run(engine, "--selftest", "--json"))[0]
 
@@ -665,7 +665,7 @@ def test_pnm_of_another_depth_or_cut_off_is_refused(runtime, openvino_engine, tm
     path = tmp_path / "a.pnm"
     path.write_bytes(file)
     found = refusal(runtime.run(openvino_engine, path, "--json"))
-    assert found == (f"{path} is no image ztp-run can read: {said}.", 2)
+    assert found == (f"{path} is not an image that ztp-run can read: {said}.", 2)
 
 
 def test_a_picture_too_narrow_to_resize_is_refused(runtime, openvino_engine, tmp_path):
@@ -689,7 +689,7 @@ def test_a_picture_that_is_cut_off_is_refused_as_python_does(
         for missing in (200, len(whole) // 2):
             path.write_bytes(whole[:-missing])
             problem, code = refusal(runtime.run(openvino_engine, path, "--json"))
-            assert problem.startswith(f"{path} is no image ztp-run can read: ")
+            assert problem.startswith(f"{path} is not an image that ztp-run can read: ")
             assert code == 2
             with pytest.raises(ZtpError):
                 session.preprocess([path])
@@ -709,7 +709,7 @@ def test_a_jpeg_with_more_codes_than_there_are_bytes_is_refused(runtime, openvin
     place = whole.index(b"\xff\xc4") + 5
     path.write_bytes(whole[:place] + bytes([255] * 16) + whole[place + 16 :])
     problem, code = refusal(runtime.run(openvino_engine, path, "--json"))
-    assert problem == f"{path} is no image ztp-run can read: it has a Huffman table of more than 256 codes."
+    assert problem == f"{path} is not an image that ztp-run can read: it has a Huffman table of more than 256 codes."
     assert code == 2
 
 
@@ -767,15 +767,15 @@ def test_latency_is_measured(runtime, openvino_engine):
         ([], "No image was given."),
         (["--latency", "--selftest"], "exclude each other"),
         (["--batch", "2"], "No image was given."),
-        (["--latency", "--batch", "0"], "--batch 0 is no usable number."),
+        (["--latency", "--batch", "0"], "--batch 0 is not a usable number."),
         (["--latency", "--batch", "9"], "A batch of 9 is outside this engine's range 1 to 8."),
-        (["--latency", "--seconds", "soon"], "--seconds soon is no usable number."),
+        (["--latency", "--seconds", "soon"], "--seconds soon is not a usable number."),
         (["--tops", "3"], "There is no option --tops."),
         (["a.png", "--top"], "--top needs a value."),
         (["a.png", "--selftest"], "do not read"),
         (["no_such.png"], "There is no file no_such.png."),
         (["no_such.f32"], "There is no file no_such.f32."),
-        ([__file__], "is no image ztp-run can read"),
+        ([__file__], "is not an image that ztp-run can read"),
     ],
 )
 def test_command_lines_that_cannot_be_meant(runtime, openvino_engine, arguments, message):

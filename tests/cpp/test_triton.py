@@ -312,7 +312,7 @@ def test_the_wrong_type_and_shape_are_the_clients_fault(server):
 TENSORS = "kept_1 TYPE_INT32 [2], assignment_1 TYPE_INT32 [36]"
 REFUSALS = {
     "damaged": "model.bin",
-    "empty": "is no engine folder",
+    "empty": "is not an engine folder",
     "unrecorded": "self-test",
     "misspelt": 'The parameter self_test in config.pbtxt is "maybe". Choose if_recorded, which is the default, required or off.',
     "too_large": "max_batch_size in config.pbtxt is 9; this engine takes batches of 1 to 8. "

@@ -23,7 +23,7 @@ def test_wilson_by_hand():
     assert wilson(0, 5).low == 0
     assert wilson(5, 5).high == 1
     for impossible in ((6, 5), (-1, 5), (0, 0)):
-        with pytest.raises(BadRequest, match="are no share"):
+        with pytest.raises(BadRequest, match="are not a share"):
             wilson(*impossible)
 
 

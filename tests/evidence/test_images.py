@@ -96,7 +96,7 @@ def test_what_is_no_image_is_named(preprocessing, tmp_path):
     with pytest.raises(BadRequest, match=r"notes\.txt"):
         load_images(tmp_path, preprocessing, "uint8")
     (tmp_path / "notes.txt").rename(tmp_path / "notes.jpg")
-    with pytest.raises(BadRequest, match=r"notes\.jpg is no image"):
+    with pytest.raises(BadRequest, match=r"notes\.jpg is not an image"):
         load_images(tmp_path, preprocessing, "uint8")
     Image.effect_noise((300, 300), 90).save(tmp_path / "notes.jpg")
     whole = (tmp_path / "notes.jpg").read_bytes()

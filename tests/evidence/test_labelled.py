@@ -60,7 +60,12 @@ def test_labels_become_indices(names, classes, labels, expected, words):
         (["n01440764", "n99999999"], 1000, IMAGENET, "WordNet ids.*but 'n99999999' is none"),
         (["n01440764", "tabby"], 1000, IMAGENET, "the model's class names, but 'n01440764' is none"),
         (["n01440764", "what"], 1000, IMAGENET, "WordNet ids.*but 'what' is none"),
-        (["ant", "bee"], 3, None, r"'ant' \(and 1 more\): no class of the model's \(3 classes; 2 came\).*from 0"),
+        (
+            ["ant", "bee"],
+            3,
+            None,
+            r"'ant' \(and 1 more\): not a class of the model's \(3 classes; the data has 2\).*from 0",
+        ),
         (["ant"], 1000, IMAGENET[::-1], "same|the model's own"),
         (["what"], 1000, IMAGENET, "labels or WordNet ids"),
         (["what"], 4, ANIMALS, "by the model's labels"),
@@ -71,7 +76,7 @@ def test_labels_that_are_refused(names, classes, labels, words):
         # ImageNet's labels in another order are not ImageNet: names still work, WordNet ids do not.
         assert class_indices(names, classes, labels)[0] == {"ant": 999 - 310}
         names = ["n01440764"]
-        words = "no class of the model's"
+        words = "not a class of the model's"
     with pytest.raises(BadRequest, match=f"(?s){words}"):
         class_indices(names, classes, labels)
 
@@ -162,7 +167,7 @@ def test_a_csv_file_may_name_labels(tmp_path):
         ("a.png,1\nx.png,1\ny.png,0\n", r"no file .*x\.png \(line 2\) \(and 1 more\)"),
         ("a.png,1\n./a.png,0\n", "listed twice, again in line 2"),
         ("a.png,2\n", "Label 2 is out of range"),
-        ("a.png,cat\n", "no class of the model's"),
+        ("a.png,cat\n", "not a class of the model's"),
     ],
 )
 def test_csv_files_that_are_refused(tmp_path, text, words):

@@ -156,7 +156,7 @@ def test_too_many_near_ties_fail(shared_engine, model, photographs, monkeypatch)
     """With the share of tolerated near-ties at zero, one flipped image is one too many."""
     from ztp_deploy.evidence.selection import Difference
 
-    monkeypatch.setattr(parity, "same_fates", lambda a, b, *rest: np.arange(24)[:, None] > 1)
+    monkeypatch.setattr(parity, "same_destinations", lambda a, b, *rest: np.arange(24)[:, None] > 1)
     monkeypatch.setattr(
         parity, "differences", lambda *arguments: [Difference(1, "near_tie", "importance", 1e-6, [0, 1])]
     )

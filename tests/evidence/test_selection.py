@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.runs import copy_of, observe
-from ztp_deploy.evidence.selection import Observation, differences, same_fates
+from ztp_deploy.evidence.selection import Observation, differences, same_destinations
 from ztp_deploy.models import host_of
 from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
@@ -39,7 +39,7 @@ def test_equal_runs_have_no_difference(setting):
     assert differences(observation, copy_of(observation), copy_of(observation), plan, geometry, BOUND) == []
     shuffled = copy_of(observation)
     shuffled.kept[0][:] = shuffled.kept[0][:, ::-1]
-    assert same_fates(observation, shuffled, 0, 36).all()
+    assert same_destinations(observation, shuffled, 0, 36).all()
 
 
 def test_other_tokens_from_the_right_scores_is_a_selection_fault(setting):
@@ -60,7 +60,7 @@ def test_positions_that_are_none_are_a_selection_fault(setting, nonsense):
     candidate = copy_of(observation)
     gone = int(candidate.kept[0][0, 0])
     candidate.kept[0][0, 0] = nonsense
-    assert not same_fates(observation, candidate, 0, 36).all()
+    assert not same_destinations(observation, candidate, 0, 36).all()
     difference = differences(observation, candidate, candidate, plan, geometry, BOUND)[0]
     assert (difference.stage, difference.cause, difference.tokens) == (1, "selection", [gone])
 

@@ -45,9 +45,9 @@ def run(**changes):
 def groups(merged):
     """Per stage and original patch [L, B, n] the lowest patch in the same token, -1 where it is pruned."""
     where, found = None, []
-    for landing in merged:
-        landing = landing.long()
-        where = landing if where is None else torch.where(where < 0, -1, landing.gather(1, where.clamp_min(0)))
+    for slots in merged:
+        slots = slots.long()
+        where = slots if where is None else torch.where(where < 0, -1, slots.gather(1, where.clamp_min(0)))
         together = where.unsqueeze(1) == where.unsqueeze(2)
         found.append(torch.where(where < 0, -1, together.int().argmax(2)))
     return torch.stack(found).numpy()
@@ -162,7 +162,7 @@ def test_a_forced_run_decides_as_it_is_told(name):
     other = observe(pruned, images[::-1].copy(), forced)
     for run in (again, other):
         for index in range(3):
-            np.testing.assert_array_equal(run.fates(index, 36), honest.fates(index, 36))
+            np.testing.assert_array_equal(run.destinations(index, 36), honest.destinations(index, 36))
     np.testing.assert_array_equal(other.scores["score_1"], honest.scores["score_1"][::-1])
     np.testing.assert_array_equal(other.scores["similarity_1"], honest.scores["similarity_1"][::-1])
 
@@ -184,7 +184,7 @@ def decided_by(observation, plan, **scores):
     return Observation(
         observation.logits,
         [observation.kept[0], kept],
-        [observation.merged[0], joining.landing(30).numpy()],
+        [observation.merged[0], joining.destination_slots(30).numpy()],
         observation.scores | {"score_2": score, "similarity_2": similarity},
     )
 

@@ -72,7 +72,7 @@ def test_forced_runs_reproduce(pruned, model):
     for wanted in (own, other):
         forced = runs.observe(pruned, tiny.images(2), wanted.forced(36))
         np.testing.assert_allclose(forced.logits, wanted.logits, rtol=1e-4, atol=1e-5)
-        assert all((forced.fates(i, 36) == wanted.fates(i, 36)).all() for i in range(3))
+        assert all((forced.destinations(i, 36) == wanted.destinations(i, 36)).all() for i in range(3))
 
 
 def test_other_tokens_are_always_a_selection_fault(model):

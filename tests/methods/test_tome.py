@@ -56,8 +56,8 @@ def run(name, **changes):
 def assignment(merged, special_tokens):
     """Per stage and original token [L, B, S + n] the output slot that holds it, special tokens counted."""
     where, found = None, []
-    for landing in merged:
-        where = landing.long() if where is None else landing.long().gather(1, where)
+    for slots in merged:
+        where = slots.long() if where is None else slots.long().gather(1, where)
         special = torch.arange(special_tokens).expand(len(where), -1)
         found.append(torch.cat([special, where + special_tokens], dim=1))
     return torch.stack(found)
@@ -200,7 +200,7 @@ def setting():
 def decided_by(observation, plan, similarity):
     """What an engine with these scores would have done with them."""
     joining = tome.match(torch.from_numpy(similarity), plan.stages[0], 1)
-    merged = joining.landing(plan.stages[0].tokens_in)
+    merged = joining.destination_slots(plan.stages[0].tokens_in)
     return Observation(observation.logits, [joining.stay.numpy()], [merged.numpy()], {"similarity_1": similarity})
 
 

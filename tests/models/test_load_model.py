@@ -168,12 +168,12 @@ def test_pickled_code_does_not_run(tmp_path, capsys):
     [
         ({"name_or_module": "deit_x"}, "deit_"),
         ({"name_or_module": "resnet50", "weights": "random"}, "No family"),
-        ({"name_or_module": "deit_t", "weights": "no/such/file.pth"}, "is no file"),
+        ({"name_or_module": "deit_t", "weights": "no/such/file.pth"}, "is not a file"),
         ({"name_or_module": "deit_t", "weights": "random", "overrides": ModelSize(embed_dim=50, num_heads=3)}, "50"),
         ({"name_or_module": "eva02_tiny_patch14_224", "weights": "random"}, "no classifier"),
-        ({"name_or_module": "deit_t", "weights": 3}, "weights=3 are no weights"),
+        ({"name_or_module": "deit_t", "weights": 3}, "weights=3 are not weights"),
         ({"name_or_module": "deit_t", "overrides": {"classes": 3}}, "no size classes=3.*num_classes"),
-        ({"name_or_module": "deit_t", "overrides": 3}, "overrides=3 are no sizes"),
+        ({"name_or_module": "deit_t", "overrides": 3}, "overrides=3 are not sizes"),
     ],
 )
 def test_refusals(arguments, message):

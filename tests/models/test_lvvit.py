@@ -202,9 +202,9 @@ def test_the_backbone_of_dynamicvit_loads_by_overrides():
 @pytest.mark.parametrize(
     "size, message",
     [
-        (ModelSize(embed_dim=50), "embed_dim=50 is no multiple of num_heads=6"),
+        (ModelSize(embed_dim=50), "embed_dim=50 is not a multiple of num_heads=6"),
         (ModelSize(patch_size=7), "patch_size=7 is odd"),
-        (ModelSize(img_size=230), "img_size=230 is no multiple of patch_size=16"),
+        (ModelSize(img_size=230), "img_size=230 is not a multiple of patch_size=16"),
         (ModelSize(mlp_ratio=0.001), "without a hidden unit"),
     ],
 )

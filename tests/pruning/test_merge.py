@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ztp_deploy.pruning.merge import Joining, directions, forced_joining, join, landing, partner_margin
+from ztp_deploy.pruning.merge import Joining, destination_slots, directions, forced_joining, join, partner_margin
 from ztp_deploy.pruning.tokens import TokenState
 
 
@@ -37,9 +37,9 @@ def test_join_keeps_the_type_of_the_tokens():
 def test_landing_says_where_every_slot_goes():
     joining = Joining(torch.tensor([[4, 0, 2]]), torch.tensor([[1]]), torch.tensor([[2]]))
     assert joining.order.tolist() == [[4, 0, 2, 1]]
-    assert joining.landing(6).tolist() == [[1, 2, 2, -1, 0, -1]]
-    assert joining.landing(6).dtype == torch.int32
-    assert landing(torch.tensor([[3, 1]]), torch.tensor([[0, 1]]), 4).tolist() == [[-1, 1, -1, 0]]
+    assert joining.destination_slots(6).tolist() == [[1, 2, 2, -1, 0, -1]]
+    assert joining.destination_slots(6).dtype == torch.int32
+    assert destination_slots(torch.tensor([[3, 1]]), torch.tensor([[0, 1]]), 4).tolist() == [[-1, 1, -1, 0]]
 
 
 def test_directions_have_length_one_and_zeros_stay():
@@ -49,11 +49,16 @@ def test_directions_have_length_one_and_zeros_stay():
 
 def test_forced_joining_follows_a_table_of_fates():
     state = TokenState(positions=torch.tensor([[7, 3, 5, 1]], dtype=torch.int32))
-    fates = torch.full((1, 9), -1)
-    fates[0, 7], fates[0, 3], fates[0, 5], fates[0, 1] = 7, 1, -1, 1  # 3 joins 1, 5 is dropped
-    joining = forced_joining(fates, state, 2, 1, torch.arange(4))
+    destinations = torch.full((1, 9), -1)
+    destinations[0, 7], destinations[0, 3], destinations[0, 5], destinations[0, 1] = (
+        7,
+        1,
+        -1,
+        1,
+    )  # 3 joins 1, 5 is dropped
+    joining = forced_joining(destinations, state, 2, 1, torch.arange(4))
     assert (joining.stay.tolist(), joining.leave.tolist(), joining.target.tolist()) == ([[0, 3]], [[1]], [[1]])
-    backwards = forced_joining(fates, state, 2, 1, torch.tensor([3, 2, 1, 0]))
+    backwards = forced_joining(destinations, state, 2, 1, torch.tensor([3, 2, 1, 0]))
     assert (backwards.stay.tolist(), backwards.leave.tolist()) == ([[3, 0]], [[1]])
     assert backwards.target.tolist() == [[0]]
 

@@ -248,12 +248,12 @@ def test_folders_without_a_search_are_refused(tmp_path):
     [
         (["tuned"], "belongs to the study tuned"),
         (["ladder", "--searches", "somewhere"], "belongs to the study tuned"),
-        (["ladder", "--weights", "none"], "'none' is no file"),
+        (["ladder", "--weights", "none"], "'none' is not a file"),
         (["ladder", "--workers", "0"], "--workers 0 was asked for. Give at least 1."),
         (["ladder", "--canvases", "0"], "Give at least 1 canvas"),
         (["ladder", "--page", "none.md"], "There is no page none.md"),
         (["ladder", "--page", "page.md"], "no place for vit_digits--ladder--train"),
-        (["ladder", "--out", "page.md"], "--out page.md is no folder"),
+        (["ladder", "--out", "page.md"], "--out page.md is not a folder"),
     ],
 )
 def test_what_cannot_be_done_is_a_bad_request_before_anything_is_measured(

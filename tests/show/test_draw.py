@@ -99,7 +99,7 @@ MODEL = ("-m", "deit_t", "-r", 0.7, "--weights", "random")
         (("one.png", "-m", "deit_t", "--method", "dense"), ("keeps every token", "ratio below 1")),
         (("one.png", "-m", "deit_t", "-r", 1.0), ("keeps every token",)),
         (("one.png", "-m", "deit_x", "-r", 0.7), ("deit_x", "deit_s")),
-        (("one.png", *MODEL, "--directory", "one.png"), ("one.png is no folder", "--directory")),
+        (("one.png", *MODEL, "--directory", "one.png"), ("one.png is not a folder", "--directory")),
     ],
 )
 def test_refusals(ztp, arguments, words):

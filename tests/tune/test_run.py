@@ -108,13 +108,13 @@ def test_a_method_without_votes(request_):
     "changes, message",
     [
         ({"weights": "random"}, "are random"),
-        ({"budget": "memory=1"}, "is no budget"),
+        ({"budget": "memory=1"}, "is not a budget"),
         ({"method": "dynamicvit"}, "cannot be tuned"),
         ({"trials": 0}, "--trials 0"),
         ({"seed": -1}, "--seed -1"),
         ({"count": 4}, "4 images are too few"),
         ({"seconds": 0.0}, "no time to measure"),
-        ({"images": "no/such/folder"}, "is no folder"),
+        ({"images": "no/such/folder"}, "is not a folder"),
     ],
 )
 def test_requests_that_cannot_be_met(request_, changes, message):

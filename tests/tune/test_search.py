@@ -95,7 +95,7 @@ def test_a_folder_of_another_search_is_refused(space, cost, tmp_path):
 
 def test_a_file_that_is_no_study_is_refused(tmp_path):
     (tmp_path / STUDY_FILE).write_text("hello\nworld\n")
-    with pytest.raises(BadRequest, match="is no study"):
+    with pytest.raises(BadRequest, match="is not a study"):
         open_study(tmp_path, MARK)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy import environment, exporters
+from ztp_deploy.atomic import new_directory, sweep
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session, check_images
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
 from ztp_deploy.errors import BadRequest, MissingSoftware, ZtpError, suggestion
@@ -35,7 +36,6 @@ from ztp_deploy.manifest import (
     verify_files,
     write_manifest,
 )
-from ztp_deploy.scratch import new_directory, sweep
 
 BACKENDS: dict[str, str] = {
     "aotinductor": "ztp_deploy.backends.aotinductor",
@@ -133,7 +133,7 @@ def resolve(
     check_precision(name, precision)
     span = BatchRange.parse(batch)
     if not isinstance(settings or {}, Mapping):
-        raise BadRequest(f"settings={settings!r} are no settings.", "Give a dict, such as {'threads': 1}.")
+        raise BadRequest(f"settings={settings!r} are not settings.", "Give a dict, such as {'threads': 1}.")
     return Target(
         name=name,
         backend=module,
@@ -178,12 +178,12 @@ def engine_directory(
 
 def _fitted_to(target: Target, calibration: NDArray[Any] | None) -> str | None:
     """The sha256 of the images that the target's precision is fitted to; None where it is fitted to none."""
-    if not isinstance(calibration, np.ndarray) or not target.calibrated:  # what is no array is refused by the build
+    if not isinstance(calibration, np.ndarray) or not target.calibrated:  # what is not an array is refused by the build
         return None
     return hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest()
 
 
-class Particulars(NamedTuple):
+class NameTags(NamedTuple):
     """What an engine folder's name says beyond model, plan and precision; None for what is as usual.
 
     `batch`: its one batch size (`b8`), None for a range. `settings`, `calibration`: their tags.
@@ -194,11 +194,11 @@ class Particulars(NamedTuple):
     calibration: str | None
 
 
-def particulars(folder: str) -> Particulars:
-    """The particulars of an engine folder's name, or of a path that ends in it."""
+def name_tags(folder: str) -> NameTags:
+    """The tags of an engine folder's name, or of a path that ends in it."""
     batch = re.search(r"--(b(\d+))-\2-\2(?=--|$)", folder)
     settings, calibration = (re.search(rf"--({letter}[0-9a-f]{{6}})(?=--|$)", folder) for letter in "sc")
-    return Particulars(*(found and found[1] for found in (batch, settings, calibration)))
+    return NameTags(*(found and found[1] for found in (batch, settings, calibration)))
 
 
 def build(
@@ -289,13 +289,13 @@ def _check_fits(source: ArtifactManifest, target: Target, calibration: NDArray[A
         )
     if not isinstance(calibration, np.ndarray):
         raise BadRequest(
-            f"calibration={type(calibration).__name__} is no array of images.", "Give a NumPy array [M, 3, H, W]."
+            f"calibration={type(calibration).__name__} is not an array of images.", "Give a NumPy array [M, 3, H, W]."
         )
     check_images(calibration, source.input)
 
 
 def _wanted(artifact: Artifact, target: Target, directory: Path, calibration: NDArray[Any] | None) -> EngineManifest:
-    """The manifest of an engine in `directory` as it is known before the build, which adds files and particulars."""
+    """The manifest of an engine in `directory` as it is known before the build, which adds files and what it says of itself."""
     source, backend = artifact.manifest, target.backend
     fingerprint = hash_of(
         artifact=source.fingerprint,
@@ -349,7 +349,7 @@ def find_engine(engine: Engine | Path | str) -> Engine:
     """An engine or its folder with every file verified, not opened. Raises BadRequest and DamagedFiles."""
     if not isinstance(engine, (Engine, str, Path)):
         raise BadRequest(
-            f"An engine or the path of its folder is needed; {type(engine).__name__} came.",
+            f"An engine or the path of its folder is needed; got {type(engine).__name__}.",
             "Make one with ztp.build(artifact, backend).",
         )
     folder = engine.directory if isinstance(engine, Engine) else Path(engine)

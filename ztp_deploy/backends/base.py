@@ -286,7 +286,7 @@ class Session:
         check_images(images, self.manifest.input)
         count, span = len(images), self.manifest.batch
         if not count:
-            raise BadRequest("A batch holds at least one image; none came.", "Give at least one.")
+            raise BadRequest("A batch holds at least one image; got none.", "Give at least one.")
         if not span.min <= count <= span.max:
             raise BadRequest(
                 f"A batch of {count} is outside this engine's range {span.min} to {span.max}.",
@@ -301,22 +301,22 @@ def check_images(images: NDArray[Any] | Tensor, wanted: ImageInput) -> None:
     """
     size = wanted.size
     if isinstance(images, np.ma.MaskedArray):
-        raise BadRequest("This engine takes plain arrays; a masked one came.", "Fill it: images.filled(0).")
+        raise BadRequest("This engine takes plain arrays; got a masked one.", "Fill it: images.filled(0).")
     known = isinstance(images, (np.ndarray, Tensor))
     dtype = str(images.dtype).removeprefix("torch.") if known else type(images).__name__
     if dtype != wanted.dtype:
         raise BadRequest(
-            f"This engine takes {wanted.dtype} arrays [B, 3, {size}, {size}]; {dtype} came.",
+            f"This engine takes {wanted.dtype} arrays [B, 3, {size}, {size}]; got {dtype}.",
             "Use session.preprocess(images), or convert them.",
         )
     if images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise BadRequest(
-            f"This engine takes images [B, 3, {size}, {size}]; {list(images.shape)} came.",
+            f"This engine takes images [B, 3, {size}, {size}]; got {list(images.shape)}.",
             "Use session.preprocess(images).",
         )
     if isinstance(images, Tensor):
         if images.layout is not torch.strided:
-            raise BadRequest(f"This engine takes dense tensors; one of {images.layout} came.", "Call .to_dense().")
+            raise BadRequest(f"This engine takes dense tensors; got one of {images.layout}.", "Call .to_dense().")
         if images.device.type != "cpu":
             return
         images = images.detach().numpy(force=True)

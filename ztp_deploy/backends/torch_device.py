@@ -47,7 +47,7 @@ def require(images: Tensor, device: str) -> None:
     wanted = torch.device(device)
     if images.device.type != wanted.type or wanted.index not in (None, images.device.index):
         raise BadRequest(
-            f"This engine takes tensors on {wanted}; one on {images.device} came.",
+            f"This engine takes tensors on {wanted}; got one on {images.device}.",
             "Move it there, or give a NumPy array.",
         )
 

@@ -24,7 +24,7 @@ from ztp_deploy.cli.report import report
 from ztp_deploy.cli.show import show
 from ztp_deploy.cli.tune import tune
 from ztp_deploy.console import out
-from ztp_deploy.ending import end
+from ztp_deploy.entrypoint import run_and_exit
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
@@ -78,4 +78,4 @@ for _name, _command in COMMANDS.items():
 
 def main() -> None:
     """Entry point: runs a command, turns every refusal into one sentence and its exit code."""
-    end(lambda: app(standalone_mode=False))
+    run_and_exit(lambda: app(standalone_mode=False))

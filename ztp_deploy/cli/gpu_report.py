@@ -55,6 +55,7 @@ def gpu_report(
     """
     from pydantic import ValidationError
 
+    from ztp_deploy.atomic import write_text
     from ztp_deploy.environment import usable_cores
     from ztp_deploy.evidence.latency import check_seconds
     from ztp_deploy.gpu_report.grid import Grid
@@ -62,7 +63,6 @@ def gpu_report(
     from ztp_deploy.gpu_report.rows import GpuReport
     from ztp_deploy.gpu_report.runtimes import RUNTIMES
     from ztp_deploy.gpu_report.table import render_gpu_report
-    from ztp_deploy.scratch import write_text
 
     check_seconds(seconds)
     check_seconds(minutes, "minutes")

@@ -194,7 +194,7 @@ def _numbers(text: str | None) -> list[int | float] | None:
     try:
         return [float(part) if "." in part else int(part) for part in text.replace(" ", "").split(",")]
     except ValueError as error:
-        raise BadRequest(f"--keep {text!r} is no list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
+        raise BadRequest(f"--keep {text!r} is not a list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
 
 
 def check_record(folder: Path | None) -> None:
@@ -231,7 +231,9 @@ def integers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(" ", "").split(",")]
     except ValueError as error:
-        raise BadRequest(f"--{name} {text!r} is no list of whole numbers.", "Write them with commas: 1,8.") from error
+        raise BadRequest(
+            f"--{name} {text!r} is not a list of whole numbers.", "Write them with commas: 1,8."
+        ) from error
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -147,7 +147,7 @@ def wilson(hits: int, images: int) -> Proportion:
     from scipy.stats import binomtest
 
     if not 0 <= hits <= images or images < 1:
-        raise BadRequest(f"{hits} hits of {images} images are no share.", "Give at least one image.")
+        raise BadRequest(f"{hits} hits of {images} images are not a share.", "Give at least one image.")
     interval = binomtest(int(hits), int(images)).proportion_ci(CONFIDENCE, method="wilson")
     return Proportion(
         hits=int(hits), images=int(images), share=hits / images, low=float(interval.low), high=float(interval.high)
@@ -172,7 +172,7 @@ def paired_bootstrap(
     values = np.asarray(difference, np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or draws < 1:
         raise BadRequest(
-            f"A bootstrap takes finite differences [n] and at least one draw; {list(values.shape)} and {draws} came.",
+            f"A bootstrap takes finite differences [n] and at least one draw; got {list(values.shape)} and {draws}.",
             "Give one number per image.",
         )
     sums, sizes = _cluster_sums(values, clusters)
@@ -326,8 +326,8 @@ def _checked(logits: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[Any], 
     logits, labels = np.asarray(logits), np.asarray(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size or labels.dtype.kind not in "iu":
         raise BadRequest(
-            f"Accuracy takes logits [n, classes] and whole-number labels [n], n at least 1; {list(logits.shape)} and "
-            f"{labels.dtype} {list(labels.shape)} came.",
+            f"Accuracy takes logits [n, classes] and whole-number labels [n], n at least 1; got {list(logits.shape)} and "
+            f"{labels.dtype} {list(labels.shape)}.",
             "Give one class index an image.",
         )
     if not np.isfinite(logits).all():

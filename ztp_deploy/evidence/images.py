@@ -52,7 +52,7 @@ def load_images(
     """`count` prepared pictures: evenly picked from a folder (sub-folders too), or the default crops.
 
     Pictures for calibration are others than those for checks, and where a folder has too few others, those as well.
-    Raises BadRequest for a missing or empty folder and for any file in it that is no image.
+    Raises BadRequest for a missing or empty folder and for any file in it that is not an image.
     """
     if count < 1:
         raise BadRequest(f"count={count} images were asked for.", "Ask for at least 1.")
@@ -96,20 +96,20 @@ def photograph_crops(count: int, first: int = 0) -> dict[str, Image.Image]:
 def image_files(root: Path) -> list[Path]:
     """All files of a folder and its sub-folders, hidden ones apart.
 
-    Raises BadRequest for a missing or empty folder and for a file whose name is no image's.
+    Raises BadRequest for a missing or empty folder and for a file whose name is not an image's.
     """
     if not root.is_dir():
-        raise BadRequest(f"IMAGES={str(root)!r} is no folder.", "Give a folder of photographs.")
+        raise BadRequest(f"IMAGES={str(root)!r} is not a folder.", "Give a folder of photographs.")
     files, strange = listed_files(root)
     if strange:
-        raise BadRequest(f"{first_of(strange)} in IMAGES is no image.", "Keep only photographs in the folder.")
+        raise BadRequest(f"{first_of(strange)} in IMAGES is not an image.", "Keep only photographs in the folder.")
     if not files:
         raise BadRequest(f"IMAGES={str(root)!r} holds no images.", "Give a folder of photographs.")
     return files
 
 
 def listed_files(root: Path) -> tuple[list[Path], list[Path]]:
-    """All files of a folder and its sub-folders, hidden ones apart; and those of them whose name is no image's."""
+    """All files of a folder and its sub-folders, hidden ones apart; and those of them whose name is not an image's."""
     known = Image.registered_extensions()
     files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
     return files, [path for path in files if path.suffix.lower() not in known]

@@ -187,7 +187,7 @@ def _reading(names: Sequence[str], classes: int, labels: Sequence[str] | None) -
     else:
         instead = "from 0."
     raise BadRequest(
-        f"{first_of([repr(name) for name in names])}: no class of the model's ({classes} classes; {len(names)} came).",
+        f"{first_of([repr(name) for name in names])}: not a class of the model's ({classes} classes; the data has {len(names)}).",
         f"Name them by class index, {instead}",
     )
 
@@ -244,7 +244,7 @@ def _synsets(labels: Sequence[str] | None) -> dict[str, int]:
 def batches(data: Labelled, transform: Transform, batch: int, workers: int, first: int = 0) -> Iterator[NDArray[Any]]:
     """Prepared pictures [≤ batch, 3, H, W] from picture `first` on, decoded by several threads ahead of their use.
 
-    Raises BadRequest for a file that is no readable image.
+    Raises BadRequest for a file that is not a readable image.
     """
     starts = iter(range(first, len(data.files), batch))
     waiting: deque[list[Future[NDArray[Any]]]] = deque()

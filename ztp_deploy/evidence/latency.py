@@ -205,7 +205,7 @@ def orders_of_opening(roles: Sequence[str]) -> list[list[str]]:
 def check_seconds(seconds: float, unit: str = "seconds") -> None:
     """Raises BadRequest unless `seconds`, or what is given in another `unit`, is a positive, finite number."""
     if not (math.isfinite(seconds) and seconds > 0):
-        raise BadRequest(f"{unit}={seconds} is no time to measure.", f"Give a positive number of {unit}.")
+        raise BadRequest(f"{unit}={seconds} is not a time to measure.", f"Give a positive number of {unit}.")
 
 
 def _named(engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str]) -> dict[str, Engine]:

@@ -17,7 +17,7 @@ Advance = Callable[[int], None]
 Run = Callable[[NDArray[Any]], Mapping[str, NDArray[Any]]]
 
 
-def unheard(count: int) -> None:
+def no_progress(count: int) -> None:
     """The progress callback of those who do not ask."""
 
 
@@ -27,7 +27,7 @@ def observe_eager(
     *,
     batch: int = 8,
     forced: Sequence[NDArray[Any]] | None = None,
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
 ) -> Observation:
     """What eager PyTorch does with images [M, 3, H, W], with its scores.
 
@@ -46,7 +46,7 @@ def observe_eager(
 
 
 def observe(
-    run: Run, pixels: NDArray[Any], names: Sequence[str], batch: int, smallest: int, advance: Advance = unheard
+    run: Run, pixels: NDArray[Any], names: Sequence[str], batch: int, smallest: int, advance: Advance = no_progress
 ) -> Observation:
     """What an engine does with images [M, 3, H, W]: of the outputs of `run` (a runner's or its audit) those named.
 

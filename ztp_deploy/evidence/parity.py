@@ -22,20 +22,20 @@ from pydantic import ConfigDict, Field
 from torch import nn
 
 from ztp_deploy import environment, exporters, methods
+from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import PARITY_FILE, Engine, find_engine, open_engine
 from ztp_deploy.backends.base import Runner
 from ztp_deploy.errors import BadRequest, GateFailed, ZtpError
 from ztp_deploy.evidence.accuracy import mean_kl
 from ztp_deploy.evidence.exported import RUNNERS, open_exported
 from ztp_deploy.evidence.images import ImageSet
-from ztp_deploy.evidence.observe import Advance, observe, observe_eager, unheard
+from ztp_deploy.evidence.observe import Advance, no_progress, observe, observe_eager
 from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart, stored
-from ztp_deploy.evidence.selection import Difference, Observation, differences, same_fates
+from ztp_deploy.evidence.selection import Difference, Observation, differences, same_destinations
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import PrunedModel, prune
-from ztp_deploy.scratch import write_text
 
 
 class Tolerance(EvidencePart):
@@ -190,7 +190,7 @@ def check_parity(
     _check_belonging(found, pruned, pictures)
     notes: list[str] = []
     graph = InferenceGraph(pruned, manifest.input.dtype)
-    sides = _observed_sides(found, graph, pictures, notes, progress or unheard)
+    sides = _observed_sides(found, graph, pictures, notes, progress or no_progress)
     with sides as observed:
         edges = [
             _compare(graph, pictures, observed[one], observed[other])
@@ -258,7 +258,7 @@ def _check_belonging(engine: Engine, pruned: PrunedModel, pictures: ImageSet) ->
     ):
         raise BadRequest(
             f"Parity is checked on {wanted.dtype} images [M, 3, {wanted.size}, {wanted.size}], at least one; "
-            f"{getattr(pixels, 'dtype', type(pixels).__name__)} {list(getattr(pixels, 'shape', []))} came.",
+            f"got {getattr(pixels, 'dtype', type(pixels).__name__)} {list(getattr(pixels, 'shape', []))}.",
             "Use load_images, or session.preprocess.",
         )
     if pruned.source.weights.sha256 != manifest.source.weights.sha256 or pruned.plan != manifest.plan:
@@ -368,7 +368,7 @@ def _agreement(
     agree = np.ones(len(reference.logits), dtype=bool)
     stages = []
     for index, stage in enumerate(plan.stages):
-        same = same_fates(reference, candidate, index, plan.patch_tokens).all(axis=1)
+        same = same_destinations(reference, candidate, index, plan.patch_tokens).all(axis=1)
         agree &= same
         stages.append(
             StageAgreement(
@@ -455,7 +455,7 @@ def _sentence(difference: Difference, image: str) -> str:
 
 def _overlap(reference: Observation, candidate: Observation, index: int, patch_tokens: int) -> float:
     """Share of the tokens that the reference keeps, merged ones included, which the candidate treats alike."""
-    ours, theirs = (one.fates(index, patch_tokens) for one in (reference, candidate))
+    ours, theirs = (one.destinations(index, patch_tokens) for one in (reference, candidate))
     carried = ours >= 0
     return float(((ours == theirs) & carried).sum() / max(carried.sum(), 1))
 

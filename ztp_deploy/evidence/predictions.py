@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ztp_deploy.atomic import write_bytes
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed
 from ztp_deploy.evidence.accuracy import Speed
 from ztp_deploy.evidence.labelled import Labelled, batches
 from ztp_deploy.manifest import hash_of
 from ztp_deploy.models.preprocessing import Transform
-from ztp_deploy.scratch import write_bytes
 
 SAVE_EVERY = 25
 """Batches between two writes of the partial file."""
@@ -107,7 +107,7 @@ def predict(
 def _check(found: NDArray[Any], names: tuple[str, ...], classes: int) -> None:
     if found.shape != (len(names), classes):
         raise BadRequest(
-            f"Logits {list(found.shape)} came for {len(names)} images of {classes} classes.",
+            f"{len(names)} images of {classes} classes were run; got logits {list(found.shape)}.",
             "Compare models of the same classes.",
         )
     wrong = ~np.isfinite(found).all(axis=1)

@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ztp_deploy.backends import particulars
+from ztp_deploy.atomic import write_text
+from ztp_deploy.backends import name_tags
 from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.methods import MethodsReport
 from ztp_deploy.evidence.report.comparison import render_comparison
 from ztp_deploy.evidence.report.markdown import render_tables
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.evidence.report.summary import Summary
-from ztp_deploy.scratch import write_text
 
 
 def record_summary(summary: Summary, latency: LatencyReport, folder: Path) -> str:
@@ -23,7 +23,7 @@ def record_summary(summary: Summary, latency: LatencyReport, folder: Path) -> st
     where = Path(summary.engine)
     summary = summary.model_copy(update={"engine": f"engines/{where.parent.name}/{where.name}"})
     backend = summary.backend.split()[0]
-    engine = f"{backend}-{summary.precision}{_particulars([where.name])}"
+    engine = f"{backend}-{summary.precision}{_name_tags([where.name])}"
     name = f"{summary.model}--{summary.label}--{engine}--{_slug(summary.machine)}"
     write_text(folder / f"{name}.json", summary.to_json())
     write_text(folder / f"{name}.samples.json", latency.to_json())
@@ -33,7 +33,7 @@ def record_summary(summary: Summary, latency: LatencyReport, folder: Path) -> st
 
 def record_comparison(report: LatencyReport, model: str, folder: Path) -> str:
     """Writes engines measured against each other and their table, without local paths."""
-    engines = _particulars([sample.engine for sample in report.samples])
+    engines = _name_tags([sample.engine for sample in report.samples])
     name = f"{model}--comparison{engines}--{_slug(report.environment)}"
     write_text(folder / f"{name}.samples.json", report.to_json())
     write_text(folder / f"{name}.md", render_comparison(report))
@@ -42,17 +42,17 @@ def record_comparison(report: LatencyReport, model: str, folder: Path) -> str:
 
 def record_methods(report: MethodsReport, folder: Path) -> str:
     """Writes methods measured against each other and their table, without local paths."""
-    particulars = _particulars([sample.engine for sample in report.latency.samples])
-    engines = f"{report.backend.split()[0]}-{report.precision}{particulars}"
+    tags = _name_tags([sample.engine for sample in report.latency.samples])
+    engines = f"{report.backend.split()[0]}-{report.precision}{tags}"
     name = f"{report.model}--methods--{engines}--{_slug(report.latency.environment)}"
     write_text(folder / f"{name}.samples.json", report.to_json())
     write_text(folder / f"{name}.md", render_methods(report))
     return f"{folder / name}.samples.json and .md"
 
 
-def _particulars(folders: list[str]) -> str:
+def _name_tags(folders: list[str]) -> str:
     """What all these engines have in common beyond the defaults, for file names: one batch size, settings, calibration."""
-    common = [set(values) for values in zip(*map(particulars, folders), strict=True)]
+    common = [set(values) for values in zip(*map(name_tags, folders), strict=True)]
     return "".join(f"-{value}" for values in common if len(values) == 1 for value in values if value)
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import Engine
 from ztp_deploy.evidence.images import ImageSet
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.quiet import quiet
-from ztp_deploy.scratch import write_text
 
 FOLDER = "polygraphy"
 COMMANDS = {

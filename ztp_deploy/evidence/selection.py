@@ -50,21 +50,21 @@ class Observation:
             {name: v[one] for name, v in self.scores.items()},
         )
 
-    def fates(self, index: int, patch_tokens: int) -> NDArray[Any]:
+    def destinations(self, index: int, patch_tokens: int) -> NDArray[Any]:
         """Per position [M, patches + stages] the position its token goes by after a stage, -1 where it is out.
 
         Positions that do not enter the stage count as out. A token that is only kept goes by its own.
         """
         kept = self._known(self.kept[index], patch_tokens)
-        fates = np.full((len(kept), patch_tokens + len(self.kept) + 1), -1, dtype=np.int64)
+        destinations = np.full((len(kept), patch_tokens + len(self.kept) + 1), -1, dtype=np.int64)
         if self.merged:
             entering = self.entering(index, patch_tokens)
             slots = self.merged[index].clip(-1, kept.shape[1] - 1)
             now = np.where(slots < 0, -1, np.take_along_axis(kept, slots.clip(0), axis=1))
-            np.put_along_axis(fates, entering.astype(np.int64), now, axis=1)
+            np.put_along_axis(destinations, entering.astype(np.int64), now, axis=1)
         else:
-            np.put_along_axis(fates, kept.astype(np.int64), kept, axis=1)
-        return fates[:, :-1]  # masked slots, at -1, fell into the last column
+            np.put_along_axis(destinations, kept.astype(np.int64), kept, axis=1)
+        return destinations[:, :-1]  # masked slots, at -1, fell into the last column
 
     def entering(self, index: int, patch_tokens: int) -> NDArray[Any]:
         """Positions [M, n] of the slots that enter a stage."""
@@ -80,7 +80,7 @@ class Observation:
         """Per stage what makes another run decide as this one did (`StageModule.forward`)."""
         if not self.merged:
             return self.kept
-        return [self.fates(index, patch_tokens) for index in range(len(self.kept))]
+        return [self.destinations(index, patch_tokens) for index in range(len(self.kept))]
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,11 @@ class Difference:
     tokens: list[int]
 
 
-def same_fates(reference: Observation, candidate: Observation, index: int, patch_tokens: int) -> NDArray[np.bool_]:
+def same_destinations(
+    reference: Observation, candidate: Observation, index: int, patch_tokens: int
+) -> NDArray[np.bool_]:
     """Per image and position [M, P], whether a stage does the same with the token there."""
-    same: NDArray[np.bool_] = reference.fates(index, patch_tokens) == candidate.fates(index, patch_tokens)
+    same: NDArray[np.bool_] = reference.destinations(index, patch_tokens) == candidate.destinations(index, patch_tokens)
     return same
 
 
@@ -123,7 +125,7 @@ def differences(
     found: list[Difference] = []
     patches = plan.patch_tokens
     for index in range(len(plan.stages)):
-        did = candidate.fates(index, patches)[0]
+        did = candidate.destinations(index, patches)[0]
         entering = candidate.entering(index, patches)[0]
         expected_entering = reference.entering(index, patches)[0]
         expected = replayed(reference, plan, index, geometry)
@@ -158,7 +160,7 @@ def replayed(observation: Observation, plan: Plan, index: int, geometry: Geometr
 
 
 def _apart(replay: Replay, entering: NDArray[Any], did: NDArray[Any], made_anew: int) -> set[int]:
-    """Positions of entering tokens that go elsewhere by the replayed scores than they went; `did` [P] as `fates`."""
+    """Positions of entering tokens that go elsewhere by the replayed scores than they went; `did` [P] as `destinations`."""
     kept = replay.kept[0].numpy()
     if replay.goes is None:
         chosen = set(entering[kept[kept >= 0]].tolist())

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ztp_deploy.atomic import write_bytes
 from ztp_deploy.backends import EVIDENCE, load_engine
 from ztp_deploy.evidence.parity import TOLERANCES
 from ztp_deploy.manifest import manifest_sha256
-from ztp_deploy.scratch import write_bytes
 
 SELFTEST_FILE = "selftest.safetensors"
 _FULL_BATCH = 2

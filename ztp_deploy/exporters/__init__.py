@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
+from ztp_deploy.atomic import new_directory, sweep
 from ztp_deploy.errors import BadRequest, ZtpError, suggestion
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import (
@@ -24,7 +25,6 @@ from ztp_deploy.manifest import (
 from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import PrunedModel
-from ztp_deploy.scratch import new_directory, sweep
 
 FORMATS: dict[str, str] = {
     "onnx": "ztp_deploy.exporters.onnx",
@@ -86,7 +86,7 @@ def export(
         raise BadRequest(f"image_batch={image_batch} would fix the batch in the graph.", "Use at least 2.")
     if not isinstance(pruned, PrunedModel):
         raise BadRequest(
-            f"Only pruned modules are exported; a {type(pruned).__name__} came.", "Call ztp.prune(model, plan) first."
+            f"Only pruned modules are exported; got a {type(pruned).__name__}.", "Call ztp.prune(model, plan) first."
         )
     if any(getattr(stage, "batch_dependent", False) for stage in pruned.stages.values()):
         raise BadRequest(
@@ -94,7 +94,7 @@ def export(
             "Leave that option out (batch_padding of ats).",
         )
     if not isinstance(directory, (str, Path)):
-        raise BadRequest(f"directory={directory!r} is no path.", "Give the folder that the artifact becomes.")
+        raise BadRequest(f"directory={directory!r} is not a path.", "Give the folder that the artifact becomes.")
     final = Path(directory)
     check_replaceable(final, ArtifactManifest)
     sweep(final.parent)
@@ -182,7 +182,7 @@ def load_artifact(directory: Path | str) -> Artifact:
     """An artifact folder, its files verified. Raises BadRequest and DamagedFiles."""
     if not isinstance(directory, (str, Path)):
         raise BadRequest(
-            f"An artifact or the path of its folder is needed; {type(directory).__name__} came.",
+            f"An artifact or the path of its folder is needed; got {type(directory).__name__}.",
             "Make one with ztp.export(pruned, format, directory).",
         )
     folder = Path(directory)

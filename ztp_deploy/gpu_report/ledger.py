@@ -12,13 +12,13 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from ztp_deploy import backends, environment
+from ztp_deploy.atomic import write_text
 from ztp_deploy.errors import BadRequest, DamagedFiles
 from ztp_deploy.gpu_report import runtimes
 from ztp_deploy.gpu_report.grid import Grid, Group
 from ztp_deploy.gpu_report.rows import Call, Effort, GpuReport, Row
 from ztp_deploy.gpu_report.runtimes import IN_PROCESS
 from ztp_deploy.manifest import sources_sha256
-from ztp_deploy.scratch import write_text
 
 UNKNOWN_WEIGHTS = "unknown"
 """Of rows whose model could not be loaded."""

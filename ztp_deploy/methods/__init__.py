@@ -58,7 +58,7 @@ def parse_options(name: str, options: Mapping[str, Any]) -> MethodOptions:
     """The method's options with defaults filled in. Raises BadRequest that names the wrong one."""
     schema = get(name).Options
     if not isinstance(options, Mapping):
-        raise BadRequest(f"options={options!r} are no options.", "Give a dict, such as {'rounds': 8}.")
+        raise BadRequest(f"options={options!r} are not options.", "Give a dict, such as {'rounds': 8}.")
     try:
         return schema.model_validate(dict(options))
     except ValidationError as error:

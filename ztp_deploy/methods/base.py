@@ -60,7 +60,7 @@ class StageModule(nn.Module):
 
         With `forced` the choice is made for it, and the scores are reported all the same: positions [B, k] that are
         kept (`tokens.slots_of`), or, for methods that merge, by position the position [B, P] that its token goes by
-        afterwards, -1 where it is dropped (`tokens.fates_of`).
+        afterwards, -1 where it is dropped (`tokens.destinations_of`).
         """
         raise TypeError(f"{type(self).__name__} does not implement forward")
 

@@ -32,7 +32,7 @@ from ztp_deploy.methods.base import (
 from ztp_deploy.methods.share import counts_after, counts_at_share, spread, zero_tprune_share
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, every_block, kept_chain
-from ztp_deploy.pruning.merge import Joining, directions, forced_joining, join, landing, partner_margin
+from ztp_deploy.pruning.merge import Joining, destination_slots, directions, forced_joining, join, partner_margin
 from ztp_deploy.pruning.tokens import (
     TokenState,
     keep_tokens,
@@ -194,16 +194,16 @@ class DiffRateStage(StageModule):
                 rows = take_special(tokens, joining.order, special)
             tokens, _ = join(rows, joining.target, kept, special)
             state = self._sized(state, joining, likeness(rows, joining.target, kept, special))
-            merged = joining.landing(entering)
+            merged = joining.destination_slots(entering)
         else:
             stay = order if forced is None else self._forced(forced, state).stay
             tokens, state = keep_tokens(tokens, state, stay, special)
-            merged = landing(stay, torch.arange(kept, device=stay.device).expand_as(stay), entering)
+            merged = destination_slots(stay, torch.arange(kept, device=stay.device).expand_as(stay), entering)
         return StageOutput(tokens, replace(state, weigh_mean=self.options.weigh_mean), scores, merged)
 
-    def _forced(self, fates: Tensor, state: TokenState) -> Joining:
-        slots = torch.arange(self.stage.tokens_in, device=fates.device)
-        return forced_joining(fates, state, self.stage.tokens_out, self.joins, slots)
+    def _forced(self, destinations: Tensor, state: TokenState) -> Joining:
+        slots = torch.arange(self.stage.tokens_in, device=destinations.device)
+        return forced_joining(destinations, state, self.stage.tokens_out, self.joins, slots)
 
     def _sized(self, state: TokenState, joining: Joining, added: Tensor) -> TokenState:
         """Positions and sizes after joining; a token that joins adds its size times `added` [B, r]."""

@@ -27,7 +27,7 @@ from ztp_deploy.methods.base import (
 )
 from ztp_deploy.models.base import Attention
 from ztp_deploy.plan import Geometry, Place, Stage, following_sites, share_of
-from ztp_deploy.pruning.tokens import TokenState, fates_of, keep_tokens, membership, slots_of, top_k
+from ztp_deploy.pruning.tokens import TokenState, destinations_of, keep_tokens, membership, slots_of, top_k
 
 PLACES: tuple[Place, ...] = ("after_attention",)
 SUMMARY = "keeps what the class token attends to and drops the rest or fuses it into one (ICLR 2022)"
@@ -164,7 +164,7 @@ class EvitStage(StageModule):
     def _forced(self, forced: Tensor, state: TokenState) -> Tensor:
         if not self.fuses:
             return slots_of(forced, state)
-        return top_k((fates_of(forced, state) == state.positions).float(), self.keep)
+        return top_k((destinations_of(forced, state) == state.positions).float(), self.keep)
 
 
 def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weights: Mapping[str, Tensor]) -> StageModule:

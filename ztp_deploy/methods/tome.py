@@ -181,13 +181,13 @@ class ToMeStage(StageModule):
             bias=key_bias(sizes.log()) if self.options.proportional else None,
             weigh_mean=self.options.weigh_mean,
         )
-        return StageOutput(tokens, state, {"similarity": similarity}, joining.landing(self.stage.tokens_in))
+        return StageOutput(tokens, state, {"similarity": similarity}, joining.destination_slots(self.stage.tokens_in))
 
-    def _forced(self, fates: Tensor, state: TokenState) -> Joining:
+    def _forced(self, destinations: Tensor, state: TokenState) -> Joining:
         entering, leaving = self.stage.tokens_in, self.stage.tokens_in - self.stage.tokens_out
         order = [*set_a(entering, self.special_tokens), *set_b(entering, self.special_tokens)]
-        slots = torch.tensor(order, device=fates.device)
-        return forced_joining(fates, state, self.stage.tokens_out, leaving, slots)
+        slots = torch.tensor(order, device=destinations.device)
+        return forced_joining(destinations, state, self.stage.tokens_out, leaving, slots)
 
 
 def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weights: Mapping[str, Tensor]) -> StageModule:

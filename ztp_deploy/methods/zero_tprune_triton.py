@@ -159,7 +159,7 @@ def _join_heads(
 
 @triton.jit
 def _ordered(score):
-    """Scores that can be ranked whatever they are: what is no number comes first, as in torch's sorting."""
+    """Scores that can be ranked whatever they are: what is not a number comes first, as in torch's sorting."""
     return tl.where(score == score, score, float("inf"))
 
 

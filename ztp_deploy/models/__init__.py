@@ -29,7 +29,7 @@ FAMILIES: dict[str, str] = {
 
 
 NAMED_WEIGHTS = ("auto", "pretrained", "random")
-"""Weights that are no file of the user's; they hold a backbone and nothing for a method."""
+"""Weights that are not a file of the user's; they hold a backbone and nothing for a method."""
 
 
 class RandomWeightsWarning(UserWarning):
@@ -105,7 +105,7 @@ def load_model(
     """
     if not isinstance(name_or_module, (str, nn.Module)):
         raise BadRequest(
-            f"load_model takes a name or a module; {type(name_or_module).__name__} came.", "See `ztp list`."
+            f"load_model takes a name or a module; got {type(name_or_module).__name__}.", "See `ztp list`."
         )
     if isinstance(name_or_module, nn.Module):
         if overrides is not None or weights != "auto":
@@ -116,7 +116,7 @@ def load_model(
     key, architecture = _resolve(name_or_module)
     if not isinstance(weights, (str, Path, Mapping)):
         raise BadRequest(
-            f"weights={weights!r} are no weights.",
+            f"weights={weights!r} are not weights.",
             "Give auto, pretrained, random, the path of a checkpoint, or a state dict.",
         )
     size = _size(overrides)
@@ -142,7 +142,7 @@ def _size(overrides: object) -> ModelSize:
     if overrides is None or isinstance(overrides, ModelSize):
         return overrides or ModelSize()
     if not isinstance(overrides, Mapping):
-        raise BadRequest(f"overrides={overrides!r} are no sizes.", "Give a dict, such as {'num_classes': 5}.")
+        raise BadRequest(f"overrides={overrides!r} are not sizes.", "Give a dict, such as {'num_classes': 5}.")
     try:
         return ModelSize(**overrides)
     except ValidationError as error:

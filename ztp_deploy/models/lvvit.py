@@ -159,11 +159,11 @@ def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
 def _check_sizes(sizes: Architecture) -> None:
     wrong = None
     if sizes.embed_dim % sizes.num_heads:
-        wrong = f"embed_dim={sizes.embed_dim} is no multiple of num_heads={sizes.num_heads}"
+        wrong = f"embed_dim={sizes.embed_dim} is not a multiple of num_heads={sizes.num_heads}"
     elif sizes.patch_size % 2:
         wrong = f"patch_size={sizes.patch_size} is odd, but the stem halves the resolution before it cuts patches"
     elif sizes.img_size % sizes.patch_size:
-        wrong = f"img_size={sizes.img_size} is no multiple of patch_size={sizes.patch_size}"
+        wrong = f"img_size={sizes.img_size} is not a multiple of patch_size={sizes.patch_size}"
     elif sizes.embed_dim * sizes.mlp_ratio < 1:
         wrong = f"mlp_ratio={sizes.mlp_ratio} leaves the MLP without a hidden unit"
     if wrong:

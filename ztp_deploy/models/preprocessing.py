@@ -32,20 +32,20 @@ def transform_for(preprocessing: Preprocessing, dtype: Literal["float32", "uint8
 def open_image(image: Image.Image | NDArray[Any] | Path | str) -> Image.Image:
     """A picture in RGB, as timm's own loaders make it: EXIF rotation is not applied, transparency is dropped.
 
-    An array is uint8 [H, W, 3] in RGB. 16-bit greys are scaled to 8 bits. Raises BadRequest for what is no readable image.
+    An array is uint8 [H, W, 3] in RGB. 16-bit greys are scaled to 8 bits. Raises BadRequest for what is not a readable image.
     """
     if isinstance(image, Image.Image):
         return _to_rgb(image, "The image")
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise BadRequest(
-                f"An array of {image.dtype} {list(image.shape)} is no picture.",
+                f"An array of {image.dtype} {list(image.shape)} is not a picture.",
                 "Give uint8 arrays [H, W, 3] in RGB (from OpenCV: image[..., ::-1]), PIL images or paths.",
             )
         return Image.fromarray(np.ascontiguousarray(image))
     if not isinstance(image, (str, Path)):
         raise BadRequest(
-            f"{type(image).__name__} is no picture.", "Give PIL images, paths, or uint8 arrays [H, W, 3] in RGB."
+            f"{type(image).__name__} is not a picture.", "Give PIL images, paths, or uint8 arrays [H, W, 3] in RGB."
         )
     path = Path(image)
     if path.is_dir():
@@ -57,7 +57,7 @@ def open_image(image: Image.Image | NDArray[Any] | Path | str) -> Image.Image:
             return _to_rgb(opened, str(path))
     except UnidentifiedImageError as error:
         raise BadRequest(
-            f"{path} is no image Pillow can read.", "Take it out, or convert it to PNG or JPEG."
+            f"{path} is not an image that Pillow can read.", "Take it out, or convert it to PNG or JPEG."
         ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadRequest(f"{path} cannot be read: {error}.", "Take it out, or save it again.") from error

@@ -59,9 +59,9 @@ def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
     if patch != PATCH:
         reason = f"patch_size={patch} was asked for, but its three soft splits always make patches of {PATCH} pixels"
     elif sizes.img_size % PATCH:
-        reason = f"img_size={sizes.img_size} is no multiple of {PATCH}"
+        reason = f"img_size={sizes.img_size} is not a multiple of {PATCH}"
     elif sizes.embed_dim % sizes.num_heads:
-        reason = f"embed_dim={sizes.embed_dim} is no multiple of num_heads={sizes.num_heads}"
+        reason = f"embed_dim={sizes.embed_dim} is not a multiple of num_heads={sizes.num_heads}"
     elif int(sizes.embed_dim * sizes.mlp_ratio) < 1:
         reason = f"mlp_ratio={sizes.mlp_ratio:g} leaves the MLP no channels"
     if reason:

@@ -23,7 +23,7 @@ def refusal(model: Any) -> tuple[str, str] | None:
     if isinstance(head, nn.Identity) or not model.global_pool:
         return "it has no classifier", GIVE_CLASSIFIER
     if not isinstance(head, nn.Linear) or head.out_features < 2:
-        return "its classifier is no linear layer with at least 2 outputs", GIVE_CLASSIFIER
+        return "its classifier is not a linear layer with at least 2 outputs", GIVE_CLASSIFIER
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
         reason = f"its pooling, {type(pool).__name__}, needs every token"
         return reason, "Choose a model that pools by token, avg, max or map (global_pool)."

@@ -62,7 +62,7 @@ def create(architecture: str, size: ModelSize, device: str, settings: Mapping[st
     heads = sizes.get("num_heads")
     if heads and "embed_dim" in sizes and sizes["embed_dim"] % heads:
         raise BadRequest(
-            f"embed_dim={sizes['embed_dim']} is no multiple of num_heads={heads}.", "Choose sizes that divide."
+            f"embed_dim={sizes['embed_dim']} is not a multiple of num_heads={heads}.", "Choose sizes that divide."
         )
     with torch.device(device):
         try:

@@ -181,7 +181,7 @@ def check_file(path: Path) -> None:
     """Raises BadRequest where there is no such file."""
     if not path.is_file():
         raise BadRequest(
-            f"weights={str(path)!r} is no file.", "Give auto, pretrained, random, or the path of a checkpoint."
+            f"weights={str(path)!r} is not a file.", "Give auto, pretrained, random, or the path of a checkpoint."
         )
 
 

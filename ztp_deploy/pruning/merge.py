@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ztp_deploy.pruning.tokens import TokenState, fates_of, one_hot, special_ahead
+from ztp_deploy.pruning.tokens import TokenState, destinations_of, one_hot, special_ahead
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Joining:
         """Entering slots [B, k + r], those that stay first."""
         return torch.cat([self.stay, self.leave], dim=1)
 
-    def landing(self, count: int) -> Tensor:
+    def destination_slots(self, count: int) -> Tensor:
         """Per entering slot [B, count] int32 the output slot it goes into, -1 where it neither stays nor joins."""
         kept = torch.arange(self.stay.shape[1], device=self.stay.device).expand_as(self.stay)
-        return landing(self.order, torch.cat([kept, self.target], dim=1), count)
+        return destination_slots(self.order, torch.cat([kept, self.target], dim=1), count)
 
 
-def landing(slots: Tensor, goes: Tensor, count: int) -> Tensor:
+def destination_slots(slots: Tensor, goes: Tensor, count: int) -> Tensor:
     """Per slot [B, count] int32 where it goes, by a list: `slots` [B, m] go to `goes` [B, m]; -1 for slots not in it."""
     everyone = torch.arange(count, device=slots.device)
     at = (slots.unsqueeze(-1) == everyone).to(torch.float32)  # [B, m, count]
@@ -67,13 +67,13 @@ def join(
     return staying + joining, total
 
 
-def forced_joining(fates: Tensor, state: TokenState, kept: int, leaving: int, order: Tensor) -> Joining:
-    """The joining that a table of fates asks for (`tokens.fates_of`); never exported.
+def forced_joining(destinations: Tensor, state: TokenState, kept: int, leaving: int, order: Tensor) -> Joining:
+    """The joining that a table of destinations asks for (`tokens.destinations_of`); never exported.
 
     `order` [n] lists the entering slots in the order in which those that stay leave the stage.
     """
     positions = state.positions[:, order]
-    goes_by = fates_of(fates, state)[:, order]
+    goes_by = destinations_of(destinations, state)[:, order]
     kinds = (goes_by != positions).int() + (goes_by < 0).int()  # 0 stays, 1 joins, 2 is dropped
     picked = kinds.sort(dim=1, stable=True).indices
     stay, leave = picked[:, :kept], picked[:, kept : kept + leaving]

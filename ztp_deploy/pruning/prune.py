@@ -126,7 +126,7 @@ def prune(model: nn.Module, plan: Plan) -> PrunedModel:
     """
     if not isinstance(model, nn.Module) or not isinstance(plan, Plan):
         raise BadRequest(
-            f"prune takes a module and a Plan; {type(model).__name__} and {type(plan).__name__} came.",
+            f"prune takes a module and a Plan; got {type(model).__name__} and {type(plan).__name__}.",
             "Call ztp.load_model and ztp.make_plan first.",
         )
     return PrunedModel(model, plan)

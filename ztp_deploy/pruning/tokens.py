@@ -42,9 +42,9 @@ def slots_of(positions: Tensor, state: TokenState) -> Tensor:
     return (positions.unsqueeze(2) == state.positions.unsqueeze(1)).int().argmax(2)
 
 
-def fates_of(fates: Tensor, state: TokenState) -> Tensor:
+def destinations_of(destinations: Tensor, state: TokenState) -> Tensor:
     """Per slot [B, n] the position its token is to go by, from a table by position [B, P]; never exported."""
-    return fates.gather(1, state.positions.long())
+    return destinations.gather(1, state.positions.long())
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ztp_deploy.ending import end
+from ztp_deploy.atomic import write_bytes
+from ztp_deploy.entrypoint import run_and_exit
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.scratch import write_bytes
 
 Part = Literal["train", "test"]
 Floats = NDArray[np.float32]
@@ -120,7 +120,7 @@ def _placed(scan: Floats, scale: float, random: np.random.Generator, reach: floa
 
 
 def _strokes(random: np.random.Generator, scale: float) -> Floats:
-    """Lines and curves that are no digits: crossing much of the canvas, or short."""
+    """Lines and curves that are not digits: crossing much of the canvas, or short."""
     sheet = Image.new("L", (SIDE * _GRID, SIDE * _GRID))
     pen = ImageDraw.Draw(sheet)
     steps = np.linspace(0, 1, 13)[:, None]
@@ -221,7 +221,7 @@ def main() -> None:
         written = write(given.out, given.part, given.count, by_class=given.by_class, first=given.first)
         print(sum(1 for _ in written), "canvases in", given.out)
 
-    end(run)
+    run_and_exit(run)
 
 
 if __name__ == "__main__":

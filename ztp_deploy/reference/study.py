@@ -1,7 +1,7 @@
 """What pruning costs the reference classifier: the paper's ladder, accuracy against FLOPs, and tuned plans.
 
 Everything runs in eager PyTorch on the same canvases, so that whatever differs between two rows is the method.
-Intervals resample source digits, since canvases of one scan are no independent pictures. The command runs each row in
+Intervals resample source digits, since canvases of one scan are not independent pictures. The command runs each row in
 a process of one thread, as many at once as there are cores: two threads share a small model's work badly.
 """
 
@@ -29,7 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ztp_deploy import environment, models
-from ztp_deploy.ending import end
+from ztp_deploy.atomic import write_bytes, write_text
+from ztp_deploy.entrypoint import run_and_exit
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import Comparison, Proportion, compare, hits, image_kl, paired_bootstrap, wilson
 from ztp_deploy.evidence.report.accuracy import change_text, points_text
@@ -39,7 +40,6 @@ from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import MEAN, STD
-from ztp_deploy.scratch import write_bytes, write_text
 from ztp_deploy.tune.report import TUNE_FILE, TuneReport
 
 MODEL = "vit_digits"
@@ -521,7 +521,7 @@ def check(given: argparse.Namespace) -> None:
         raise BadRequest("--searches belongs to the study tuned, and that to it.", "Give both or neither.")
     _check_counts(given.canvases, given.first, given.workers)
     if given.out.exists() and not given.out.is_dir():
-        raise BadRequest(f"--out {given.out} is no folder.", "Give one, or a name that is free.")
+        raise BadRequest(f"--out {given.out} is not a folder.", "Give one, or a name that is free.")
     if given.page and not given.page.is_file():
         raise BadRequest(f"There is no page {given.page}.", "Give a Markdown file, or leave out --page.")
     if given.page:
@@ -567,7 +567,7 @@ def measure(given: argparse.Namespace) -> None:
 
 def main() -> None:
     given = parser().parse_args()
-    end(lambda: measure(given))
+    run_and_exit(lambda: measure(given))
 
 
 if __name__ == "__main__":

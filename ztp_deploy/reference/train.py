@@ -28,11 +28,11 @@ from safetensors.torch import save
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.spawn import start_processes
 
-from ztp_deploy.ending import end
+from ztp_deploy.atomic import write_bytes
+from ztp_deploy.entrypoint import run_and_exit
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.reference import canvases
 from ztp_deploy.reference.model import MEAN, STD, WIDTH, vit_digits
-from ztp_deploy.scratch import write_bytes
 
 GRID = canvases.SIDE // canvases.PATCH
 NO_DIGIT = 10
@@ -343,7 +343,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     given = vars(parser().parse_args())
-    end(lambda: train(out=given.pop("out"), recipe=Recipe(**given)))
+    run_and_exit(lambda: train(out=given.pop("out"), recipe=Recipe(**given)))
 
 
 if __name__ == "__main__":

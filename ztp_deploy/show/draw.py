@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy import methods, models
+from ztp_deploy.atomic import write_bytes, write_text
 from ztp_deploy.backends import EVIDENCE, find_engine, load_engine
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.report.folder import PICTURES_FILE, PICTURES_FOLDER, PictureFile, Pictures
@@ -20,7 +21,6 @@ from ztp_deploy.models.base import Source
 from ztp_deploy.models.preprocessing import open_image, transform_for
 from ztp_deploy.plan import Geometry, Plan
 from ztp_deploy.pruning.prune import prune
-from ztp_deploy.scratch import write_bytes, write_text
 from ztp_deploy.show.painting import StagePicture, photograph, render_strip
 from ztp_deploy.show.seen import Seen, seen_by_engine, seen_by_model
 from ztp_deploy.show.stages import parted, stage_pictures
@@ -146,7 +146,7 @@ def _checked_paths(plan: Plan, images: Sequence[Path], directory: Path) -> list[
         )
     paths = picture_paths(images, directory, plan.label)
     if directory.exists() and not directory.is_dir():
-        raise BadRequest(f"{directory} is no folder: pictures cannot go there.", "Name another with --directory.")
+        raise BadRequest(f"{directory} is not a folder: pictures cannot go there.", "Name another with --directory.")
     for image in images:
         open_image(image)
     return paths

@@ -48,7 +48,7 @@ class Budget(BaseModel):
             if limit > 0 and batch >= 1:
                 return cls(kind="latency", limit=limit, batch=batch)
         raise BadRequest(
-            f"--budget {text!r} is no budget.",
+            f"--budget {text!r} is not a budget.",
             "Write flops=0.65, a share below 1 of the dense model's multiply-accumulates, or latency=12ms@batch8, "
             "the time of one run with 8 images.",
         )

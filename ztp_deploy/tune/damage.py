@@ -76,7 +76,7 @@ class Judge:
         self.dense = self._run(self.model, range(len(images.names)))
 
     def logits(self, plan: Plan, rows: tuple[int, ...]) -> NDArray[np.float32]:
-        """The pruned model's logits [len(rows), classes]. Raises GateFailed where they are no numbers."""
+        """The pruned model's logits [len(rows), classes]. Raises GateFailed where they are not finite."""
         found = self._run(prune(self.model, plan), rows)
         if not np.isfinite(found).all():
             raise GateFailed(f"{plan.label} gives logits that are NaN or infinite.", "Check the weights and images.")

@@ -44,7 +44,7 @@ def rounds_needed(kept: Mapping[int, NDArray[Any]], share: float = SHARE) -> int
     shapes = {np.shape(slots) for slots in kept.values()}
     if len(shapes) != 1 or len(next(iter(shapes))) != 2 or not all(next(iter(shapes))):
         raise BadRequest(
-            f"Kept slots must be [B, k] and alike for all rounds; {sorted(shapes)} came.", "Give one array a number."
+            f"Kept slots must be [B, k] and alike for all rounds; got {sorted(shapes)}.", "Give one array a number."
         )
     descending = sorted(kept, reverse=True)
     least, final = descending[0], kept[descending[0]]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ztp_deploy import backends, environment, exporters, models
+from ztp_deploy.atomic import write_bytes, write_text
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import Device
 from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
@@ -26,7 +27,6 @@ from ztp_deploy.manifest import sources_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.recipes import read_recipe
-from ztp_deploy.scratch import write_bytes, write_text
 from ztp_deploy.tune import rounds, space
 from ztp_deploy.tune.cost import BlockTimes, Budget, Timer, engine_timer, flop_share, measure_blocks
 from ztp_deploy.tune.damage import Damage, HeldOut, Judge, Split, held_out, split

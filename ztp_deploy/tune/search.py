@@ -58,7 +58,7 @@ def open_study(directory: Path, fingerprint: Mapping[str, Any]) -> optuna.Study:
         raise write_failed(str(path), error) from error
     except (KeyError, ValueError) as error:
         raise BadRequest(
-            f"{path} is no study of ztp tune that can be read.", "Move it away, or give another --directory."
+            f"{path} is not a study of ztp tune that can be read.", "Move it away, or give another --directory."
         ) from error
     if found is not None and found != wanted:
         different = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]

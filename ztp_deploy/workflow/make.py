@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ztp_deploy import environment
+from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import Engine
 from ztp_deploy.defaults import ENGINE_SECONDS
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport, check_seconds
@@ -17,7 +18,6 @@ from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
-from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 from ztp_deploy.workflow.steps import (

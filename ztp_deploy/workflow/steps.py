@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ztp_deploy import backends, exporters, models
+from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import Engine
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
@@ -32,7 +33,6 @@ from ztp_deploy.models.base import ModelSize, Source
 from ztp_deploy.models.weights import user_path
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
-from ztp_deploy.scratch import write_text
 from ztp_deploy.workflow.progress import Clock
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 

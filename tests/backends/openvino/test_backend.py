@@ -15,7 +15,7 @@ from PIL import Image
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import environment
-from ztp_deploy.backends import find_engine, particulars
+from ztp_deploy.backends import find_engine, name_tags
 from ztp_deploy.backends.openvino import attention, backend, ir
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import load_images
@@ -200,7 +200,7 @@ def test_engines_calibrated_on_other_images_live_side_by_side(artifact, tmp_path
     assert (dark.evidence / "parity.json").read_text() == "proved"
     # What is fitted to no images is the same engine whatever images prove it.
     assert build("dark", "fp32").directory == build("light", "fp32").directory
-    assert particulars(build("light", "fp32").directory.name).calibration is None
+    assert name_tags(build("light", "fp32").directory.name).calibration is None
 
 
 def test_calibration_pictures_are_not_those_of_the_check(model):

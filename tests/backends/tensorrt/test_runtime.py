@@ -18,7 +18,7 @@ from tests.backends.tensorrt.fake_engine import FakeEngine
 from ztp_deploy import backends, environment
 from ztp_deploy.backends.base import Session
 from ztp_deploy.backends.tensorrt import home, runtime
-from ztp_deploy.backends.tensorrt.library import RTX, STANDARD, Library, listening, logger
+from ztp_deploy.backends.tensorrt.library import RTX, STANDARD, Library, forwarding_log, logger
 from ztp_deploy.backends.tensorrt.runtime import Executor, TensorRTRunner
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.manifest import BatchRange
@@ -249,10 +249,10 @@ def test_tensors_come_back_as_tensors(session):
 @pytest.mark.parametrize(
     "images, message",
     [
-        (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "float64 came"),
+        (torch.zeros(1, 3, 96, 96, dtype=torch.float64), "got float64"),
         (torch.zeros(9, 3, 96, 96), "outside this engine's range 1 to 8"),
         (torch.zeros(3, 96, 96), r"\[3, 96, 96\]"),
-        (torch.zeros(1, 3, 96, 96, device="meta"), "tensors on cpu; one on meta came"),
+        (torch.zeros(1, 3, 96, 96, device="meta"), "tensors on cpu; got one on meta"),
     ],
 )
 def test_wrong_tensors_are_refused(session, images, message):
@@ -370,8 +370,8 @@ def test_a_plan_is_opened_on_the_first_gpu(monkeypatch, tmp_path):
 def test_there_is_one_logger_and_one_listener_at_a_time():
     trt = type("Module", (), {"ILogger": FakeLogger})
     outer, inner = [], []
-    with listening(trt, lambda *heard: outer.append(heard)) as log:
-        with listening(trt, lambda *heard: inner.append(heard)) as same:
+    with forwarding_log(trt, lambda *heard: outer.append(heard)) as log:
+        with forwarding_log(trt, lambda *heard: inner.append(heard)) as same:
             assert same is log is logger(trt)
             log.log(SimpleNamespace(name="WARNING"), "inside")
         log.log(SimpleNamespace(name="ERROR"), "outside")
@@ -385,7 +385,7 @@ def test_an_engines_reasons_are_its_callers_and_no_builds():
     engine, build = FakeEngine(compute), []
     engine.complain = lambda message: logger(trt).log(SimpleNamespace(name="ERROR"), message)
     engine.fails = True
-    with listening(trt, lambda *heard: build.append(heard)):
+    with forwarding_log(trt, lambda *heard: build.append(heard)):
         with pytest.raises(DamagedFiles, match=r"could not run the engine: Cuda Runtime \(an illegal access\)\."):
             executor(engine).run(torch.zeros(1, 3, 96, 96))
         assert build == []

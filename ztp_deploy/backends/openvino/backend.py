@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
+from ztp_deploy.atomic import ask_for_room
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.openvino import attention, ir
@@ -21,7 +22,6 @@ from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.manifest import EngineManifest, listed
-from ztp_deploy.scratch import ask_for_room
 
 if TYPE_CHECKING:
     from torch import Tensor

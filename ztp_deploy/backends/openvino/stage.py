@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from ztp_deploy import environment, methods
+from ztp_deploy.atomic import ask_for_room
 from ztp_deploy.backends.openvino.attention import is_attention
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.methods import zero_tprune
 from ztp_deploy.plan import Plan, Stage
-from ztp_deploy.scratch import ask_for_room
 
 METHOD = "zero_tprune"
 LIBRARY_FILE = "stage.so"
@@ -83,7 +83,7 @@ def _development_files() -> tuple[Path, list[Path]]:
     libraries = [path for name in ("libopenvino.so*", "libtbb.so*") for path in sorted((home / "libs").glob(name))]
     if len(libraries) < 2 or not (home / "include" / "tbb").is_dir():
         raise MissingSoftware(
-            "stage=compiled needs OpenVINO's headers and libraries, which this OpenVINO came without.",
+            "stage=compiled needs OpenVINO's headers and libraries, which this OpenVINO does not include.",
             "pip install openvino, or leave the setting out.",
         )
     return home / "include", libraries

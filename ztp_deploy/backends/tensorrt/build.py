@@ -13,7 +13,7 @@ from ztp_deploy.backends.tensorrt import config as configuration
 from ztp_deploy.backends.tensorrt import network as networks
 from ztp_deploy.backends.tensorrt.graph import QUANTISED, attentions, low_products
 from ztp_deploy.backends.tensorrt.layers import Fusion, Layer, check_engine_precision, fusion, read_layers
-from ztp_deploy.backends.tensorrt.library import Library, listening, sentence, started
+from ztp_deploy.backends.tensorrt.library import Library, forwarding_log, sentence, started
 from ztp_deploy.backends.tensorrt.progress import Progress, interruptible, monitor
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed
@@ -80,7 +80,7 @@ def build_plan(order: Order, progress: Progress) -> BuiltPlan:
     """Parses, configures and builds. Raises BadRequest, GateFailed, MissingSoftware; Ctrl-C cancels."""
     trt = order.library.load()
     heard = _Heard()
-    with torch_device.first_gpu(), listening(trt, heard) as log:
+    with torch_device.first_gpu(), forwarding_log(trt, heard) as log:
         builder: tensorrt.Builder = started(trt.Builder, log, order.library, heard.errors)
         network, parser = networks.parse(trt, builder, log, order.model, order.graph)
         counts = [networks.check_precision(trt, network, order.model, precision) for precision in order.computes_in]

@@ -58,7 +58,7 @@ def check_home(directory: Path, manifest: EngineManifest, library: Library, vers
 def _opens(built: str, here: str, version_compatible: bool) -> bool:
     """Whether a plan opens in this release: the very one, or where built for it a later one, 11 also after 10.
 
-    A wheel's `.post1` is no part of the library's version. What opens across major versions: TensorRT's support matrix.
+    A wheel's `.post1` is not part of the library's version. What opens across major versions: TensorRT's support matrix.
     """
     one, other = _numbers(built), _numbers(here)
     if not version_compatible:

@@ -87,7 +87,7 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def listening(trt: Any, listener: Listener) -> Iterator[Any]:
+def forwarding_log(trt: Any, listener: Listener) -> Iterator[Any]:
     """The logger, with its messages going to `listener`; other threads' builds wait."""
     log = logger(trt)
     with _ONE_AT_A_TIME:
@@ -99,7 +99,7 @@ def listening(trt: Any, listener: Listener) -> Iterator[Any]:
 
 
 @contextmanager
-def overhearing() -> Iterator[list[str]]:
+def captured_log() -> Iterator[list[str]]:
     """The errors that this thread's calls bring meanwhile; another thread's build hears nothing of them."""
     previous, _OWN.errors = getattr(_OWN, "errors", None), []
     try:

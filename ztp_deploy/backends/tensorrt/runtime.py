@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.cuda_graph import capture
-from ztp_deploy.backends.tensorrt.library import Library, listening, overhearing, sentence, started
+from ztp_deploy.backends.tensorrt.library import Library, captured_log, forwarding_log, sentence, started
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def open_engine(library: Library, path: Path, weights: Path | None, host_code: b
     errors: list[str] = []
     with (
         torch_device.first_gpu(),
-        listening(trt, lambda severity, text: errors.append(text) if "error" in severity else None) as log,
+        forwarding_log(trt, lambda severity, text: errors.append(text) if "error" in severity else None) as log,
     ):
         runtime: tensorrt.Runtime = started(trt.Runtime, log, library, errors)
         runtime.engine_host_code_allowed = host_code
@@ -166,7 +166,7 @@ class Executor:
 
     def run(self, images: Tensor) -> dict[str, Tensor]:
         """Images on the device → outputs on the device, in the order of the caller's current stream."""
-        with self._lock, overhearing() as self._errors:
+        with self._lock, captured_log() as self._errors:
             if self._closed:
                 raise BadRequest("The session is closed.", "Open the engine again with load_engine.")
             if self._stream is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ztp_deploy.scratch import write_bytes
+from ztp_deploy.atomic import write_bytes
 
 
 def directory() -> Path:

@@ -181,7 +181,7 @@ class Tiles {
   }
   ~Tiles() {
     order();
-    // Where there were none, what was stored is no configuration to load.
+    // Where there were none, what was stored is not a configuration to load.
     if (before_.palette == 0) {
       _tile_release();
     } else {

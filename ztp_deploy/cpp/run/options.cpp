@@ -14,14 +14,14 @@ double number(const std::string& option, const std::string& text, double least) 
   char* end = nullptr;
   const double value = std::strtod(text.c_str(), &end);
   if (text.empty() || *end != '\0' || !std::isfinite(value) || value < least || value > 1e6) {
-    throw BadRequest(option + " " + text + " is no usable number.", kSeeHelp);
+    throw BadRequest(option + " " + text + " is not a usable number.", kSeeHelp);
   }
   return value;
 }
 
 std::size_t whole(const std::string& option, const std::string& text) {
   const double value = number(option, text, 1);
-  if (value != std::floor(value)) throw BadRequest(option + " " + text + " is no whole number.", kSeeHelp);
+  if (value != std::floor(value)) throw BadRequest(option + " " + text + " is not a whole number.", kSeeHelp);
   return static_cast<std::size_t>(value);
 }
 

@@ -73,7 +73,7 @@ bool has_overfull_table(const std::string& bytes) {
 
 Picture decode(const std::string& bytes, const std::string& path) {
   const auto refuse = [&](const std::string& reason) {
-    throw BadRequest(path + " is no image ztp-run can read: " + reason + ".",
+    throw BadRequest(path + " is not an image that ztp-run can read: " + reason + ".",
                      "Take it out, or convert it to PNG or JPEG.");
   };
   if (has_overfull_table(bytes)) refuse("it has a Huffman table of more than 256 codes");

@@ -15,7 +15,7 @@ struct Picture {
 };
 
 /// Reads PNG, JPEG, BMP, or PNM of 8 bits (P5, P6). As in Python, EXIF rotation is not applied and transparency is dropped.
-/// Throws BadRequest for what is no readable picture, or a part of one.
+/// Throws BadRequest for what is not a readable picture, or a part of one.
 Picture read_picture(const std::string& path);
 
 }  // namespace ztp::run

@@ -9,7 +9,7 @@ constexpr std::size_t kLargest = std::size_t{1} << 24U;  // a side's; stb's own 
 constexpr std::size_t kDepth = 255;
 
 [[noreturn]] void refuse(const std::string& path, const std::string& what) {
-  throw BadRequest(path + " is no image ztp-run can read: " + what + ".", "Take it out, or convert it to PNG or JPEG.");
+  throw BadRequest(path + " is not an image that ztp-run can read: " + what + ".", "Take it out, or convert it to PNG or JPEG.");
 }
 
 bool is_space(char letter) { return std::string(" \t\n\v\f\r").find(letter) != std::string::npos; }

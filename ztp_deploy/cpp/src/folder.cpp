@@ -120,7 +120,7 @@ json parse(const std::string& text, const fs::path& path) {
   }
 }
 
-/// The seal shows an edit made after the manifest was written; it is no signature.
+/// The seal shows an edit made after the manifest was written; it is not a signature.
 void check_seal(json root, const Fields& fields, const fs::path& path) {
   const std::string seal = fields.text("seal");
   root.erase("seal");
@@ -254,7 +254,7 @@ EngineFolder open_folder(const std::string& directory) {
   std::error_code ignored;
   if (!fs::is_regular_file(path, ignored)) {
     const bool exists = fs::exists(folder.directory, ignored);
-    throw BadRequest(folder.directory.string() + " is no engine folder: it " +
+    throw BadRequest(folder.directory.string() + " is not an engine folder: it " +
                          (exists ? std::string("has no ") + kManifest : std::string("does not exist")) + ".",
                      "Make one with `ztp engine …`.");
   }

@@ -61,7 +61,7 @@ StoredTensors read_safetensors(const std::filesystem::path& path) {
   try {
     return parse(text);
   } catch (const std::exception&) {  // nlohmann's errors and ours alike
-    throw DamagedFiles(path.string() + " is no whole safetensors file.", "Write it again with `ztp check`.");
+    throw DamagedFiles(path.string() + " is not a whole safetensors file.", "Write it again with `ztp check`.");
   }
 }
 

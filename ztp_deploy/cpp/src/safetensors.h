@@ -27,7 +27,7 @@ struct StoredTensors {
   std::map<std::string, std::string> metadata;
 };
 
-/// Throws DamagedFiles for anything that is no whole safetensors file.
+/// Throws DamagedFiles for anything that is not a whole safetensors file.
 StoredTensors read_safetensors(const std::filesystem::path& path);
 
 }  // namespace ztp

@@ -104,7 +104,7 @@ void check_dtype(const Manifest& manifest, const std::string& given) {
   if (manifest.dtype == given) return;
   const std::string side = std::to_string(manifest.size);
   throw BadRequest(
-      "This engine takes " + manifest.dtype + " arrays [B, 3, " + side + ", " + side + "]; " + given + " came.",
+      "This engine takes " + manifest.dtype + " arrays [B, 3, " + side + ", " + side + "]; got " + given + ".",
       "Convert them, or build with --input " + given + ".");
 }
 

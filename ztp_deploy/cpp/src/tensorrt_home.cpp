@@ -25,7 +25,7 @@ Numbers numbers(const std::string& version) {
 
 /// Whether a plan opens in this release: the very one, or where built for it a later one, 11 also after 10.
 ///
-/// What Python's wheels add to a version (`.post1`) is no part of it.
+/// What Python's wheels add to a version (`.post1`) is not part of it.
 bool opens(const std::string& built, const std::string& here, bool version_compatible) {
   Numbers one = numbers(built);
   Numbers other = numbers(here);

@@ -64,14 +64,14 @@ void read_images(Asked& asked, const Manifest& manifest) {
   const bool images = dims == 4 && shape[0] > 0 && shape[1] == 3 && shape[2] == side && shape[3] == side;
   if (type != pixel_type(manifest) || !images) {
     throw BadRequest("This engine takes " + manifest.dtype + " images [B, 3, " + std::to_string(side) + ", " +
-                         std::to_string(side) + "]; something else came.",
+                         std::to_string(side) + "]; got something else.",
                      "Ask the server for the model's metadata.");
   }
   asked.images = static_cast<std::size_t>(shape[0]);
   if (bytes != asked.images * image_bytes(manifest)) {
     throw BadRequest(std::to_string(asked.images) + " images are " +
-                         std::to_string(asked.images * image_bytes(manifest)) + " bytes; " + std::to_string(bytes) +
-                         " came.",
+                         std::to_string(asked.images * image_bytes(manifest)) + " bytes; got " + std::to_string(bytes) +
+                         ".",
                      "Check how the client packs them.");
   }
   for (std::uint32_t i = 0; i < pieces; ++i) {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ztp_deploy.backends import particulars
+from ztp_deploy.backends import name_tags
 from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.report.markdown import machine_line, speedup_text
 
@@ -47,7 +47,7 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
 def _names(report: LatencyReport) -> dict[str, str]:
     """What the engines are called by role; a fixed batch and a calibration are named where others lack or differ."""
     roles = list(dict.fromkeys(sample.role for sample in report.samples))
-    found = {role: particulars(role) for role in roles}
+    found = {role: name_tags(role) for role in roles}
     ranges = any(one.batch is None for one in found.values())
     calibrations = {one.calibration for one in found.values() if one.calibration}
     names = {}

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import EVIDENCE
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport, ClassRow
@@ -34,7 +35,6 @@ from ztp_deploy.evidence.report.markdown import (
 )
 from ztp_deploy.evidence.report.parity import EDGE_HEAD, STAGE_HEAD, edge_name, edge_rows, stage_rows, tolerance_line
 from ztp_deploy.evidence.report.summary import Summary
-from ztp_deploy.scratch import write_text
 
 HTML_FILE = "report.html"
 NOT_MEASURED = "not measured"

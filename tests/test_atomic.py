@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ztp_deploy.atomic import new_directory, sweep, write_text
 from ztp_deploy.errors import WriteFailed
-from ztp_deploy.scratch import new_directory, sweep, write_text
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -34,7 +34,7 @@ def hold(folder: Path) -> subprocess.Popen[str]:
     script = """
 import sys
 from pathlib import Path
-from ztp_deploy.scratch import new_directory
+from ztp_deploy.atomic import new_directory
 with new_directory(Path(sys.argv[1], "theirs")) as scratch:
     (scratch / "half").write_text("half")
     print(scratch.name, flush=True)
@@ -132,7 +132,7 @@ def test_many_at_once_make_one_folder(tmp_path):
     script = """
 import sys
 from pathlib import Path
-from ztp_deploy.scratch import new_directory
+from ztp_deploy.atomic import new_directory
 for number in range(10):
     with new_directory(Path(sys.argv[1], "engine")) as scratch:
         for name in "ab":
@@ -161,7 +161,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     script = """
 import resource, sys, signal
 from pathlib import Path
-from ztp_deploy.scratch import new_directory, write_text
+from ztp_deploy.atomic import new_directory, write_text
 from ztp_deploy.errors import WriteFailed
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -187,7 +187,7 @@ for attempt in (1, 2):
 def test_many_files_of_a_folder_are_one_sweep(tmp_path, monkeypatch):
     """Each sweep looks at all that lies there."""
     swept = []
-    monkeypatch.setattr("ztp_deploy.scratch.sweep", swept.append)
+    monkeypatch.setattr("ztp_deploy.atomic.sweep", swept.append)
     for number in range(5):
         write_text(tmp_path / f"{number}", "x")
     assert swept == [tmp_path]

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from ztp_deploy.ending import end
+from ztp_deploy.entrypoint import run_and_exit
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
 
 
@@ -32,21 +32,21 @@ def refuse(error):
 )
 def test_exit_codes_and_sentences(command, code, sentence, capsys):
     with pytest.raises(SystemExit) as ended:
-        end(command)
+        run_and_exit(command)
     assert ended.value.code == code
     assert capsys.readouterr().err == sentence
 
 
 def test_a_fault_of_ours_is_no_failed_gate(capsys):
     with pytest.raises(SystemExit) as ended:
-        end(lambda: 1 / 0)
+        run_and_exit(lambda: 1 / 0)
     assert ended.value.code == 70
     assert capsys.readouterr().err.splitlines()[-1] == "ZeroDivisionError: division by zero"
 
 
 def test_a_gpu_that_is_full_is_a_sentence(capsys):
     with pytest.raises(SystemExit) as ended:
-        end(lambda: refuse(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")))
+        run_and_exit(lambda: refuse(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")))
     assert ended.value.code == 3
     assert capsys.readouterr().err.startswith("error: The GPU's memory is too small for that. Use smaller batches")
 
@@ -56,13 +56,13 @@ def test_output_that_nobody_reads_is_no_failed_gate(line):
     """As after `| head -1` under pipefail."""
     script = f"""
 from ztp_deploy.console import out, print_json
-from ztp_deploy.ending import end
+from ztp_deploy.entrypoint import run_and_exit
 
 def command():
     for _ in range(100_000):
         {line}
 
-end(command)
+run_and_exit(command)
 """
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", '"$0" -c "$1" | head -1 > /dev/null', sys.executable, script],
@@ -75,7 +75,7 @@ end(command)
 def test_the_answer_to_a_signal_is_put_back(number):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit):
-        end(lambda: signal.getsignal(number) is before and refuse(AssertionError("nobody listens")))
+        run_and_exit(lambda: signal.getsignal(number) is before and refuse(AssertionError("nobody listens")))
     assert signal.getsignal(number) is before
 
 
@@ -89,7 +89,7 @@ def test_the_answer_to_a_signal_is_put_back(number):
 def test_a_command_that_is_stopped_says_so_even_where_a_library_wraps_it(number, code, sentence):
     script = f"""
 import os, signal
-from ztp_deploy.ending import end
+from ztp_deploy.entrypoint import run_and_exit
 
 def command():
     try:
@@ -97,7 +97,7 @@ def command():
     except KeyboardInterrupt as error:
         raise RuntimeError("something went wrong inside") from error
 
-end(command)
+run_and_exit(command)
 """
 
     def run(*arguments):
@@ -116,18 +116,18 @@ end(command)
 def test_warnings_of_this_project_are_notes():
     script = """
 import warnings
-from ztp_deploy import ending
+from ztp_deploy import entrypoint
 
 def command():
-    warnings.warn_explicit("The engine is [old].", UserWarning, ending.__file__, 1)
+    warnings.warn_explicit("The engine is [old].", UserWarning, entrypoint.__file__, 1)
     warnings.warn_explicit("a library's", UserWarning, "/elsewhere/library.py", 7)
 
-ending.end(command)
+entrypoint.run_and_exit(command)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "The engine is [old]." in done.stderr
-    assert "ending.py:1" not in done.stderr
+    assert "entrypoint.py:1" not in done.stderr
     assert "/elsewhere/library.py:7: UserWarning: a library's" in done.stderr
 
 

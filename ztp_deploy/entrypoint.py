@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ztp_deploy.console import err, nobody_reads, print_json, warn
+from ztp_deploy.console import err, print_json, reader_gone, warn
 from ztp_deploy.errors import FAULT, INTERRUPTED, STOPPED, BadRequest, MissingSoftware, ZtpError
 
 
@@ -29,7 +29,7 @@ class _Interrupts:
         raise KeyboardInterrupt
 
 
-def end(command: Callable[[], object]) -> NoReturn:
+def run_and_exit(command: Callable[[], object]) -> NoReturn:
     """Runs a command and ends the process with its exit code: the int it returns, else 0, or that of its refusal.
 
     A refusal is printed as one sentence, as JSON where `--json` stands in the command line; a fault of ours with its
@@ -74,7 +74,7 @@ def _refuse(error: BaseException) -> int:
     if isinstance(error, ZtpError):
         problem, fix, code = error.problem, error.fix, error.exit_code
     elif isinstance(error, BrokenPipeError):
-        return nobody_reads()
+        return reader_gone()
     elif type(error).__name__ == "OutOfMemoryError":  # torch's own
         problem, code = "The GPU's memory is too small for that.", MissingSoftware.exit_code
         fix = "Use smaller batches, or free memory on the GPU (nvidia-smi)."

@@ -58,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """As `write_text`, for what is no text."""
+    """As `write_text`, for what is not text."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_once(path.parent.absolute())
