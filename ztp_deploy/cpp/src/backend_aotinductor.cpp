@@ -5,7 +5,7 @@
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/version.h>
+#include <torch/csrc/api/include/torch/version.h>
 
 #include "processor.h"
 #include "runner.h"
