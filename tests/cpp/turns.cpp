@@ -46,11 +46,14 @@ std::vector<int> order() {
   {
     const Turns::Turn turn(turns);
     for (int i = 0; i < 4; ++i) {
-      waiting.emplace_back([&, i] {
+      std::atomic<bool> coming{false};
+      waiting.emplace_back([&turns, &had, &coming, i] {
+        coming = true;
         const Turns::Turn mine(turns);
         had.push_back(i);
       });
-      std::this_thread::sleep_for(milliseconds(100));
+      while (!coming) std::this_thread::yield();
+      std::this_thread::sleep_for(milliseconds(100));  // until it waits, which does not show
     }
   }
   {
