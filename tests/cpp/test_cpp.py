@@ -1086,6 +1086,11 @@ def test_aotinductor_with_a_static_runtime(aotinductor_engine, pruned, tmp_path)
     engine = Path(shutil.copytree(aotinductor_engine.directory, tmp_path / "engine"))
     images = tiny.images(5)
     check_outputs(runtime.outputs(engine, images, tmp_path, threads=4), pruned, images)
+    assert json.loads(runtime.consume(engine, images, tmp_path).stdout)["warnings"] == 0
+    here = manifest_of(engine).backend_version
+    reseal(engine, backend_version="2.0.0")
+    assert json.loads(runtime.consume(engine, images, tmp_path).stdout)["warnings"] == 1
+    reseal(engine, backend_version=here)
     built = json.loads((engine / "manifest.json").read_text())["built"]
     reseal(engine, built=built | {"cpu_flags": [*built["cpu_flags"], "avx4096"]})
     done = runtime.consume(engine, images, tmp_path)
