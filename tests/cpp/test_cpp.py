@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from ztp_deploy import environment
 from ztp_deploy.errors import DamagedFiles, ZtpError
 from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
+from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.models.preprocessing import transform_for
 from ztp_deploy.pruning.trace import assign
 
@@ -315,13 +317,16 @@ def test_broken_json_is_refused(runtime, damaged):
 
 
 @pytest.mark.parametrize(
-    "images", [tiny.images(9), tiny.images(1).astype(np.uint8), np.full((1, 3, 96, 96), np.nan, np.float32)]
+    "images",
+    [tiny.images(1)[:0], tiny.images(9), tiny.images(1).astype(np.uint8), np.full((1, 3, 96, 96), np.nan, np.float32)],
 )
 def test_wrong_input_is_refused_in_pythons_words(runtime, engine, tmp_path, images):
     with ztp.load_engine(engine) as session, pytest.raises(ZtpError) as caught:
         session.run(images)
     done = runtime.consume(engine, images, tmp_path)
     assert (done.stderr.splitlines()[0], done.returncode) == (caught.value.problem, caught.value.exit_code)
+    if not len(images):
+        assert done.stderr.splitlines() == ["A batch holds at least one image; got none.", "Give at least one."]
 
 
 def test_a_folder_that_does_not_fit_into_memory_is_refused(runtime, damaged):
@@ -496,6 +501,170 @@ def test_seals_hold_for_anything_json_can_say(runtime, openvino_engine, tmp_path
     assert "was edited after it was written" in runtime.consume(engine, tiny.images(1), tmp_path).stderr
 
 
+# --- warnings ----------------------------------------------------------------------------------
+
+
+def python_notes(directory):
+    """What Python warns of when it opens an engine."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        ztp.load_engine(directory).close()
+    return [str(entry.message) for entry in found]
+
+
+def notes(runtime, directory):
+    """What ztp-run notes of an engine, in whose JSON nothing of it shows."""
+    done = runtime.run(directory, "--selftest", "--json")
+    assert "carries no self-test" in refusal(done)[0]
+    lines = done.stderr.splitlines()
+    assert all(line.startswith("note: ") for line in lines)
+    return [line.removeprefix("note: ") for line in lines]
+
+
+@pytest.mark.parametrize("name", ["engine", "the cook's own"])
+def test_a_library_of_another_version_is_told_in_pythons_words(runtime, engine, tmp_path, name):
+    copy = Path(shutil.copytree(engine, tmp_path / name))
+    assert notes(runtime, copy) == python_notes(copy) == []
+    here = manifest_of(copy).backend_version
+    reseal(copy, backend_version="1.2.3")
+    [said] = notes(runtime, copy)
+    assert said == python_notes(copy)[0]
+    assert f"built and checked with {manifest_of(copy).backend} 1.2.3; this is {here}. Run `ztp check" in said
+    # Of a wheel's suffix a C library knows nothing: here Python says more.
+    for suffix in (".post1", "+cu132", ".dev20261128"):
+        reseal(copy, backend_version=here + suffix)
+        assert notes(runtime, copy) == []
+    for other in (f"{here}.1", f"{here}1", here[:-2], "none", ""):
+        reseal(copy, backend_version=other)
+        assert notes(runtime, copy) == python_notes(copy) != []
+
+
+FAULT = {"kind": "weights"}
+EDGES = [
+    {"reference": "eager", "candidate": "exported", "faults": []},
+    {"reference": "exported", "candidate": "engine", "faults": [FAULT]},
+    {"reference": "eager", "candidate": "engine", "faults": [FAULT, FAULT]},
+]
+FAILED = {"passed": False, "edges": EDGES, "notes": ["σ"], "worst": "NaN"}
+
+# What a report holds besides the manifest's hash, or its bytes as a function of a failed one's; whether it warns.
+REPORTS = {
+    "failed": (FAILED, True),
+    "failed nowhere": (FAILED | {"edges": []}, True),
+    "passed": (FAILED | {"passed": True}, False),
+    "passed, of a kind": (FAILED | {"passed": "yes"}, False),
+    "failed, of a kind": (FAILED | {"passed": None}, True),
+    "zero": (FAILED | {"passed": 0}, True),
+    "of another manifest": (FAILED | {"manifest_sha256": "0" * 64}, False),
+    "no verdict": ({"edges": EDGES}, False),
+    "no edges": ({"passed": False}, False),
+    "edges of another kind": (FAILED | {"edges": 3}, False),
+    "an edge of another kind": (FAILED | {"edges": ["eager"]}, False),
+    "an edge of nobody": (FAILED | {"edges": [EDGES[1], {"faults": [FAULT]}]}, False),
+    "an edge without a verdict": (FAILED | {"edges": [{"reference": "a", "candidate": "b"}]}, False),
+    "a list": (lambda whole: b"[]", False),
+    "nothing": (lambda whole: b"", False),
+    "cut off": (lambda whole: whole[:-9], False),
+    "more": (lambda whole: whole + b"\0", False),
+    "another encoding": (lambda whole: whole.replace("σ".encode(), b"\xff"), False),
+    "nested too deeply": (lambda whole: b"[" * 100000, False),
+}
+
+
+def write_report(engine, entries):
+    """A parity report of this very engine, of which nothing is checked but its verdict."""
+    path = engine / "evidence" / "parity.json"
+    path.parent.mkdir(exist_ok=True)
+    report = {"manifest_sha256": manifest_sha256(engine)} | entries
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_an_engine_that_failed_its_parity_check_is_told_in_pythons_words(runtime, damaged, report):
+    content, warns = REPORTS[report]
+    path = write_report(damaged, FAILED if callable(content) else content)
+    if callable(content):
+        path.write_bytes(content(path.read_bytes()))
+    found = notes(runtime, damaged)
+    assert len(found) == warns
+    if report != "nested too deeply":  # where Python's parser gives up
+        assert found == python_notes(damaged)
+    if report == "failed":
+        said = (
+            f"{damaged} (fp32) failed its last parity check between exported and engine: do not rely on its answers. "
+        )
+        assert found == [f"{said}Run `ztp check --engine {damaged}`, and build it again."]
+
+
+def test_evidence_that_is_no_file_is_no_evidence(runtime, damaged):
+    (damaged / "evidence" / "parity.json").mkdir(parents=True)
+    assert notes(runtime, damaged) == python_notes(damaged) == []
+
+
+@pytest.fixture(scope="session")
+def embedded(runtime, tmp_path_factory):
+    """A program with a log of its own, see its first lines."""
+    return program(runtime, HERE / "embedded.cpp", tmp_path_factory.mktemp("embedded") / "embedded")
+
+
+def test_a_program_asks_what_it_is_warned_of(embedded, shared_engine, tmp_path):
+    engine = toys.openvino_toy(tmp_path / "toy", shared_engine.directory)
+    np.zeros((1, 3, toys.SIZE, toys.SIZE), np.float32).tofile(tmp_path / "one.f32")
+    assert command(embedded, engine, tmp_path / "one.f32", 1, 1).stdout.splitlines() == ["ran: 1"] * 3
+    reseal(engine, backend_version="1.2.3")
+    write_report(engine, FAILED)
+    expected = python_notes(engine)  # before it has a setting that Python's OpenVINO does not know
+    reseal(engine, settings={"cuda_graph": True})
+    write_report(engine, FAILED)
+    done = command(embedded, engine, tmp_path / "one.f32", 1, 1)
+    version, parity, graph, *ran = done.stdout.splitlines()
+    assert [version, parity] == [f"{kind}: {said}" for kind, said in zip(("version", "parity"), expected, strict=True)]
+    assert graph == (
+        f"cuda_graph: {engine} was built with cuda_graph; this runtime launches kernel by kernel, with the same results. "
+        "Serve it from Python where that time counts."
+    )
+    assert ran == ["ran: 1"] * 3
+    assert done.stderr == ""
+
+
+def test_what_a_library_logs_goes_where_the_program_says(runtime, embedded, shared_engine, tmp_path):
+    """And a run that failed makes room for the next: one is allowed at once."""
+    needs_onnxruntime(runtime)
+    engine = toys.brittle_toy(tmp_path / "toy", shared_engine.directory)
+    np.full((1, 3, toys.SIZE, toys.SIZE), 9, np.float32).tofile(tmp_path / "nine.f32")
+    done = command(embedded, engine, tmp_path / "nine.f32", 1, 1)
+    logged, refused = done.stdout.splitlines()[::2], done.stdout.splitlines()[1::2]
+    assert len(logged) == len(refused) == 3
+    assert all(line.startswith("error: ONNX Runtime: Non-zero status code returned") for line in logged)
+    assert all(line.startswith("refused: ONNX Runtime failed: Non-zero status code returned") for line in refused)
+    # The fourth run came when the log was taken away again.
+    assert done.stderr.startswith("ONNX Runtime: Non-zero status code returned")
+    assert done.stderr.count("ONNX Runtime: ") == 1
+    np.full((1, 3, toys.SIZE, toys.SIZE), 8, np.float32).tofile(tmp_path / "eight.f32")
+    done = command(embedded, engine, tmp_path / "eight.f32", 1, 1)
+    assert (done.stdout, done.stderr) == ("ran: 1\n" * 3, "")
+
+
+@pytest.mark.parametrize("limit", [1, 2, 0])
+def test_threads_beyond_the_limit_wait(embedded, back_end, shared_engine, tmp_path, limit):
+    engine = toys.toy(back_end, tmp_path / "toy", shared_engine.directory)
+    np.random.default_rng(0).standard_normal((2, 3, toys.SIZE, toys.SIZE), dtype=np.float32).tofile(tmp_path / "a.f32")
+    done = command(embedded, engine, tmp_path / "a.f32", 2, limit, 8)
+    assert done.stdout.splitlines() == ["ran: 2"] * 3 + ["different: 0"], done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_turns(tmp_path, sanitizer):
+    require_tools()
+    options = [f"-I{SOURCE / 'src'}", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-O1", "-g1", "-pthread"]
+    built = command("g++", *STRICT, *options, HERE / "turns.cpp", "-o", tmp_path / "turns")
+    assert built.returncode == 0, built.stderr
+    done = command(tmp_path / "turns")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "most: 3, then 3\norder: 0 1 2 3 9\n"
+
+
 # --- self-test ---------------------------------------------------------------------------------
 
 
@@ -511,8 +680,6 @@ def recorded(openvino_engine, shared_engine, damaged, tmp_path):
 
 
 def save_record(engine, tensors, **metadata):
-    from ztp_deploy.manifest import manifest_sha256
-
     known = {"manifest_sha256": manifest_sha256(engine), "tolerance": "0.0001"}
     save_file(tensors, engine / "evidence" / SELFTEST_FILE, known | metadata)
 
@@ -919,6 +1086,11 @@ def test_aotinductor_with_a_static_runtime(aotinductor_engine, pruned, tmp_path)
     engine = Path(shutil.copytree(aotinductor_engine.directory, tmp_path / "engine"))
     images = tiny.images(5)
     check_outputs(runtime.outputs(engine, images, tmp_path, threads=4), pruned, images)
+    assert json.loads(runtime.consume(engine, images, tmp_path).stdout)["warnings"] == 0
+    here = manifest_of(engine).backend_version
+    reseal(engine, backend_version="2.0.0")
+    assert json.loads(runtime.consume(engine, images, tmp_path).stdout)["warnings"] == 1
+    reseal(engine, backend_version=here)
     built = json.loads((engine / "manifest.json").read_text())["built"]
     reseal(engine, built=built | {"cpu_flags": [*built["cpu_flags"], "avx4096"]})
     done = runtime.consume(engine, images, tmp_path)

@@ -12,7 +12,18 @@ import pytest
 
 import ztp_deploy as ztp
 from tests.cpp import toys
-from tests.cpp.conftest import FLAGS, HERE, SOURCE, STRICT, build_runtime, command, program, require_tools, reseal
+from tests.cpp.conftest import (
+    FLAGS,
+    HERE,
+    SOURCE,
+    STRICT,
+    build_runtime,
+    cmake,
+    command,
+    program,
+    require_tools,
+    reseal,
+)
 from ztp_deploy import environment
 from ztp_deploy.backends.tensorrt.home import check_home
 from ztp_deploy.backends.tensorrt.library import RTX
@@ -195,6 +206,85 @@ def test_a_second_session_speaks_through_the_first_ones_logger(runtime, stand_in
         f"TensorRT-RTX cannot open {broken}/model.plan: see its message above.",
     ]
     assert done.returncode == 2
+
+
+def test_a_plug_in_that_is_unloaded_leaves_the_logger_behind(runtime, stand_in, engine, tmp_path):
+    """As Triton's back ends are; the library that keeps the logger stays, and speaks through it again."""
+    broken = plan(tmp_path / "broken", engine)
+    (broken / "model.plan").write_text("engine")
+    reseal(broken)
+    host = tmp_path / "plugin"
+    library = [f"-L{stand_in / 'lib'}", "-l:libcudart.so", f"-Wl,-rpath,{stand_in / 'lib'}", "-ldl"]
+    built = command("g++", *STRICT, HERE / "plugin.cpp", *library, "-o", host)
+    assert built.returncode == 0, built.stderr
+    plugin = program(runtime, HERE / "plugin.cpp", tmp_path / "plugin.so", "-DPLUGIN", "-shared", "-fPIC")
+    done = command(host, plugin, engine, broken, broken)
+    assert done.returncode == 0, done.stderr
+    said = ["TensorRT-RTX: no such plan", f"TensorRT-RTX cannot open {broken}/model.plan: see its message above."]
+    assert done.stderr.splitlines() == said * 2
+
+
+@pytest.fixture(scope="module")
+def embedded(runtime, stand_in, tmp_path_factory):
+    return linked(runtime, stand_in, "embedded", tmp_path_factory.mktemp("embedded"))
+
+
+def run_embedded(program, engine, batch, scratch, *arguments):
+    noise(batch).tofile(scratch / "images.f32")
+    return command(program, engine, scratch / "images.f32", batch, *arguments)
+
+
+def test_what_the_library_says_goes_where_the_program_wants_it(embedded, engine, tmp_path):
+    """Warnings too, which by themselves go nowhere: see the second session's test; what only informs is left out."""
+    done = run_embedded(embedded, engine, 2, tmp_path, 0)
+    assert done.stdout.splitlines() == ["warning: TensorRT-RTX: a toy", *["ran: 2"] * 3]
+    assert done.stderr == ""
+
+
+def test_a_plan_for_later_versions_is_told_to_be_of_another_in_pythons_words(embedded, engine, tmp_path, monkeypatch):
+    """As is one that was to be recorded as a CUDA graph."""
+    settings = {"version_compatible": True, "cuda_graph": True}
+    reseal(engine, backend_version="1.6.9", settings=settings)
+    _, version, graph, *ran = run_embedded(embedded, engine, 2, tmp_path, 0).stdout.splitlines()
+    directory = engine
+    said = f"{directory} was built and checked with tensorrt_rtx 1.6.9; this is {VERSION}. "
+    assert version == f"version: {said}Run `ztp check --engine {directory}`."
+    assert graph.startswith(
+        f"cuda_graph: {directory} was built with cuda_graph; this runtime launches kernel by kernel"
+    )
+    assert ran == ["ran: 2"] * 3
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_no_more_contexts_are_made_than_runs_are_allowed(embedded, engine, tmp_path, limit):
+    done = run_embedded(embedded, engine, 2, tmp_path, limit, 12)
+    *_, different, contexts = done.stdout.splitlines()
+    assert different == "different: 0"
+    assert 1 <= int(contexts.removeprefix("contexts: ")) <= limit
+    free = run_embedded(embedded, engine, 2, tmp_path, 64, 12)  # else the number would say nothing
+    assert int(free.stdout.splitlines()[-1].removeprefix("contexts: ")) > 3
+
+
+def test_a_run_that_fails_makes_room_for_the_next(embedded, engine, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_LOST", "1")
+    done = run_embedded(embedded, engine, 2, tmp_path, 1)
+    assert done.stdout.splitlines()[1:] == ["refused: CUDA failed to copy outputs: no device."] * 3
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_sessions_in_threads_under_sanitizers(stand_in, engine, tmp_path, sanitizer):
+    """The whole runtime and the stand-in, whose contexts are fewer than the threads."""
+    flags = f"-O1 -g1 -fsanitize={sanitizer} -fno-sanitize-recover=all"
+    roots = [f"-DTENSORRT_RTX_ROOT={stand_in}", f"-DCUDA_ROOT={stand_in}", "-DZTP_WITH_TENSORRT_RTX=ON"]
+    options = ["-DBUILD_SHARED_LIBS=OFF", "-DZTP_BUILD_RUN=OFF", *OTHERS, "-DZTP_WITH_TENSORRT=OFF"]
+    cmake(SOURCE, tmp_path / "build", f"-DCMAKE_CXX_FLAGS={flags}", "-DZTP_STRICT=ON", *options, *roots)
+    sources = [HERE / "embedded.cpp", FAKE / "fake.cpp", tmp_path / "build" / "libztp_runtime.a"]
+    include = [f"-I{FAKE}", f"-I{SOURCE / 'include'}"]
+    built = command("g++", *STRICT, *flags.split(), *include, *sources, "-ldl", "-pthread", "-o", tmp_path / "embedded")
+    assert built.returncode == 0, built.stderr
+    done = run_embedded(tmp_path / "embedded", engine, 1, tmp_path, 3, 8)
+    assert done.returncode == 0, done.stderr
+    assert "different: 0" in done.stdout
 
 
 def test_threads_on_other_devices_run_and_close_an_engine_where_it_was_opened(

@@ -44,9 +44,10 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """A running server, by its HTTP address."""
+    """A running server, by its HTTP address and its log."""
 
     address: str
+    log: Path
 
     def ask(self, path: str, body: bytes | None = None, **headers: str) -> tuple[dict[str, Any], bytes]:
         """The JSON of an answer, and the bytes that follow it."""
@@ -128,6 +129,12 @@ def repository(runtime, shared_engine, openvino_engine, artifact, tmp_path_facto
         copy = add(root, name, proved, parameter)
         save_file(changed, copy / record.relative_to(proved), said)
 
+    failed = add(root, "failed_check", toy)
+    (failed / "evidence").mkdir()
+    report = {"passed": False, "manifest_sha256": manifest_sha256(failed), "edges": []}
+    (failed / "evidence" / "parity.json").write_text(json.dumps(report), encoding="utf-8")
+    add(root, "brittle", toys.brittle_toy(made / "brittle", like))
+
     damaged = add(root, "damaged", toy)
     (damaged / "model.bin").write_bytes(b"\0" * (damaged / "model.bin").stat().st_size)
     add(root, "empty", toy)
@@ -165,7 +172,7 @@ def server(runtime, repository, tmp_path_factory) -> Iterator[Server]:
     with log.open("wb") as written:
         process = subprocess.Popen([str(word) for word in (SERVER, *options)], stdout=written, stderr=written)
     try:
-        running = Server(f"http://127.0.0.1:{port}")
+        running = Server(f"http://127.0.0.1:{port}", log)
         deadline = time.monotonic() + 120
         while True:
             try:
@@ -301,10 +308,38 @@ def test_a_model_is_unloaded_and_loaded_again(server):
 
 
 def test_the_wrong_type_and_shape_are_the_clients_fault(server):
-    for images in (noise(1, "uint8"), noise(1)[:, :, :8], noise(9)):
+    for images in (noise(1, "uint8"), noise(1)[:, :, :8], noise(9), noise(1)[:0]):
         with pytest.raises(Refused) as caught:
             server.infer("openvino_float32", images)
         assert caught.value.status == 400
+
+
+# --- the server's log --------------------------------------------------------------------------
+
+
+def logged(server: Server, level: str) -> list[str]:
+    """The server's log lines of that level."""
+    return [line for line in server.log.read_text(errors="replace").splitlines() if line.startswith(level)]
+
+
+def test_an_engine_that_failed_its_check_is_served_with_a_warning(server, repository):
+    images = noise(1)
+    check(server.infer("failed_check", images), images)
+    folder = repository / "failed_check" / "1"
+    [said] = [line for line in logged(server, "W") if "failed its last parity check" in line]
+    expected = f"{folder} (fp32) failed its last parity check: do not rely on its answers. "
+    assert f"{expected}Run `ztp check --engine {folder}`, and build it again." in said
+
+
+def test_what_a_library_says_is_in_the_servers_log(server):
+    images = noise(1)
+    check(server.infer("brittle", images), images)
+    assert not any("ONNX Runtime: " in line for line in logged(server, "E"))
+    images[0, 0, 0, 0] = 9
+    with pytest.raises(Refused) as caught:
+        server.infer("brittle", images)
+    assert caught.value.status == 400
+    assert any("ONNX Runtime: Non-zero status code returned" in line for line in logged(server, "E"))
 
 
 # --- refusals ----------------------------------------------------------------------------------

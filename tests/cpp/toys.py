@@ -10,6 +10,7 @@ import numpy as np
 import onnx.parser
 
 from tests.cpp.conftest import reseal
+from ztp_deploy.backends import get
 
 SIZE = 16
 
@@ -59,14 +60,31 @@ def _save(directory: Path, like: Path, images: Any, outputs: dict[str, Any], dty
     directory.mkdir()
     model = openvino.Model(list(outputs.values()), [images])
     openvino.save_model(model, directory / "model.xml", compress_to_fp16=False)
-    described = {"backend": "openvino", "provider": "CPU", "settings": {}}
+    described = {"backend": "openvino", "provider": "CPU", "settings": {}, "backend_version": get("openvino").version()}
     return reseal(directory, like, **described, **interface(dtype, list(outputs)))
+
+
+def brittle_toy(directory: Path, like: Path) -> Path:
+    """One for ONNX Runtime whose run fails, as the library logs, where a pixel is 9 or more."""
+    graph = """
+        <ir_version: 10, opset_import: ["" : 18]>
+        toy (float[batch, 3, %d, %d] images) => (float[batch, 3] logits, int32[batch, 2] kept_1)
+        <int64[2] axes = {2, 3}, int64[1] two = {2}, float[9] zeros = {0, 0, 0, 0, 0, 0, 0, 0, 0}> {
+            largest_pixel = ReduceMax <keepdims = 0> (images)
+            index = Cast <to = 7> (largest_pixel)
+            zero = Gather (zeros, index)
+            means = ReduceMean <keepdims = 0> (images, axes)
+            logits = Add (means, zero)
+            largest, places = TopK <axis = 1> (logits, two)
+            kept_1 = Cast <to = 6> (places)
+        }"""
+    return _onnx(directory, like, graph % (SIZE, SIZE), "float32")
 
 
 def onnxruntime_toy(directory: Path, like: Path, dtype: str = "float32") -> Path:
     """The toy for ONNX Runtime, with the manifest of `like` fitted to it."""
     kind = {"float32": "float", "uint8": "uint8"}[dtype]
-    graph = onnx.parser.parse_model(f"""
+    graph = f"""
         <ir_version: 10, opset_import: ["" : 18]>
         toy ({kind}[batch, 3, {SIZE}, {SIZE}] images) => (float[batch, 3] logits, int32[batch, 2] kept_1)
         <int64[2] axes = {{2, 3}}, int64[1] two = {{2}}> {{
@@ -74,9 +92,13 @@ def onnxruntime_toy(directory: Path, like: Path, dtype: str = "float32") -> Path
             logits = ReduceMean <keepdims = 0> (floats, axes)
             largest, places = TopK <axis = 1> (logits, two)
             kept_1 = Cast <to = 6> (places)
-        }}""")
+        }}"""
+    return _onnx(directory, like, graph, dtype)
+
+
+def _onnx(directory: Path, like: Path, graph: str, dtype: str) -> Path:
     directory.mkdir()
-    onnx.save_model(graph, str(directory / "model.onnx"))
+    onnx.save_model(onnx.parser.parse_model(graph), str(directory / "model.onnx"))
     settings = {"threads": 1, "spin_between_runs": False}
     described = {"backend": "onnxruntime", "provider": "CPUExecutionProvider", "settings": settings}
     return reseal(directory, like, **described, **interface(dtype))

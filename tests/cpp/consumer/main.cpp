@@ -59,7 +59,7 @@ void run(const ztp::Session& session, const std::string& file, std::size_t batch
   const ztp::Outputs outputs = session.run(images.data(), batch);
   std::cout.precision(9);
   std::cout << "{\"model\": \"" << session.manifest().model << "\", \"classes\": " << outputs.classes
-            << ", \"different\": " << different;
+            << ", \"different\": " << different << ", \"warnings\": " << session.warnings().size();
   print(", \"logits\": ", outputs.logits);
   print(", \"kept\": ", outputs.kept);
   print(", \"assignment\": ", outputs.assignment);

@@ -21,6 +21,7 @@ void run(const std::vector<std::string>& arguments) {
     return;
   }
   const ztp::Session session(options.engine);
+  ztp::run::print_warnings(session);
   if (options.selftest) {
     ztp::run::print_self_test(session.self_test(), options);
   } else if (options.latency) {

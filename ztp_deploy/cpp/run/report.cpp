@@ -70,6 +70,10 @@ void print_self_test(const SelfTest& found, const Options& options) {
             << std::setprecision(2) << found.worst_logit << " σ.\n";
 }
 
+void print_warnings(const Session& session) {
+  for (const Warning& warning : session.warnings()) std::cerr << "note: " << warning.text << '\n';
+}
+
 void print_refusal(const std::string& problem, const std::string& fix, int exit_code, bool as_json) {
   if (as_json) {
     print({{"error", {{"problem", problem}, {"fix", fix}, {"exit_code", exit_code}}}});

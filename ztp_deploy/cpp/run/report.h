@@ -35,6 +35,9 @@ void print_classified(const Manifest& manifest, const std::vector<Classified>& f
 void print_latency(const Latency& latency, const Options& options);
 void print_self_test(const SelfTest& found, const Options& options);
 
+/// To stderr, as `ztp` does with and without --json.
+void print_warnings(const Session& session);
+
 /// To stderr; as JSON to stdout, in the form of `ztp --json`.
 void print_refusal(const std::string& problem, const std::string& fix, int exit_code, bool as_json);
 

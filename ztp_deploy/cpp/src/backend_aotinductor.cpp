@@ -5,6 +5,7 @@
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/csrc/api/include/torch/version.h>
 
 #include "processor.h"
 #include "runner.h"
@@ -67,6 +68,9 @@ class AotInductorRunner final : public Runner {
     }
     return collect(folder_, batch, views);
   }
+
+  /// That of the headers: the library says none.
+  std::string version() const override { return TORCH_VERSION; }
 
  private:
   const EngineFolder& folder_;

@@ -7,6 +7,7 @@
 
 #include <array>
 
+#include "log.h"
 #include "runner.h"
 
 namespace ztp {
@@ -26,6 +27,7 @@ class Library {
   const OrtApi* operator->() const { return api_; }
   OrtEnv* environment() const { return environment_; }
   OrtMemoryInfo* memory() const { return memory_; }
+  const char* version() const { return version_; }
 
   /// The message of a failed call, empty where it succeeded; frees the status.
   std::string failure(OrtStatus* status) const {
@@ -51,8 +53,15 @@ class Library {
                                 " is older than the headers this was built with.",
                             "Install version 1." + std::to_string(ORT_API_VERSION) + " or newer.");
     }
-    require(api_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "ztp", &environment_));
+    version_ = base()->GetVersionString();
+    stay_loaded();  // for told()
+    require(api_->CreateEnvWithCustomLogger(told, nullptr, ORT_LOGGING_LEVEL_WARNING, "ztp", &environment_));
     require(api_->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory_));
+  }
+
+  static void ORT_API_CALL told(void*, OrtLoggingLevel severity, const char*, const char*, const char*,
+                                const char* message) {
+    tell(severity < ORT_LOGGING_LEVEL_ERROR ? Severity::warning : Severity::error, "ONNX Runtime", message);
   }
 
   static void* open_library() {
@@ -66,6 +75,7 @@ class Library {
   }
 
   const OrtApi* api_ = nullptr;
+  const char* version_ = "";
   // Never released: other threads may still run when the process ends.
   OrtEnv* environment_ = nullptr;
   OrtMemoryInfo* memory_ = nullptr;
@@ -147,6 +157,8 @@ class OnnxRuntimeRunner final : public Runner {
     for (OrtValue* value : values) views.push_back(view(value));
     return collect(folder_, batch, views);
   }
+
+  std::string version() const override { return Library::get().version(); }
 
  private:
   static std::unique_ptr<Owned<OrtValue>> make_owned() {

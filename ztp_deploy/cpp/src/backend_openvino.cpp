@@ -47,6 +47,12 @@ class OpenVinoRunner final : public Runner {
     });
   }
 
+  /// Without the build number, as Python names it.
+  std::string version() const override {
+    const std::string built = ov::get_openvino_version().buildNumber;
+    return built.substr(0, built.find('-'));
+  }
+
  private:
   static ov::CompiledModel compile(const EngineFolder& folder) {
     const std::string graph = folder.file("model.xml").string();

@@ -4,8 +4,7 @@
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 
-#include <iostream>
-
+#include "log.h"
 #include "pool.h"
 #include "runner.h"
 #include "tensorrt_home.h"
@@ -29,7 +28,7 @@ void require(cudaError_t status, const char* what) {
                         "Check the GPU and its memory (nvidia-smi).");
 }
 
-std::string version() {
+std::string library_version() {
   std::string text;
   for (const std::int32_t part : {getInferLibMajorVersion(), getInferLibMinorVersion(), getInferLibPatchVersion(),
                                   getInferLibBuildVersion()}) {
@@ -64,8 +63,11 @@ class OnDevice {
 
 class Logger final : public nvinfer1::ILogger {
  public:
+  Logger() { stay_loaded(); }
+
   void log(Severity severity, const char* message) noexcept override {
-    if (severity <= Severity::kERROR) std::cerr << kTitle << ": " << message << '\n';
+    if (severity > Severity::kWARNING) return;
+    tell(severity == Severity::kWARNING ? ztp::Severity::warning : ztp::Severity::error, kTitle, message);
   }
 };
 
@@ -210,7 +212,7 @@ class TensorRtRunner final : public Runner {
       throw BadRequest("This engine's plan was stripped of its weights, which only the Python runtime puts back.",
                        "Build it again without strip_plan.");
     }
-    check_home(folder, gpus().at(static_cast<std::size_t>(device_)), kTitle, version());
+    check_home(folder, gpus().at(static_cast<std::size_t>(device_)), kTitle, library_version());
     const std::string plan = read_file(path);
     runtime_.reset(nvinfer1::createInferRuntime(logger()));
     if (runtime_ == nullptr) throw MissingSoftware(kTitle + " did not start.", "See its message above.");
@@ -236,6 +238,8 @@ class TensorRtRunner final : public Runner {
     require(guard.status(), "return to the engine's device");
     return contexts_.with([&](Context& context) { return context.run(images, batch); });
   }
+
+  std::string version() const override { return library_version(); }
 
  private:
   /// Every tensor needs an address before a run, so there must be none but the manifest's.

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <sstream>
 #include <system_error>
 
 #include "canonical_json.h"
+#include "json.h"
 #include "sha256.h"
 
 namespace ztp {
@@ -17,7 +17,6 @@ namespace fs = std::filesystem;
 
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kSchema = "ztp.engine/1";
-constexpr int kDeepest = 64;  // no manifest nests deeper; a crafted one must not exhaust the stack
 constexpr std::size_t kChunk = std::size_t{1} << 20U;
 // Far above any engine's, and so low that the bytes of a batch, three channels of float32, are countable.
 constexpr std::size_t kLargestBatch = std::size_t{1} << 16U;
@@ -103,20 +102,11 @@ class Fields {
 
 json parse(const std::string& text, const fs::path& path) {
   try {
-    if (text.rfind("\xEF\xBB\xBF", 0) == 0) refuse(path, "the file", "Invalid JSON at byte 1");
-    // The parser would take a zero byte for the end, whatever comes after it.
-    const std::size_t zero = text.find('\0');
-    if (zero != std::string::npos) refuse(path, "the file", "Invalid JSON at byte " + std::to_string(zero + 1));
-    json root = json::parse(text, [&](int depth, json::parse_event_t, json&) {
-      if (depth > kDeepest) refuse(path, "the file", "It is nested too deeply");
-      return true;
-    });
+    json root = parse_json(text);
     if (!root.is_object()) refuse(path, "the file", "Input should be an object");
     return root;
-  } catch (const json::parse_error& error) {
-    refuse(path, "the file", "Invalid JSON at byte " + std::to_string(error.byte));
-  } catch (const json::exception&) {
-    refuse(path, "the file", "Invalid JSON: a number is too large");
+  } catch (const JsonError& error) {
+    refuse(path, "the file", error.what());
   }
 }
 
@@ -183,6 +173,7 @@ void read_settings(const json& root, const Fields& fields, EngineFolder& folder)
     folder.spin_between_runs = settings.value("spin_between_runs", false);
     folder.strip_plan = settings.value("strip_plan", false);
     folder.version_compatible = settings.value("version_compatible", false);
+    folder.cuda_graph = settings.value("cuda_graph", false);
     folder.hardware_compatible = settings.value("hardware_compatible", "none");
     folder.float_precision = settings.value("float_precision", "fp32");
     folder.properties = built.value("properties", std::map<std::string, std::string>());

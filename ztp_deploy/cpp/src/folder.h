@@ -30,6 +30,7 @@ struct EngineFolder {
   bool spin_between_runs = false;
   bool strip_plan = false;
   bool version_compatible = false;
+  bool cuda_graph = false;  ///< read for a warning alone: runs are launched kernel by kernel
   std::string hardware_compatible = "none";
   std::string float_precision = "fp32";  ///< of an int8 engine, where it does not compute in int8
   Gpu home;                              ///< the GPU it was built on; without a name where it is not bound to one

@@ -1,4 +1,4 @@
-/// Things that one thread may use at a time, lent to as many threads as ask.
+/// Things that one thread may use at a time, lent to as many threads as ask: as many as Session lets run at once.
 #pragma once
 
 #include <functional>

@@ -19,7 +19,7 @@ struct OutputView {
   bool is_int32 = false;
 };
 
-/// An engine opened by its library. run() is called from several threads at once.
+/// An engine opened by its library. run() is called from several threads at once, as many as Options allow.
 class Runner {
  public:
   Runner() = default;
@@ -29,6 +29,9 @@ class Runner {
 
   /// Runs pixels [batch, 3, size, size] of the manifest's type; shapes and types were checked, pixels are finite.
   virtual Outputs run(const void* images, std::size_t batch) const = 0;
+
+  /// The version of the library that opened the engine.
+  virtual std::string version() const = 0;
 };
 
 /// Copies an engine's outputs, in the manifest's order, after checking that they are what the manifest promises.

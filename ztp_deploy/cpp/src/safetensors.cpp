@@ -1,9 +1,9 @@
 #include "safetensors.h"
 
 #include <limits>
-#include <nlohmann/json.hpp>
 
 #include "folder.h"
+#include "json.h"
 
 namespace ztp {
 namespace {
@@ -41,7 +41,7 @@ StoredTensors parse(const std::string& text) {
   std::size_t length = 0;
   for (std::size_t i = kPrefix; i > 0; --i) length = (length << 8U) | static_cast<unsigned char>(text[i - 1]);
   if (length > text.size() - kPrefix) throw std::invalid_argument("shorter than its header");
-  const json header = json::parse(text.substr(kPrefix, length));
+  const json header = parse_json(text.substr(kPrefix, length));
   const std::string data = text.substr(kPrefix + length);
   StoredTensors stored;
   for (const auto& [name, entry] : header.items()) {
@@ -60,7 +60,7 @@ StoredTensors read_safetensors(const std::filesystem::path& path) {
   const std::string text = read_file(path);
   try {
     return parse(text);
-  } catch (const std::exception&) {  // nlohmann's errors and ours alike
+  } catch (const std::exception&) {  // the reader's, nlohmann's and ours alike
     throw DamagedFiles(path.string() + " is not a whole safetensors file.", "Write it again with `ztp check`.");
   }
 }

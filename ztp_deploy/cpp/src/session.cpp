@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <thread>
 
 #include "folder.h"
 #include "gpu.h"
 #include "runner.h"
 #include "selftest.h"
+#include "turns.h"
+#include "warnings.h"
 
 namespace ztp {
 namespace {
@@ -93,7 +96,8 @@ auto own_errors(const std::string& who, const std::filesystem::path& directory, 
 void check_batch(const Manifest& manifest, std::size_t batch) {
   const BatchRange& span = manifest.batch;
   if (batch >= span.min && batch <= span.max) return;
-  const std::string least = std::to_string(std::min(span.min, std::max<std::size_t>(batch, 1)));
+  if (batch == 0) throw BadRequest("A batch holds at least one image; got none.", "Give at least one.");
+  const std::string least = std::to_string(std::min(span.min, batch));
   const std::string most = std::to_string(std::max(span.max, batch));
   throw BadRequest("A batch of " + std::to_string(batch) + " is outside this engine's range " +
                        std::to_string(span.min) + " to " + std::to_string(span.max) + ".",
@@ -115,32 +119,50 @@ void check_finite(const float* images, std::size_t values) {
                    "Check where the images come from.");
 }
 
+std::size_t runs_at_once(const Options& options) {
+  if (options.concurrent_runs > 0) return options.concurrent_runs;
+  return std::max(std::thread::hardware_concurrency(), 1U);  // 0 where that is not known
+}
+
 }  // namespace
 
 class Session::Implementation {
  public:
-  explicit Implementation(const std::string& directory)
-      : folder_(own_errors("Reading", directory, [&] { return open_folder(directory); })) {
-    own_errors(folder_.manifest.backend, folder_.directory, [&] { runner_ = open_runner(folder_); });
+  Implementation(const std::string& directory, const Options& options)
+      : folder_(own_errors("Reading", directory, [&] { return open_folder(directory); })),
+        turns_(runs_at_once(options)) {
+    own_errors(folder_.manifest.backend, folder_.directory, [&] {
+      runner_ = open_runner(folder_);
+      warnings_ = warnings_of(folder_, runner_->version());
+    });
   }
 
   const EngineFolder& folder() const noexcept { return folder_; }
+  const std::vector<Warning>& warnings() const noexcept { return warnings_; }
 
   Outputs run(const void* images, std::size_t batch) const {
-    return own_errors(folder_.manifest.backend, folder_.directory, [&] { return runner_->run(images, batch); });
+    return own_errors(folder_.manifest.backend, folder_.directory, [&] {
+      const Turns::Turn turn(turns_);
+      return runner_->run(images, batch);
+    });
   }
 
  private:
   EngineFolder folder_;
   std::unique_ptr<Runner> runner_;  // after the folder it refers to
+  std::vector<Warning> warnings_;
+  mutable Turns turns_;
 };
 
-Session::Session(const std::string& directory) : implementation_(std::make_unique<Implementation>(directory)) {}
+Session::Session(const std::string& directory, const Options& options)
+    : implementation_(std::make_unique<Implementation>(directory, options)) {}
 Session::~Session() = default;
 Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;
 
 const Manifest& Session::manifest() const noexcept { return implementation_->folder().manifest; }
+
+const std::vector<Warning>& Session::warnings() const noexcept { return implementation_->warnings(); }
 
 Outputs Session::run(const float* images, std::size_t batch) const {
   check_dtype(manifest(), "float32");

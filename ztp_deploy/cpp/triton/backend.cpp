@@ -32,12 +32,22 @@ ZTP_ENTRY TRITONBACKEND_Initialize(TRITONBACKEND_Backend*) {
     std::uint32_t major = 0;
     std::uint32_t minor = 0;
     require(TRITONBACKEND_ApiVersion(&major, &minor));
-    if (major == TRITONBACKEND_API_VERSION_MAJOR) return;
+    if (major == TRITONBACKEND_API_VERSION_MAJOR) {
+      ztp::set_log([](ztp::Severity severity, const std::string& message) {
+        const bool error = severity == ztp::Severity::error;
+        ztp::triton::log(error ? TRITONSERVER_LOG_ERROR : TRITONSERVER_LOG_WARN, message);
+      });
+      return;
+    }
     throw ztp::MissingSoftware("This server's back-end interface has version " + std::to_string(major) + "." +
                                    std::to_string(minor) + "; libtriton_ztp.so was built for " +
                                    std::to_string(TRITONBACKEND_API_VERSION_MAJOR) + ".x.",
                                "Build it again with this server's headers (TRITON_ROOT).");
   });
+}
+
+ZTP_ENTRY TRITONBACKEND_Finalize(TRITONBACKEND_Backend*) {
+  return answer([] { ztp::set_log({}); });
 }
 
 ZTP_ENTRY TRITONBACKEND_ModelInitialize(TRITONBACKEND_Model* model) {

@@ -72,6 +72,8 @@ std::string repeated_run(const Session& session, const std::string& folder, Self
 Model::Model(TRITONBACKEND_Model* model) : session_(engine_folder(model)) {
   const Manifest& manifest = session_.manifest();
   const std::string folder = engine_folder(model);
+  // First: what is said here may be why the rest does not hold.
+  for (const Warning& warning : session_.warnings()) log(TRITONSERVER_LOG_WARN, warning.text);
   json configuration = configuration_of(model);
   const std::string proof = repeated_run(session_, folder, self_test_wish(configuration));
   const Outputs outputs = first_run(session_);

@@ -10,7 +10,7 @@ namespace ztp::triton {
 class Model {
  public:
   /// Opens the engine folder `<repository>/<version>`, runs it once, repeats the run that was recorded with it, and
-  /// completes Triton's configuration. Throws what Session throws, and TritonError.
+  /// completes Triton's configuration. What the session warns of is in the server's log. Throws what Session throws, and TritonError.
   explicit Model(TRITONBACKEND_Model* model);
 
   const Session& session() const noexcept { return session_; }

@@ -4,12 +4,23 @@
 ///     ztp::Outputs outputs = session.run(images.data(), batch);
 ///
 /// No engine library shows in this header; which of them a build of the runtime can open was chosen
-/// when it was configured, and backends() says it.
+/// when it was configured, and backends() says it. What holds for all of it:
+///
+/// - Ownership: a session owns its engine, and outputs and warnings own what they hold: outputs outlive the session.
+///   References that a session hands out (manifest(), warnings()) live as long as it, also where it is moved. Images are
+///   the caller's: they are read during run() only, where they lie; for the CPU they are handed to libraries uncopied.
+/// - Threads: every const member may be called from several threads at once, on one session or several. At most
+///   Options::concurrent_runs runs of a session are under way; later ones wait, first come first served. A session is
+///   moved, assigned to and destroyed by one thread, with no call to it under way.
+/// - Errors: what is thrown is an Error, one of four kinds; a run that threw leaves the session as it was, and its place
+///   to the next. Only where memory runs out before there is an Error to tell of it, std::bad_alloc comes.
+/// - Processes: engine libraries have threads, and none is known to survive fork(): open sessions after it.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -101,6 +112,24 @@ struct Manifest {
   std::string sha256;               ///< of manifest.json, as evidence files quote it
 };
 
+/// How an engine is opened.
+struct Options {
+  /// How many runs of one session may be under way at once. Each has an infer request or an execution context to itself,
+  /// whose memory, on a GPU that of the largest batch, is kept for later runs. 0: as many as this machine has processors.
+  std::size_t concurrent_runs = 0;
+};
+
+/// What an engine that was opened gives reason to say; `text` is whole sentences, Python's where Python warns too.
+struct Warning {
+  enum class Kind {
+    version,     ///< the library is another release than the one that the engine was built and checked with
+    parity,      ///< the engine failed its last parity check (`evidence/parity.json`): its answers are not the model's
+    cuda_graph,  ///< built with `cuda_graph`, which only Python honours
+  };
+  Kind kind;
+  std::string text;
+};
+
 /// What one run gives; everything is the caller's own. Tokens are told by stage.
 struct Outputs {
   std::size_t batch = 0;
@@ -121,7 +150,7 @@ struct SelfTest {
 
 /// An open engine. Moving is cheap, copying is not offered; a moved-from session may only be destroyed or assigned to.
 ///
-/// Every const member may be called from several threads at once. How far such runs overlap is the back end's affair.
+/// How far runs in several threads overlap is the back end's affair.
 class ZTP_API Session {
  public:
   /// Opens an engine folder after its manifest and the sha256 of every file were verified.
@@ -129,7 +158,7 @@ class ZTP_API Session {
   /// Throws BadRequest (no engine folder, or the library failed in an unknown way), DamagedFiles (edited, truncated,
   /// missing) and MissingSoftware (back end not compiled in, library or device not here), and nothing else. AOTInductor
   /// and TensorRT engines are code: open only what you built. TensorRT's run on the CUDA device that is current here.
-  explicit Session(const std::string& directory);
+  explicit Session(const std::string& directory, const Options& options = {});
   ~Session();
   Session(Session&&) noexcept;
   Session& operator=(Session&&) noexcept;
@@ -137,6 +166,11 @@ class ZTP_API Session {
   Session& operator=(const Session&) = delete;
 
   const Manifest& manifest() const noexcept;
+
+  /// What was found when the engine was opened, in the order of Warning::Kind; empty where there is nothing to say.
+  ///
+  /// Nothing is printed: whoever must not serve an engine that failed its check looks for Warning::Kind::parity.
+  const std::vector<Warning>& warnings() const noexcept;
 
   /// Runs batch × 3 × size × size values, channels before rows; they are read during the call only.
   ///
@@ -156,6 +190,20 @@ class ZTP_API Session {
   class Implementation;
   std::unique_ptr<Implementation> implementation_;
 };
+
+/// Weight of a library's message.
+enum class Severity { error, warning };
+
+/// Takes a message of an engine library: one that begins with the library's name, without a line's end.
+using Log = std::function<void(Severity severity, const std::string& message)>;
+
+/// Sends the messages of engine libraries to `log`, for the whole process: TensorRT and ONNX Runtime know one log each.
+///
+/// Without one, or with an empty one, errors go to stderr and warnings nowhere. A log is called from any thread, from
+/// several at once; it must not call ztp, and what it throws is dropped. When this returns, the log before is not in use
+/// any more: set an empty one before what it refers to goes. OpenVINO and libtorch have logs of their own, which stay the
+/// program's; so has ONNX Runtime, where the program itself made its environment first.
+ZTP_API void set_log(Log log);
 
 /// The back ends this build can open, by their names in manifests.
 ZTP_API std::vector<std::string> backends();

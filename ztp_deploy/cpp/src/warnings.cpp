@@ -1,0 +1,93 @@
+#include "warnings.h"
+
+#include <optional>
+#include <system_error>
+
+#include "json.h"
+
+namespace ztp {
+namespace {
+
+using nlohmann::json;
+namespace fs = std::filesystem;
+
+/// The release in a version: without what builds and Python's wheels add (`+cu132`, `.post1`, `-22982-e213a`).
+std::string release(const std::string& version) {
+  const std::string digits = version.substr(0, version.find_first_not_of("0123456789."));
+  return digits.substr(0, digits.find_last_not_of('.') + 1);
+}
+
+/// A path as a shell takes it, in the form of Python's shlex.quote.
+std::string quoted(const std::string& path) {
+  constexpr const char* kPlain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+=:,./-";
+  if (!path.empty() && path.find_first_not_of(kPlain) == std::string::npos) return path;
+  std::string text = "'";
+  for (const char letter : path) {
+    if (letter == '\'') {
+      text += "'\"'\"'";
+    } else {
+      text += letter;
+    }
+  }
+  return text + "'";
+}
+
+/// Python's idea of truth.
+bool holds(const json& value) {
+  if (value.is_boolean()) return value.get<bool>();
+  if (value.is_number()) return value.get<double>() != 0;
+  if (value.is_string()) return !value.get_ref<const std::string&>().empty();
+  return !value.empty();
+}
+
+std::string shown(const json& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
+
+/// Where the parity check of this very manifest failed, as " between … and …"; nothing unless it did.
+std::optional<std::string> failed_check(const EngineFolder& folder) {
+  const fs::path path = folder.directory / "evidence" / "parity.json";
+  std::error_code ignored;
+  if (!fs::is_regular_file(path, ignored)) return std::nullopt;
+  try {
+    const json report = parse_json(read_file(path));
+    if (holds(report.at("passed")) || report.at("manifest_sha256") != folder.manifest.sha256) return std::nullopt;
+    std::optional<std::string> where;
+    const json& edges = report.at("edges");
+    if (!edges.is_array()) return std::nullopt;
+    for (const json& edge : edges) {
+      if (!holds(edge.at("faults"))) continue;
+      const std::string between = " between " + shown(edge.at("reference")) + " and " + shown(edge.at("candidate"));
+      if (!where) where = between;
+    }
+    return where.value_or("");
+  } catch (const std::exception&) {  // not evidence: as in Python, a report that cannot be read says nothing
+    return std::nullopt;
+  }
+}
+
+}  // namespace
+
+std::vector<Warning> warnings_of(const EngineFolder& folder, const std::string& version) {
+  const Manifest& manifest = folder.manifest;
+  const std::string directory = folder.directory.string();
+  const std::string check = "`ztp check --engine " + quoted(directory) + "`";
+  std::vector<Warning> warnings;
+  if (!version.empty() && release(version) != release(manifest.backend_version)) {
+    warnings.push_back({Warning::Kind::version, directory + " was built and checked with " + manifest.backend + " " +
+                                                    manifest.backend_version + "; this is " + version + ". Run " +
+                                                    check + "."});
+  }
+  if (const std::optional<std::string> failed = failed_check(folder)) {
+    warnings.push_back({Warning::Kind::parity, directory + " (" + manifest.precision +
+                                                   ") failed its last parity check" + *failed +
+                                                   ": do not rely on its answers. Run " + check +
+                                                   ", and build it again."});
+  }
+  if (folder.cuda_graph) {
+    warnings.push_back({Warning::Kind::cuda_graph,
+                        directory + " was built with cuda_graph; this runtime launches kernel by kernel, with the same "
+                                    "results. Serve it from Python where that time counts."});
+  }
+  return warnings;
+}
+
+}  // namespace ztp
