@@ -18,7 +18,6 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from ztp_deploy.evidence.latency import LatencyReport
-    from ztp_deploy.evidence.load import LoadReport
     from ztp_deploy.evidence.parity import ParityReport
     from ztp_deploy.workflow.make import Result
 
@@ -97,16 +96,12 @@ def recorded(what: str) -> None:
     err.print(f"Recorded {what}", soft_wrap=True)
 
 
-def show_rows(
-    head: Sequence[str], rows: Iterable[Sequence[str]], report: LatencyReport | LoadReport, lines: Sequence[str] = ()
-) -> None:
-    """Prints a report's table, of cells written for Markdown, lines on it, its notes and the GPU."""
+def show_rows(head: Sequence[str], rows: Iterable[Sequence[str]], report: LatencyReport) -> None:
+    """Prints a report's table, of cells written for Markdown, its notes and the GPU."""
     table = Table(*head)
     for row in rows:
         table.add_row(*(cell.replace("**", "") for cell in row))
     out.print(table)
-    for line in lines:
-        out.print(line)
     for note in report.notes:
         warn(note)
     out.print(report.gpu)

@@ -42,7 +42,7 @@ from ztp_deploy.cli.options import (
     numbers,
     refuse_idle,
 )
-from ztp_deploy.console import Bars, print_json, recorded, show_result, show_rows, warn
+from ztp_deploy.console import Bars, out, print_json, recorded, show_result, show_rows, warn
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 from ztp_deploy.errors import GateFailed
 
@@ -226,11 +226,11 @@ def _load_engines(
 def _show_load(report: LoadReport, model: str, record: Path | None, as_json: bool) -> None:
     """Writes the record that was asked for, and prints the report."""
     from ztp_deploy.evidence.records import record_load
-    from ztp_deploy.evidence.report.load import load_head, load_lines, load_rows
+    from ztp_deploy.evidence.report.terminal import show_load
 
     if record is not None:
         recorded(record_load(report, model, record))
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    show_rows(load_head(report), load_rows(report), report, load_lines(report))
+    show_load(report, out)

@@ -246,15 +246,15 @@ def load_figure(report: LoadReport, batch: int) -> Markup | None:
         ]
     said = []
     for row, (role, name) in enumerate(names.items()):
-        hue = ("dense", "", "other")[min(row, 2)]
+        hue = (" dense", "", " other")[min(row, 2)]
         line = sorted((level for level in levels if level.role == role), key=lambda level: level.clients)
         places = [(x(level.images_per_second), y(level.p95 or 0.0)) for level in line]
-        parts += [_dot(left + 1, 24 * row + 10, f"dot {hue}"), _text(left + 1, 24 * row + 14, name, "name", shift=12)]
-        parts += [_line(*one, *other, f"whisker {hue}") for one, other in itertools.pairwise(places)]
+        parts += [_dot(left + 1, 24 * row + 10, f"dot{hue}"), _text(left + 1, 24 * row + 14, name, "name", shift=12)]
+        parts += [_line(*one, *other, f"whisker{hue}") for one, other in itertools.pairwise(places)]
         for level, (across, down) in zip(line, places, strict=True):
             parts += [
-                _dot(across, down, f"dot {hue}" + (" unsure" if level.verdict == "inconclusive" else "")),
-                _text(across, down - 10, str(level.clients), "value", anchor=_anchor(across)),
+                _dot(across, down, f"dot{hue}" + (" unsure" if level.verdict == "inconclusive" else "")),
+                _text(across, down + 4, str(level.clients), "value", *(("end", -9) if across > 96 else ("start", 9))),
             ]
         shown = (f"{one.clients}: {one.images_per_second:.1f} and {milliseconds(one.p95 or 0.0)} ms" for one in line)
         said.append(f"{name} {', '.join(shown)}")

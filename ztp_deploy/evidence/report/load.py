@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ztp_deploy.evidence.latency import P99_SAMPLES
 from ztp_deploy.evidence.load import P95_REQUESTS, Level, LoadReport
 from ztp_deploy.evidence.report.comparison import engine_names
@@ -10,6 +12,7 @@ from ztp_deploy.evidence.report.markdown import machine_line, milliseconds, role
 NUMBERS = (0, 1, 4, 5, 6, 7, 8)
 """Columns that hold numbers alone."""
 NO_FIGURE = "–"
+NOT_SUSTAINED = "not sustained"
 
 
 def render_load(report: LoadReport) -> str:
@@ -54,7 +57,7 @@ def load_rows(report: LoadReport) -> list[list[str]]:
         times = [level.median, level.p90, level.p95, level.p99, level.maximum]
         cells = [NO_FIGURE if value is None else milliseconds(value) for value in times]
         if level.verdict == "not sustained":
-            cells[0] = "not sustained"
+            cells[0] = NOT_SUSTAINED
         row = [str(level.batch), load, names[level.role], rate, *cells]
         if len(names) > 1:
             row.append(_over(report, level, first))
@@ -84,11 +87,14 @@ def load_lines(report: LoadReport) -> list[str]:
         lines.append(
             f"{NO_FIGURE}: fewer than {P95_REQUESTS} requests say nothing of p95, fewer than {P99_SAMPLES} nothing of p99."
         )
-    doubts: dict[str, list[str]] = {}
+    doubts: dict[str, dict[tuple[str, int], list[Level]]] = {}
     for level in levels:
         if level.verdict == "inconclusive" and level.reason:
-            doubts.setdefault(level.reason, []).append(f"{load_names(report)[level.role]} {_where(level)}")
-    lines += [f"Inconclusive, {reason}: {'; '.join(which)}." for reason, which in doubts.items()]
+            name = load_names(report)[level.role]
+            doubts.setdefault(level.reason, {}).setdefault((name, level.batch), []).append(level)
+    for reason, which in doubts.items():
+        places = [f"{name} at batch {batch}, {_loads(found)}" for (name, batch), found in which.items()]
+        lines.append(f"Inconclusive, {reason}: {'; '.join(places)}.")
     return lines
 
 
@@ -107,6 +113,9 @@ def _over(report: LoadReport, level: Level, first: str) -> str:
     return speedup_text(ratio) + (" inconclusive" if ratio.verdict == "inconclusive" else "")
 
 
-def _where(level: Level) -> str:
-    load = f"with {level.clients} clients" if level.rate is None else f"at {level.rate:g} requests/s"
-    return f"at batch {level.batch} {load}"
+def _loads(levels: Sequence[Level]) -> str:
+    """What was asked of these: "1, 2 clients"."""
+    if levels[0].rate is not None:
+        return f"{', '.join(f'{level.rate:g}' for level in levels)} requests/s"
+    counts = [level.clients for level in levels]
+    return f"{', '.join(map(str, counts))} client{'' if counts == [1] else 's'}"
