@@ -469,23 +469,61 @@ def test_clients_have_infer_requests_of_their_own(several_streams):
         assert len(made) == len(set(made)) == 3
 
 
-@pytest.mark.parametrize("name", ["shared_engine", "openvino_engine", "torchscript_engine"])
-def test_runs_of_several_threads_overlap(name, request):
-    """A client inside the library does not keep another from entering it: both are seen inside at once."""
+class Within:
+    """A library's object, one of whose calls comes back when two threads are in it at once."""
+
+    def __init__(self, real, call, both):
+        self.real, self.call, self.both = real, call, both
+
+    def __getattr__(self, name):
+        found = getattr(self.real, name)
+        if name == "create_infer_request":
+            return lambda: Within(found(), self.call, self.both)
+        return (lambda *a, **k: (self.both.wait(20), found(*a, **k))[1]) if name == self.call else found
+
+
+@pytest.mark.parametrize(
+    "name, library, call",
+    [
+        ("shared_engine", "_session", "run"),
+        ("openvino_engine", "_compiled", "infer"),
+        ("several_streams", "_compiled", "infer"),
+        ("torchscript_engine", "_module", "forward"),
+    ],
+)
+def test_two_threads_are_in_the_library_at_once(name, library, call, request):
+    """Nothing of ours keeps one request waiting for another: the call itself is where they meet."""
     with ztp.load_engine(request.getfixturevalue(name)) as session:
-        images = load.noise(session, 4)
-        inside, most, lock = [0], [0], threading.Lock()
+        images = load.noise(session, 1)
+        alone = session.run(images)
+        both = threading.Barrier(2)
+        setattr(session.runner, library, Within(getattr(session.runner, library), call, both))
+        session.runner._requests = threading.local()
+        answers = []
 
-        def run(given):
-            with lock:
-                inside[0] += 1
-                most[0] = max(most[0], inside[0])
-            session.run(given)
-            with lock:
-                inside[0] -= 1
+        def run():
+            try:
+                answers.append(session.run(images))
+            except threading.BrokenBarrierError:
+                answers.append(None)
 
-        closed_loop(SimpleNamespace(run=run), images, 4, 0.2)
-    assert most[0] > 1
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(answers) == 2
+    for answer in answers:
+        np.testing.assert_allclose(answer, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_engines_that_answer_one_by_one_are_named(shared_engine):
+    """Recorded CUDA graphs have one set of buffers: more clients add to the latency alone."""
+    manifest = shared_engine.manifest
+    recorded = manifest.model_copy(update={"settings": {**manifest.settings, "cuda_graph": True}})
+    engines = {"dense": shared_engine, "pruned": load.Engine(shared_engine.directory, recorded)}
+    [note] = load.serial_notes(engines)
+    assert note == "pruned replays CUDA graphs, and answers one request at a time."
 
 
 def test_refusals(shared_engine):

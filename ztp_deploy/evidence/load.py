@@ -244,8 +244,17 @@ def measure_load(
         ratios=ratios,
         environment=before,
         gpu=environment.gpu_line(),
-        notes=busy_notes(busy),
+        notes=[*busy_notes(busy), *serial_notes(named)],
     )
+
+
+def serial_notes(engines: Mapping[str, Engine]) -> list[str]:
+    """What a report says of engines that cannot run several requests side by side."""
+    return [
+        f"{role} replays CUDA graphs, and answers one request at a time."
+        for role, engine in engines.items()
+        if engine.manifest.settings.get("cuda_graph")
+    ]
 
 
 # --- turns -------------------------------------------------------------------------------------
