@@ -126,6 +126,9 @@ def test_what_is_in_doubt_is_named_once_with_its_reason(shared_engine):
     assert load_lines(doubtful)[1:] == [
         "Inconclusive, it is wide: dense at batch 1, 1 client; pruned at batch 1, 1, 2, 4 clients."
     ]
+    ratios = [one.model_copy(update={"verdict": "inconclusive", "reason": "it drifted"}) for one in report.ratios]
+    [line] = load_lines(report.model_copy(update={"ratios": ratios}))[1:]
+    assert line == "Inconclusive, it drifted: pruned over dense at batch 1, 1, 2, 4 clients."
     assert [row[3].endswith(" inconclusive") for row in load_rows(doubtful)] == [True, True, False, True, False, True]
 
 
@@ -166,6 +169,13 @@ def test_the_terminal_fits_eighty_columns(shared_engine):
     assert [row[:3] for row in rows] == [["1", "pruned", "30.0"], ["2", "pruned", "48.0"], ["4", "pruned", "48.0"]] * 2
     assert printed.count("(1.50–1.50)") == printed.count("(1.60–1.60)") == 6
     assert "The machine was busy." in printed
+    assert "A: " not in printed
+    roles = {"dense": "a-1-cpu/m--dense--fp32--b1-4-8", "pruned": "b-2-cpu/m--zero_tprune-0.7--bf16--b1-4-8"}
+    report = made_up(shared_engine)
+    levels = [one.model_copy(update={"role": roles[one.role]}) for one in report.levels]
+    long = shown(report.model_copy(update={"levels": levels, "ratios": []}))
+    assert long.splitlines()[:2] == ["A: a 1 dense fp32", "B: b 2 zero_tprune-0.7 bf16"]
+    assert next(line.split()[:3] for line in long.splitlines() if " B " in line) == ["1", "B", "30.0"]
     late = shown(made_up(shared_engine, rates=(50,)))
     assert late.count("not") >= 2
     assert "Not sustained: requests came faster" in late

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ztp_deploy.evidence.latency import P99_SAMPLES
-from ztp_deploy.evidence.load import P95_REQUESTS, Level, LoadReport
+from ztp_deploy.evidence.load import P95_REQUESTS, Level, Load, LoadReport
 from ztp_deploy.evidence.report.comparison import engine_names
 from ztp_deploy.evidence.report.markdown import machine_line, milliseconds, role_name, speedup_text
 
@@ -87,11 +87,16 @@ def load_lines(report: LoadReport) -> list[str]:
         lines.append(
             f"{NO_FIGURE}: fewer than {P95_REQUESTS} requests say nothing of p95, fewer than {P99_SAMPLES} nothing of p99."
         )
-    doubts: dict[str, dict[tuple[str, int], list[Level]]] = {}
+    doubts: dict[str, dict[tuple[str, int], list[Load]]] = {}
+    names = load_names(report)
     for level in levels:
-        if level.verdict == "inconclusive" and level.reason:
-            name = load_names(report)[level.role]
-            doubts.setdefault(level.reason, {}).setdefault((name, level.batch), []).append(level)
+        name = names[level.role]
+        doubted: list[tuple[str, str | None]] = [(name, level.reason if level.verdict == "inconclusive" else None)]
+        if ratio := report.ratio(level.role, levels[0].role, level.batch, level):
+            doubted.append((f"{name} over {names[levels[0].role]}", ratio.reason))
+        for what, reason in doubted:
+            if reason:
+                doubts.setdefault(reason, {}).setdefault((what, level.batch), []).append(level)
     for reason, which in doubts.items():
         places = [f"{name} at batch {batch}, {_loads(found)}" for (name, batch), found in which.items()]
         lines.append(f"Inconclusive, {reason}: {'; '.join(places)}.")
@@ -113,7 +118,7 @@ def _over(report: LoadReport, level: Level, first: str) -> str:
     return speedup_text(ratio) + (" inconclusive" if ratio.verdict == "inconclusive" else "")
 
 
-def _loads(levels: Sequence[Level]) -> str:
+def _loads(levels: Sequence[Load]) -> str:
     """What was asked of these: "1, 2 clients"."""
     if levels[0].rate is not None:
         return f"{', '.join(f'{level.rate:g}' for level in levels)} requests/s"

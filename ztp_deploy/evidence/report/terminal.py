@@ -12,6 +12,9 @@ from ztp_deploy.evidence.report.load import NO_FIGURE, NOT_SUSTAINED, load_lines
 from ztp_deploy.evidence.report.markdown import macs_line, selection_lines, table_rows, unsure_batches
 from ztp_deploy.evidence.report.summary import Summary
 
+_SHORT = 12
+"""Characters of an engine's name that a table under load has room for."""
+
 
 def show_summary(summary: Summary, console: Console, kept: bool = True) -> None:
     """Prints the report, and where the engine lies if it is kept."""
@@ -59,9 +62,17 @@ def show_summary(summary: Summary, console: Console, kept: bool = True) -> None:
 
 
 def show_load(report: LoadReport, console: Console) -> None:
-    """Prints engines under load, a table a batch, without the intervals of throughput: it is to fit 80 columns."""
+    """Prints engines under load, a table a batch, without the intervals of throughput: it is to fit 80 columns.
+
+    Long names become letters, which stand above.
+    """
     names = load_names(report)
+    letters = {name: chr(ord("A") + number) for number, name in enumerate(names.values())}
+    short = {name: name for name in letters} if max(map(len, letters)) <= _SHORT else letters
     rows = load_rows(report)
+    if short is letters:
+        for name, letter in letters.items():
+            console.print(f"{letter}: {name}", highlight=False)
     for batch in dict.fromkeys(row[0] for row in rows):
         counted = "ms since due" if report.open else "ms a request"
         title = f"Under load, batch {batch}; {counted}"
@@ -71,7 +82,7 @@ def show_load(report: LoadReport, console: Console) -> None:
         table.add_column("engine", min_width=6, overflow="fold")
         for name in ("images/s", "median", "p90", "p95", "p99", "max"):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column(f"over {next(iter(names.values()))}" if len(names) > 1 else "", overflow="fold", min_width=11)
+        table.add_column(f"over {next(iter(short.values()))}" if len(names) > 1 else "", overflow="fold", min_width=11)
         previous = None
         for row in (row for row in rows if row[0] == batch):
             if previous not in (None, row[1]):
@@ -82,7 +93,7 @@ def show_load(report: LoadReport, console: Console) -> None:
             if times[0] == NOT_SUSTAINED:
                 times[0], over = NO_FIGURE, NOT_SUSTAINED
             times = [f"{float(cell):.1f}" if len(cell) > 4 else cell for cell in times]
-            table.add_row(load, name, rate.split()[0], *times, over.replace("**", ""))
+            table.add_row(load, short[name], rate.split()[0], *times, over.replace("**", ""))
         console.print(table)
     for line in load_lines(report):
         console.print(line, highlight=False)
