@@ -467,7 +467,7 @@ def test_every_command_explains_itself(ztp, command):
         (("bench", "--engine", "a", "--ratio", 0.7), 2, ("--ratio", "no sense")),
         (("bench", "--engine", "a", "--engine", "a"), 2, ("twice",)),
         (("bench", "--engine", "a", "--engine", "a", "--clients", 2), 2, ("twice",)),
-        (("bench", "--engine", "nowhere", "--clients", "1,2"), 2, ("no engine folder",)),
+        (("bench", "--engine", "nowhere", "--clients", "1,2"), 2, ("nowhere", "engine folder")),
         (("bench", "--engine", "a", "--clients", "two"), 2, ("--clients", "whole numbers")),
         (("bench", "--engine", "a", "--clients", "1,0"), 2, ("0 clients", "1 to 256")),
         (("bench", "--engine", "a", "--clients", "4,4"), 2, ("4 twice",)),
