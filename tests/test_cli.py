@@ -466,6 +466,19 @@ def test_every_command_explains_itself(ztp, command):
         (("classify", "--engine", "nowhere"), 2, ("IMAGE",)),
         (("bench", "--engine", "a", "--ratio", 0.7), 2, ("--ratio", "no sense")),
         (("bench", "--engine", "a", "--engine", "a"), 2, ("twice",)),
+        (("bench", "--engine", "a", "--engine", "a", "--clients", 2), 2, ("twice",)),
+        (("bench", "--engine", "nowhere", "--clients", "1,2"), 2, ("nowhere", "engine folder")),
+        (("bench", "--engine", "a", "--clients", "two"), 2, ("--clients", "whole numbers")),
+        (("bench", "--engine", "a", "--clients", "1,0"), 2, ("0 clients", "1 to 256")),
+        (("bench", "--engine", "a", "--clients", "4,4"), 2, ("4 twice",)),
+        (("bench", "--engine", "a", "--clients", "1", "--seconds", "nan"), 2, ("seconds",)),
+        (("bench", "--engine", "a", "--rate", "fast"), 2, ("--rate", "10,20.5")),
+        (("bench", "--engine", "a", "--rate", "-1"), 2, ("-1 requests a second",)),
+        (("bench", "--engine", "a", "--rate", "inf"), 2, ("inf requests a second",)),
+        (("bench", "--engine", "a", "--rate", 20, "--clients", "1,2"), 2, ("Clients 1,2", "threads that serve")),
+        (("bench", "-m", "deit_t", "-r", 0.7, "--rate", 20, "--clients", "1,2"), 2, ("threads that serve",)),
+        (("bench", "-m", "deit_t", "-r", 0.7, "--clients", 2, "--batches", 65), 2, ("batch 65",)),
+        (("bench", "--clients", 2), 2, ("--engine", "--model")),
         (("engine", "-m", "deit_t", "-r", 0.7, "--seconds", "nan"), 2, ("seconds",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--device", "tpu"), 2, ("tpu",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--images", "nowhere"), 2, ("not a folder",)),
@@ -565,6 +578,54 @@ def requests(monkeypatch):
     return asked
 
 
+def test_engines_under_load(made, ztp, tmp_path):
+    """Two engines from the command line: the table, evidence in both folders, a record, and nothing unproved."""
+    folder, _ = made
+    dense, pruned = (
+        shutil.copytree(next(folder.glob(f"engines/*/deit_t--{name}--*")), tmp_path / "engines" / name)
+        for name in ("dense", "zero_tprune-0.7")
+    )
+    both = ("bench", "--engine", dense, "--engine", pruned, "--batches", 2, "--seconds", 0.1)
+    code, out, err = ztp(*both, "--clients", "1,2", "--record", "records")
+    assert code == 0, err
+    assert "Under load, batch 2; ms a request" in out
+    assert "Clients are threads of one Python process" in out
+    assert "measure load with 1, 2 clients, at batch 2" in err
+    table = next(Path("records").glob("deit_t--load-onnxruntime-fp32--*.md")).read_text()
+    [evidence] = {(one / "evidence" / "load.json").read_text() for one in (dense, pruned)}
+    assert evidence == next(Path("records").glob("*.samples.json")).read_text()
+    assert [(one["role"], one["clients"]) for one in json.loads(evidence)["levels"]] == [
+        (f"engines/{role}", clients) for clients in (1, 2) for role in ("dense", "zero_tprune-0.7")
+    ]
+    assert "Under load" in (dense / "evidence" / "report.html").read_text()
+    assert (pruned / "evidence" / "report.md").read_text().endswith(f"## Under load\n\n{table}")
+    code, out, err = ztp(*both, "--rate", 50, "--clients", 1, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["schema"], [one["rate"] for one in found["levels"]]) == ("ztp.load/1", [50.0, 50.0])
+    assert "ms since due" in (pruned / "evidence" / "report.md").read_text()
+    code, out, err = ztp("check", "--engine", pruned, "--count", 8)
+    assert code == 0, err
+    assert "## Under load" in (pruned / "evidence" / "report.md").read_text()  # a new check leaves it there
+    (dense / "evidence" / "parity.json").unlink()
+    one_sentence(*ztp(*both, "--clients", 2), 2, "passed no parity check as it stands", "ztp check --engine")
+
+
+def test_a_model_under_load(made, ztp, monkeypatch):
+    """Dense, pruned and slice twin are made and proved first; here they stand already."""
+    folder, _ = made
+    monkeypatch.chdir(folder)
+    arguments = ("-m", "deit_t", "-r", 0.7, "--weights", "random", "--batch", "1:2:4", "--batches", 1)
+    code, out, err = ztp("bench", *arguments, "--clients", 2, "--seconds", 0.1, "--json")
+    assert code == 0, err
+    assert [one["role"] for one in json.loads(out)["levels"]] == ["dense", "pruned", "slice"]
+    assert len(json.loads(out)["ratios"]) == 3
+    loads = list(folder.glob("engines/*/*/evidence/load.json"))
+    assert len(loads) == 3
+    for path in loads:
+        path.unlink()
+
+
 @pytest.mark.parametrize("command", ["engine", "bench"])
 def test_a_recipe_brings_its_model(ztp, monkeypatch, command):
     asked = requests(monkeypatch)
@@ -610,7 +671,7 @@ def test_bench_finds_the_engine_that_was_calibrated_on_these_images(ztp, monkeyp
 @pytest.mark.parametrize(
     "start, heeded",
     [
-        (("bench", "--engine", "e"), {"engine", "batches", "seconds", "record", "as_json"}),
+        (("bench", "--engine", "e"), {"engine", "batches", "seconds", "clients", "rate", "record", "as_json"}),
         (("show", "a.png", "--engine", "e"), {"images", "engine", "directory", "as_json"}),
         (
             ("eval", "--engine", "e", "--data", "d"),

@@ -18,8 +18,10 @@ import pytest
 
 import ztp_deploy as ztp
 from ztp_deploy.evidence.latency import LatencyReport
+from ztp_deploy.evidence.load import LoadReport
 from ztp_deploy.evidence.methods import MethodsReport
 from ztp_deploy.evidence.report.comparison import render_comparison
+from ztp_deploy.evidence.report.load import render_load
 from ztp_deploy.evidence.report.markdown import render_tables
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.evidence.report.summary import Summary
@@ -35,6 +37,7 @@ SUMMARIES = [path for path in (ROOT / "engines" / "evidence").glob("*.json") if 
 METHODS_MEASURED = list((ROOT / "engines" / "evidence").glob("*--methods--*.samples.json"))
 GPU_REPORTS = list((ROOT / "engines" / "evidence" / "gpu").glob("*.json"))
 GPU_PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+LOADS = [path for kind in ("load", "rate") for path in (ROOT / "engines" / "evidence").glob(f"*--{kind}*.samples.json")]
 COMPARISONS = list((ROOT / "engines" / "evidence").glob("*--comparison*.samples.json"))
 
 
@@ -215,7 +218,7 @@ def test_the_readmes_table_is_the_recorded_one():
 
 
 def test_the_readmes_comparison_is_the_recorded_one():
-    shown = [part.split("<!-- /comparison -->")[0].strip() for part in README.split("<!-- comparison -->")[1:]]
+    shown = blocks("comparison", [README])
     assert len(shown) == len(COMPARISONS) > 0
     recorded = {
         render_comparison(LatencyReport.model_validate_json(path.read_text(encoding="utf-8"))).strip()
@@ -224,6 +227,29 @@ def test_the_readmes_comparison_is_the_recorded_one():
     assert set(shown) == recorded
     for path in COMPARISONS:
         assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text(encoding="utf-8"))
+
+
+def blocks(name, texts):
+    """What stands between <!-- name --> and <!-- /name --> in these texts."""
+    return [part.split(f"<!-- /{name} -->")[0].strip() for text in texts for part in text.split(f"<!-- {name} -->")[1:]]
+
+
+def test_tables_of_engines_under_load_are_the_recorded_ones():
+    """Every recorded one stands on a page, letter by letter, and no other does."""
+    shown = blocks("load", (page.read_text(encoding="utf-8") for page in PAGES))
+    texts = [path.read_text(encoding="utf-8") for path in LOADS]
+    assert sorted(shown) == sorted(render_load(LoadReport.model_validate_json(text)).strip() for text in texts)
+    for text in texts:
+        assert not re.search(r"/(home|root|work|tmp|Users)/", text)
+
+
+def test_blocks_are_found():
+    pages = [
+        "a\n<!-- load -->\n| 1 |\n<!-- /load -->\nb",
+        "no block",
+        "<!-- load -->\nc\n<!-- /load --><!-- load -->d<!-- /load -->",
+    ]
+    assert blocks("load", pages) == ["| 1 |", "c", "d"]
 
 
 def test_the_readmes_methods_are_the_recorded_ones():
@@ -362,6 +388,7 @@ def make(*arguments, cwd=ROOT):
 VARIABLES = (
     *("MODEL", "METHOD", "RATIO", "FLOPS", "KEEP", "SITES", "RECIPE", "WEIGHTS", "PROFILE", "BACKEND", "PRECISION"),
     *("BATCH", "IMAGES", "METHODS", "ENGINE", "DATA", "BUDGET", "TRIALS", "BESIDE", "NUM_CLASSES", "IMG_SIZE"),
+    *("CLIENTS", "RATE"),
 )
 
 

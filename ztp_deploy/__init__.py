@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from ztp_deploy.evidence.images import ImageSet, load_images
     from ztp_deploy.evidence.latency import LatencyReport, measure_latency
+    from ztp_deploy.evidence.load import LoadReport, measure_load
     from ztp_deploy.evidence.parity import ParityReport, check_parity
     from ztp_deploy.exporters import Artifact, export
     from ztp_deploy.models import RandomWeightsWarning, load_model
@@ -44,6 +45,7 @@ _HOMES = {
     "GateFailed": "ztp_deploy.errors",
     "ImageSet": "ztp_deploy.evidence.images",
     "LatencyReport": "ztp_deploy.evidence.latency",
+    "LoadReport": "ztp_deploy.evidence.load",
     "MissingSoftware": "ztp_deploy.errors",
     "ModelSize": "ztp_deploy.models.base",
     "ParityReport": "ztp_deploy.evidence.parity",
@@ -64,6 +66,7 @@ _HOMES = {
     "load_model": "ztp_deploy.models",
     "make_plan": "ztp_deploy.planning",
     "measure_latency": "ztp_deploy.evidence.latency",
+    "measure_load": "ztp_deploy.evidence.load",
     "prune": "ztp_deploy.pruning.prune",
     "trace_tokens": "ztp_deploy.pruning.trace",
 }
@@ -77,6 +80,7 @@ __all__ = [
     "GateFailed",
     "ImageSet",
     "LatencyReport",
+    "LoadReport",
     "MissingSoftware",
     "ModelSize",
     "ParityReport",
@@ -97,6 +101,7 @@ __all__ = [
     "load_model",
     "make_plan",
     "measure_latency",
+    "measure_load",
     "prune",
     "trace_tokens",
 ]

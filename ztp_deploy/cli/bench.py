@@ -1,4 +1,4 @@
-"""`ztp bench`: latency, engines interleaved."""
+"""`ztp bench`: latency, engines interleaved; with clients or a rate, throughput and latency under load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from ztp_deploy.cli.options import (
     Profile,
     Ratio,
     Recipe,
-    Seconds,
     Sites,
     Weights,
     asked_build,
@@ -39,13 +38,16 @@ from ztp_deploy.cli.options import (
     check_record,
     command_line,
     engine_or_model,
+    integers,
+    numbers,
     refuse_idle,
 )
-from ztp_deploy.console import Bars, print_json, recorded, show_result, show_rows, warn
+from ztp_deploy.console import Bars, out, print_json, recorded, show_result, show_rows, warn
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 from ztp_deploy.errors import GateFailed
 
 if TYPE_CHECKING:
+    from ztp_deploy.evidence.load import LoadReport
     from ztp_deploy.workflow.requests import BuildRequest
 
 
@@ -76,7 +78,19 @@ def bench(
     batch: Batch = None,
     images: Images = None,
     batches: Batches = None,
-    seconds: Seconds = BENCH_SECONDS,
+    clients: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure under load: so many clients back to back, such as 1,2,4; beside --rate, the threads that serve."
+        ),
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(help="Measure under load: requests that come at so many a second, such as 20 or 10,20,40."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds of measuring a batch size, under load one level of it.")
+    ] = BENCH_SECONDS,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Build everything anew in a scratch folder, so that its time counts.")
     ] = False,
@@ -88,22 +102,44 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer."""
+    """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer.
+
+    With --clients or --rate, throughput and latency under load.
+    """
     from ztp_deploy.evidence.records import record_summary
-    from ztp_deploy.workflow.make import make_engine
+    from ztp_deploy.workflow.make import make_and_load, make_engine
     from ztp_deploy.workflow.steps import check_runnable
 
     sizes = batch_sizes(batches)
+    under = _asked_load(clients, rate)
     check_record(record)
     engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
     if engine:
         idle = PLAN_OPTIONS | BUILD_OPTIONS | {"images", "fresh"}
         refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
-        _bench_engines(engine, sizes, seconds, record, as_json)
+        if under is None:
+            _bench_engines(engine, sizes, seconds, record, as_json)
+        else:
+            _load_engines(engine, *under, sizes, seconds, record, as_json)
         return
     wanted = asked_plan(context)
     request = asked_build(context)
     check_runnable(request)
+    if under is not None:
+        with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
+            report = make_and_load(
+                wanted,
+                placed,
+                Bars(),
+                clients=under[0],
+                rates=under[1],
+                images=images,
+                batches=sizes,
+                seconds=seconds,
+                command=command_line(),
+            )
+        _show_load(report, wanted.model, record, as_json)
+        return
     with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
         result = make_engine(
             wanted, placed, Bars(), images=images, batches=sizes, seconds=seconds, command=command_line()
@@ -112,6 +148,17 @@ def bench(
         assert result.latency is not None  # only what runs here is measured
         recorded(record_summary(result.summary, result.latency, record))
     show_result(result, as_json, kept=not fresh)
+
+
+def _asked_load(clients: str | None, rate: str | None) -> tuple[list[int] | None, list[float] | None] | None:
+    """Numbers of clients, and rates; None where neither is asked for. Raises BadRequest for what makes no load."""
+    if clients is None and rate is None:
+        return None
+    from ztp_deploy.evidence.load import asked_loads
+
+    found = None if clients is None else integers("clients", clients), None if rate is None else numbers("rate", rate)
+    asked_loads(*found)
+    return found
 
 
 @contextlib.contextmanager
@@ -150,3 +197,40 @@ def _bench_engines(
         print_json(report.model_dump(mode="json"))
         return
     show_rows(comparison_head(report), comparison_rows(report), report)
+
+
+def _load_engines(
+    engine: list[Path],
+    clients: list[int] | None,
+    rates: list[float] | None,
+    sizes: list[int] | None,
+    seconds: float,
+    record: Path | None,
+    as_json: bool,
+) -> None:
+    """Measures engine folders under load, against the first of them."""
+    from ztp_deploy.backends import find_engine
+    from ztp_deploy.evidence.latency import check_seconds, path_ends
+    from ztp_deploy.workflow import steps
+    from ztp_deploy.workflow.progress import Clock
+
+    check_seconds(seconds)
+    names = path_ends(engine, least=2)
+    named = {name: find_engine(path) for name, path in zip(names, engine, strict=True)}
+    for one in named.values():
+        check_record(one.evidence)
+    report = steps.bench_load(named, clients, rates, sizes, seconds, Clock(Bars()), command_line())
+    _show_load(report, next(iter(named.values())).manifest.source.name, record, as_json)
+
+
+def _show_load(report: LoadReport, model: str, record: Path | None, as_json: bool) -> None:
+    """Writes the record that was asked for, and prints the report."""
+    from ztp_deploy.evidence.records import record_load
+    from ztp_deploy.evidence.report.terminal import show_load
+
+    if record is not None:
+        recorded(record_load(report, model, record))
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    show_load(report, out)

@@ -236,6 +236,14 @@ def integers(name: str, text: str) -> list[int]:
         ) from error
 
 
+def numbers(name: str, text: str) -> list[float]:
+    """Numbers with commas between them, given for the option `name`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadRequest(f"--{name} {text!r} is not a list of numbers.", "Write them with commas: 10,20.5.") from error
+
+
 def _option(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:

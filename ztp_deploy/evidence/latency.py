@@ -148,7 +148,7 @@ def measure_latency(
     take less; `batches` are by default `usual_batches`. Raises BadRequest for batches outside an engine's range, and for
     one engine twice.
     """
-    named = _named(engines)
+    named = engines_by_role(engines)
     if batches is None:
         batches = usual_batches([engine.manifest.batch for engine in named.values()])
     if not batches:
@@ -169,7 +169,7 @@ def measure_latency(
         for opening in openings:
             with ExitStack() as stack:
                 sessions = {role: stack.enter_context(load_engine(named[role].directory)) for role in opening}
-                images = {role: _images(session, batch) for role, session in sessions.items()}
+                images = {role: noise(session, batch) for role, session in sessions.items()}
                 sitting = interleave(sessions, images, seconds * part, order, lambda share: advance(share * part))
             for role in roles:
                 times[role].append(sitting[role])
@@ -179,9 +179,6 @@ def measure_latency(
             for index, reference in enumerate(roles)
             for faster in roles[index + 1 :]
         ]
-    notes = []
-    if busy > MAX_BUSY:
-        notes.append(f"The machine was busy with other work when this began ({busy:.0%} of its processor time).")
     return LatencyReport(
         command=command,
         started=started,
@@ -189,8 +186,15 @@ def measure_latency(
         ratios=ratios,
         environment=before,
         gpu=environment.gpu_line(),
-        notes=notes,
+        notes=busy_notes(busy),
     )
+
+
+def busy_notes(busy: float) -> list[str]:
+    """What a report says of `environment.busy_share` before it measured."""
+    if busy <= MAX_BUSY:
+        return []
+    return [f"The machine was busy with other work when this began ({busy:.0%} of its processor time)."]
 
 
 def orders_of_opening(roles: Sequence[str]) -> list[list[str]]:
@@ -208,7 +212,14 @@ def check_seconds(seconds: float, unit: str = "seconds") -> None:
         raise BadRequest(f"{unit}={seconds} is not a time to measure.", f"Give a positive number of {unit}.")
 
 
-def _named(engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str]) -> dict[str, Engine]:
+def engines_by_role(
+    engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str],
+) -> dict[str, Engine]:
+    """The engines with every file verified, by role; a sequence's roles are the ends of the paths.
+
+    Raises BadRequest for none and for one folder twice in a sequence, and what `find_engine` raises.
+    """
+
     def found(engine: Engine | Path | str) -> Engine:
         return engine if isinstance(engine, Engine) else find_engine(engine)
 
@@ -234,8 +245,8 @@ def path_ends(folders: Sequence[Path], least: int = 1) -> list[str]:
     return [str(Path(*path.parts[-length:])) for path in paths]
 
 
-def _images(session: Session, batch: int) -> NDArray[Any]:
-    """Noise: kernels do not look at the pixels, and selection is as hard on noise as on photographs."""
+def noise(session: Session, batch: int) -> NDArray[Any]:
+    """Images [batch, 3, H, W] of noise: kernels do not look at the pixels, and selection is as hard on noise as on photographs."""
     size, dtype = session.manifest.input.size, session.manifest.input.dtype
     generator = np.random.default_rng(0)
     if dtype == "uint8":
@@ -326,12 +337,7 @@ def paired_ratio(engine: str, reference: str, batch: int, times: Mapping[str, Se
     sittings = [np.array(slow) / np.array(fast) for slow, fast in zip(times[reference], times[engine], strict=True)]
     paired = np.concatenate(sittings)
     low, high = bootstrap_median(sittings)
-    drift = _drift(paired)
-    reason = None
-    if (high - low) / float(np.median(paired)) > MAX_RELATIVE_WIDTH:
-        reason = f"the {CONFIDENCE:.0%} interval is wider than {MAX_RELATIVE_WIDTH:.0%}; measure longer, with nothing else running"
-    elif abs(drift) > MAX_DRIFT:
-        reason = f"the ratio drifted by {drift:+.0%} while measuring; measure again on a quiet machine"
+    reason = doubt(paired, low, high, "the ratio")
     return Ratio(
         engine=engine,
         reference=reference,
@@ -343,6 +349,19 @@ def paired_ratio(engine: str, reference: str, batch: int, times: Mapping[str, Se
         verdict="inconclusive" if reason else "measured",
         reason=reason,
     )
+
+
+def doubt(values: NDArray[Any], low: float, high: float, what: str) -> str | None:
+    """Why the median of `values`, in the order they were measured in, is inconclusive; None where it is not.
+
+    `low` and `high` are the ends of its interval, `what` names the values.
+    """
+    drift = _drift(values)
+    if (high - low) / float(np.median(values)) > MAX_RELATIVE_WIDTH:
+        return f"the {CONFIDENCE:.0%} interval is wider than {MAX_RELATIVE_WIDTH:.0%}; measure longer, with nothing else running"
+    if abs(drift) > MAX_DRIFT:
+        return f"{what} drifted by {drift:+.0%} while measuring; measure again on a quiet machine"
+    return None
 
 
 def bootstrap_median(sittings: Sequence[NDArray[Any]]) -> tuple[float, float]:

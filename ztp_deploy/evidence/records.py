@@ -11,8 +11,10 @@ from typing import Any
 from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import name_tags
 from ztp_deploy.evidence.latency import LatencyReport
+from ztp_deploy.evidence.load import LoadReport
 from ztp_deploy.evidence.methods import MethodsReport
 from ztp_deploy.evidence.report.comparison import render_comparison
+from ztp_deploy.evidence.report.load import render_load
 from ztp_deploy.evidence.report.markdown import render_tables
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.evidence.report.summary import Summary
@@ -47,6 +49,22 @@ def record_methods(report: MethodsReport, folder: Path) -> str:
     name = f"{report.model}--methods--{engines}--{_slug(report.latency.environment)}"
     write_text(folder / f"{name}.samples.json", report.to_json())
     write_text(folder / f"{name}.md", render_methods(report))
+    return f"{folder / name}.samples.json and .md"
+
+
+def record_load(report: LoadReport, model: str, folder: Path) -> str:
+    """Writes engines measured under load and their table, without local paths.
+
+    In the name stand the back end and the precision that all have in common, and whether requests came at a rate.
+    """
+    backends, precisions = ({level.backend.split()[0] for level in report.levels}, {x.precision for x in report.levels})
+    common = "".join(f"-{found.pop()}" for found in (backends, precisions) if len(found) == 1)
+    kind = "rate" if report.open else "load"
+    name = (
+        f"{model}--{kind}{common}{_name_tags([level.engine for level in report.levels])}--{_slug(report.environment)}"
+    )
+    write_text(folder / f"{name}.samples.json", report.to_json())
+    write_text(folder / f"{name}.md", render_load(report))
     return f"{folder / name}.samples.json and .md"
 
 

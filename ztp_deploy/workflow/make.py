@@ -9,8 +9,9 @@ from pathlib import Path
 from ztp_deploy import environment
 from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import Engine
-from ztp_deploy.defaults import ENGINE_SECONDS
+from ztp_deploy.defaults import BENCH_SECONDS, ENGINE_SECONDS
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport, check_seconds
+from ztp_deploy.evidence.load import LoadReport
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.summary import Summary, summarise
@@ -22,7 +23,9 @@ from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 from ztp_deploy.workflow.steps import (
     bench,
+    bench_load,
     check,
+    check_runnable,
     check_wanted,
     engine_for,
     load,
@@ -68,23 +71,10 @@ def make_engine(
         check_seconds(seconds)
     runs_here = build.target().unrunnable is None
     measure = measure and runs_here
-    check_wanted([wanted], build, images)
-    model = load(wanted.model, wanted.weights, clock, wanted.size)
-    plan = wanted.plan(model)
-    plans: dict[str, Plan] = {"pruned": plan}
-    if measure and plan.stages:
-        plans |= {"dense": make_plan(model, "dense"), "slice": twin_of(plan)}
-    engines = {role: engine_for(model, chosen, build, clock, images) for role, chosen in plans.items()}
-    parity = None
-    if runs_here:
-        parity = check(engines["pruned"], model, images, clock)
-        require_parity(engines["pruned"], parity)
-        prove([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
-    del model
+    engines, parity = _made(wanted, build, images, clock, yardsticks=measure, runs_here=runs_here)
     latency = None
     if measure:
-        roles: dict[str, Engine] = {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}
-        latency = bench(roles, measured, seconds, clock, command)
+        latency = bench(engines, measured, seconds, clock, command)
         write_text(engines["pruned"].evidence / LATENCY_FILE, latency.to_json())
     summary = summarise(
         engines["pruned"].manifest,
@@ -101,3 +91,52 @@ def make_engine(
     write_report(engines["pruned"].directory)
     engine = engines.pop("pruned")
     return Result(engine, engines, parity, latency, summary)
+
+
+def make_and_load(
+    wanted: PlanRequest,
+    build: BuildRequest,
+    monitor: Monitor,
+    *,
+    clients: Sequence[int] | None = None,
+    rates: Sequence[float] | None = None,
+    images: Path | str | None = None,
+    batches: Sequence[int] | None = None,
+    seconds: float = BENCH_SECONDS,
+    command: str = "ztp_deploy.workflow.make.make_and_load",
+) -> LoadReport:
+    """What `make_engine` does up to the proofs, then dense, pruned and slice twin under load.
+
+    Raises what `make_engine` and `measure_load` raise, and MissingSoftware where the engines cannot run here.
+    """
+    clock = Clock(monitor)
+    batches = measured_batches(batches, build)
+    check_seconds(seconds)
+    check_runnable(build)
+    engines, _ = _made(wanted, build, images, clock, yardsticks=True, runs_here=True)
+    return bench_load(engines, clients, rates, batches, seconds, clock, command)
+
+
+def _made(
+    wanted: PlanRequest,
+    build: BuildRequest,
+    images: Path | str | None,
+    clock: Clock,
+    *,
+    yardsticks: bool,
+    runs_here: bool,
+) -> tuple[dict[str, Engine], ParityReport | None]:
+    """The engine as "pruned", with `yardsticks` dense and slice twin around it; all of them proved where they run."""
+    check_wanted([wanted], build, images)
+    model = load(wanted.model, wanted.weights, clock, wanted.size)
+    plan = wanted.plan(model)
+    plans: dict[str, Plan] = {"pruned": plan}
+    if yardsticks and plan.stages:
+        plans |= {"dense": make_plan(model, "dense"), "slice": twin_of(plan)}
+    engines = {role: engine_for(model, chosen, build, clock, images) for role, chosen in plans.items()}
+    parity = None
+    if runs_here:
+        parity = check(engines["pruned"], model, images, clock)
+        require_parity(engines["pruned"], parity)
+        prove([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
+    return {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}, parity

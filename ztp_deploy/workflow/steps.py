@@ -6,28 +6,30 @@ import gc
 import re
 import shlex
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
 
 from ztp_deploy import backends, exporters, models
 from ztp_deploy.atomic import write_text
-from ztp_deploy.backends import Engine
+from ztp_deploy.backends import PARITY_FILE, Engine
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import LatencyReport, measure_latency, usual_batches
+from ztp_deploy.evidence.load import LOAD_FILE, LoadReport, asked_loads, measure_load
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps, proof_of
 from ztp_deploy.evidence.report.folder import read_evidence
 from ztp_deploy.evidence.report.html import write_report
+from ztp_deploy.evidence.report.load import render_load
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, unproved_line
 from ztp_deploy.evidence.reproducer import write_reproducer
 from ztp_deploy.evidence.schema import stored
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
 from ztp_deploy.exporters import Artifact
-from ztp_deploy.manifest import BatchRange, folder_tags
+from ztp_deploy.manifest import BatchRange, folder_tags, manifest_sha256
 from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.models.base import ModelSize, Source
 from ztp_deploy.models.weights import user_path
@@ -187,16 +189,22 @@ def check_on(pictures: ImageSet, engine: Engine, model: nn.Module, clock: Clock)
 
 def _quote_anew(engine: Engine, report: ParityReport) -> None:
     """Reports of the engine that stand say what this check found; none goes on saying the contrary."""
+    _report_anew(engine, report.manifest_sha256)
+
+
+def _report_anew(engine: Engine, sha: str) -> None:
+    """Renders the engine's reports from its evidence; a summary only where one of this manifest stands."""
     summary = stored(engine.evidence / SUMMARY_FILE, Summary)
-    if summary is not None and summary.manifest_sha256 == report.manifest_sha256:
+    if summary is not None and summary.manifest_sha256 == sha:
         write_summary(engine, read_evidence(engine.directory).summary)
     write_report(engine.directory)
 
 
 def write_summary(engine: Engine, summary: Summary) -> None:
-    """Writes an engine's summary, as JSON and as Markdown."""
+    """Writes an engine's summary, as JSON and as Markdown; into this what is known of the engine under load."""
     write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
-    write_text(engine.evidence / REPORT_FILE, render_markdown(summary))
+    load = read_evidence(engine.directory).load
+    write_text(engine.evidence / REPORT_FILE, render_markdown(summary, render_load(load) if load else ""))
 
 
 def require_parity(engine: Engine, report: ParityReport) -> None:
@@ -231,6 +239,49 @@ def bench(
     gc.collect()
     with clock.step(f"{MEASURING} at batch {', '.join(map(str, batches))}", float(len(batches))) as advance:
         return measure_latency(engines, batches, seconds=seconds, command=command, progress=advance)
+
+
+def require_proof(engines: Iterable[Engine]) -> None:
+    """Raises BadRequest for an engine that was never proved as it stands, GateFailed for one that failed."""
+    for engine in engines:
+        if proof_of(engine) is not None:
+            continue
+        again = f"`ztp check --engine {shlex.quote(str(engine.directory))}`"
+        report = stored(engine.evidence / PARITY_FILE, ParityReport)
+        if report is not None and not report.passed and report.manifest_sha256 == manifest_sha256(engine.directory):
+            raise GateFailed(f"{engine.directory} failed its last parity check.", f"See {again}, and build it again.")
+        raise BadRequest(f"{engine.directory} has passed no parity check as it stands.", f"Prove it first: {again}.")
+
+
+def bench_load(
+    engines: dict[str, Engine],
+    clients: Sequence[int] | None,
+    rates: Sequence[float] | None,
+    batches: Sequence[int] | None,
+    seconds: float,
+    clock: Clock,
+    command: str,
+) -> LoadReport:
+    """The engines by role under load, by default at `usual_batches`; the report joins each engine's evidence.
+
+    Raises what `require_proof` and `measure_load` raise.
+    """
+    loads = asked_loads(clients, rates)
+    require_proof(engines.values())
+    if batches is None:
+        batches = usual_batches([engine.manifest.batch for engine in engines.values()])
+    if loads[0].rate is None:
+        levels = f"with {', '.join(str(load.clients) for load in loads)} clients"
+    else:
+        levels = f"at {', '.join(f'{load.rate:g}' for load in loads)} requests a second"
+    gc.collect()
+    title = f"measure load {levels}, at batch {', '.join(map(str, batches))}"
+    with clock.step(title, float(len(batches) * len(loads))) as advance:
+        report = measure_load(engines, clients, rates, batches, seconds=seconds, command=command, progress=advance)
+    for engine in engines.values():
+        write_text(engine.evidence / LOAD_FILE, report.to_json())
+        _report_anew(engine, manifest_sha256(engine.directory))
+    return report
 
 
 def measured_batches(asked: Sequence[int] | None, build: BuildRequest) -> Sequence[int]:

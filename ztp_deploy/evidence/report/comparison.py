@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ztp_deploy.backends import name_tags
 from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.report.markdown import machine_line, speedup_text
@@ -23,14 +25,14 @@ def render_comparison(report: LatencyReport) -> str:
 
 def comparison_head(report: LatencyReport) -> list[str]:
     """The columns' names."""
-    over = f"over {_names(report)[report.samples[0].role]} (95 % interval)"
+    over = f"over {engine_names(sample.role for sample in report.samples)[report.samples[0].role]} (95 % interval)"
     return ["batch", "engine", "ms per image: median", "p90", "images/s", over]
 
 
 def comparison_rows(report: LatencyReport) -> list[list[str]]:
     """One row an engine and batch, as text."""
     first = report.samples[0].role
-    names = _names(report)
+    names = engine_names(sample.role for sample in report.samples)
     rows = []
     for sample in report.samples:
         gain = ""
@@ -44,9 +46,9 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
     return rows
 
 
-def _names(report: LatencyReport) -> dict[str, str]:
-    """What the engines are called by role; a fixed batch and a calibration are named where others lack or differ."""
-    roles = list(dict.fromkeys(sample.role for sample in report.samples))
+def engine_names(roles: Iterable[str]) -> dict[str, str]:
+    """What engines are called by role; a fixed batch and a calibration are named where others lack or differ."""
+    roles = list(dict.fromkeys(roles))
     found = {role: name_tags(role) for role in roles}
     ranges = any(one.batch is None for one in found.values())
     calibrations = {one.calibration for one in found.values() if one.calibration}

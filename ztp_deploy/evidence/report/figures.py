@@ -15,6 +15,8 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from ztp_deploy.evidence.latency import LatencyReport, Ratio, Samples
+from ztp_deploy.evidence.load import LoadReport
+from ztp_deploy.evidence.report.load import load_names
 from ztp_deploy.evidence.report.markdown import limit_text, milliseconds, percent, role_name, speedup_text
 
 BINS = 60
@@ -212,6 +214,52 @@ def pareto_figure(points: Sequence[Point]) -> Markup:
     parts += _axis(ticks, x, bottom)
     said = "; ".join(f"{point.name} × {point.speedup[0]:.2f}, {point.change[0]:+.2f} points" for point in points)
     return _svg(bottom + _AXIS, f"Top-1 against speed: {said}", parts)
+
+
+def load_figure(report: LoadReport, batch: int) -> Markup | None:
+    """p95 over images a second, a line an engine through its numbers of clients; None where a p95 is not known.
+
+    None, too, for rates, and for one number of clients, which makes no line.
+    """
+    levels = [level for level in report.levels if level.batch == batch]
+    if report.open or len({level.clients for level in levels}) < 2 or any(level.p95 is None for level in levels):
+        return None
+    names = load_names(report)
+    left, height, top = 9.0, 240.0, 24.0 * len(names) + 14
+    least, most = _padded([level.images_per_second for level in levels], 1e-3)
+    low, high = _padded([level.p95 or 0.0 for level in levels], 1e-3)
+    least, low = max(0.0, least), max(0.0, low)
+
+    def x(value: float) -> float:
+        return left + (100 - left) * (value - least) / (most - least)
+
+    def y(value: float) -> float:
+        return top + height * (high - value) / (high - low)
+
+    bottom = top + height
+    ticks = _ticks(least, most, 5)
+    parts = [_line(x(tick), top, x(tick), bottom, "grid") for tick in ticks]
+    for tick in _ticks(low, high, 5):
+        parts += [
+            _line(left, y(tick), 100, y(tick), "grid"),
+            _text(left, y(tick) + 4, f"{tick:g}", "tick", anchor="end", shift=-8),
+        ]
+    said = []
+    for row, (role, name) in enumerate(names.items()):
+        hue = (" dense", "", " other")[min(row, 2)]
+        line = sorted((level for level in levels if level.role == role), key=lambda level: level.clients)
+        places = [(x(level.images_per_second), y(level.p95 or 0.0)) for level in line]
+        parts += [_dot(left + 1, 24 * row + 10, f"dot{hue}"), _text(left + 1, 24 * row + 14, name, "name", shift=12)]
+        parts += [_line(*one, *other, f"whisker{hue}") for one, other in itertools.pairwise(places)]
+        for level, (across, down) in zip(line, places, strict=True):
+            parts += [
+                _dot(across, down, f"dot{hue}" + (" unsure" if level.verdict == "inconclusive" else "")),
+                _text(across, down + 4, str(level.clients), "value", *(("end", -9) if across > 96 else ("start", 9))),
+            ]
+        shown = (f"{one.clients}: {one.images_per_second:.1f} and {milliseconds(one.p95 or 0.0)} ms" for one in line)
+        said.append(f"{name} {', '.join(shown)}")
+    parts += _axis(ticks, x, bottom)
+    return _svg(bottom + _AXIS, f"Images a second and p95 by number of clients: {'; '.join(said)}", parts)
 
 
 def _padded(values: Sequence[float], least: float) -> tuple[float, float]:

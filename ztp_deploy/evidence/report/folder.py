@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ztp_deploy.backends import EVIDENCE, PARITY_FILE
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport
+from ztp_deploy.evidence.load import LOAD_FILE, LoadReport
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.summary import SUMMARY_FILE, Summary, summarise
 from ztp_deploy.evidence.schema import EvidenceFile
@@ -65,6 +66,7 @@ class Evidence:
     parity: ParityReport | None
     latency: LatencyReport | None
     accuracy: AccuracyReport | None
+    load: LoadReport | None = None
     pictures: tuple[Picture, ...] = ()
     left_out: tuple[str, ...] = ()
 
@@ -87,8 +89,8 @@ def read_evidence(directory: Path) -> Evidence:
 
     parity, latency = take(PARITY_FILE, ParityReport), take(LATENCY_FILE, LatencyReport)
     accuracy, stored = take(ACCURACY_FILE, AccuracyReport), take(SUMMARY_FILE, Summary)
-    listed = take(PICTURES_FILE, Pictures)
-    machine = latency or parity or accuracy
+    load, listed = take(LOAD_FILE, LoadReport), take(PICTURES_FILE, Pictures)
+    machine = latency or parity or accuracy or load
     # Where it was made, as it was typed: the page is to be mailed, and whoever renders it may sit elsewhere.
     summary = summarise(
         manifest,
@@ -111,6 +113,7 @@ def read_evidence(directory: Path) -> Evidence:
         parity=parity,
         latency=latency,
         accuracy=accuracy,
+        load=load,
         pictures=_pictures(folder, listed, left_out),
         left_out=tuple(left_out),
     )
@@ -125,7 +128,7 @@ def _take(path: Path, kind: type[E], sha: str, left_out: list[str]) -> E | None:
     except (ValidationError, OSError):
         left_out.append(f"{path.name} cannot be read and is left out: make it again.")
         return None
-    quoted = _quoted(found)
+    quoted = _quoted(found, sha)
     if quoted != sha:
         of = f"quotes manifest {quoted[:12]}…" if quoted else "names no manifest"
         left_out.append(
@@ -135,8 +138,11 @@ def _take(path: Path, kind: type[E], sha: str, left_out: list[str]) -> E | None:
     return found
 
 
-def _quoted(found: EvidenceFile) -> str | None:
-    """The manifest that a file is about."""
+def _quoted(found: EvidenceFile, sha: str) -> str | None:
+    """The manifest that a file is about; of the several that engines under load have, the one of `sha` if it is there."""
+    if isinstance(found, LoadReport):
+        every = [level.manifest_sha256 for level in found.levels]
+        return sha if sha in every else next(iter(every), None)
     if isinstance(found, LatencyReport):
         return next((sample.manifest_sha256 for sample in found.samples if sample.role == "pruned"), None)
     quoted: str | None = getattr(found, "manifest_sha256", None)

@@ -19,10 +19,13 @@ from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import EVIDENCE
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport, ClassRow
+from ztp_deploy.evidence.load import LoadReport
 from ztp_deploy.evidence.report import figures
 from ztp_deploy.evidence.report.accuracy import HEAD as ACCURACY_HEAD
 from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows, change_text, share_text
 from ztp_deploy.evidence.report.folder import Evidence, read_evidence
+from ztp_deploy.evidence.report.load import NUMBERS as LOAD_NUMBERS
+from ztp_deploy.evidence.report.load import load_head, load_lines, load_rows
 from ztp_deploy.evidence.report.markdown import (
     giga,
     limit_text,
@@ -129,6 +132,7 @@ def render_html(evidence: Evidence, others: Sequence[Evidence] = ()) -> str:
     summary, parity, latency, accuracy = evidence.summary, evidence.parity, evidence.latency, evidence.accuracy
     template = environment.from_string(files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     batches = sorted({sample.batch for sample in latency.samples}) if latency else []
+    load = evidence.load
     return template.render(
         e=evidence,
         s=summary,
@@ -155,6 +159,12 @@ def render_html(evidence: Evidence, others: Sequence[Evidence] = ()) -> str:
         gains=figures.gains_figure([gain.speedup for gain in summary.gains], summary.flop_limit)
         if summary.gains
         else None,
+        load=load,
+        load_head=load_head(load) if load else [],
+        load_rows=load_rows(load) if load else [],
+        load_numbers=LOAD_NUMBERS,
+        load_lines=[*load_lines(load), *load.notes] if load else [],
+        load_figures=_load_figures(load) if load else [],
         accuracy=accuracy,
         accuracy_head=ACCURACY_HEAD,
         accuracy_rows=_accuracy_rows(accuracy) if accuracy else [],
@@ -299,6 +309,11 @@ def _accuracy_rows(report: AccuracyReport) -> list[list[str]]:
     return rows
 
 
+def _load_figures(report: LoadReport) -> list[tuple[int, Markup]]:
+    drawn = [(batch, figures.load_figure(report, batch)) for batch in sorted({one.batch for one in report.levels})]
+    return [(batch, drawing) for batch, drawing in drawn if drawing]
+
+
 def _accuracy_figure(report: AccuracyReport) -> Markup:
     name = "pruned" if report.plan != "dense" else "engine" if report.comparison else "dense"
     rows = [(name, report.accuracy.top1)]
@@ -347,6 +362,8 @@ def _commands(evidence: Evidence) -> list[tuple[str, str]]:
     found = [("Make and measure it again", evidence.summary.command)] if evidence.summary.command else []
     if evidence.latency and evidence.latency.command != evidence.summary.command:
         found.append(("Measure latency again", evidence.latency.command))
+    if evidence.load:
+        found.append(("Measure it under load again", evidence.load.command))
     found.append(("Prove it again", f"ztp check --engine {shlex.quote(evidence.summary.engine)}"))
     if evidence.accuracy:
         found.append(("Measure accuracy again", evidence.accuracy.command))

@@ -26,7 +26,10 @@ _TEMPLATE = """\
 | engine | `{{ s.engine }}` |
 | made in | {{ s.seconds }} s ({{ s.seconds_measuring }} s of them measuring latency), peak memory {{ s.peak_gib }} GiB |
 | command | `{{ s.command }}` |
-"""
+{% if load %}
+## Under load
+
+{{ load }}{% endif %}"""
 
 _TABLES = """\
 | batch | engine | ms per image: median | p90 | images/s | speed-up over dense (95 % interval) | of the FLOP limit |
@@ -39,9 +42,9 @@ _TABLES = """\
 """
 
 
-def render_markdown(summary: Summary) -> str:
-    """The whole report."""
-    return _render(_TEMPLATE, summary, tables=render_tables(summary))
+def render_markdown(summary: Summary, load: str = "") -> str:
+    """The whole report; `load` is what `render_load` makes of the engine under load, where it was measured."""
+    return _render(_TEMPLATE, summary, tables=render_tables(summary), load=load)
 
 
 def render_tables(summary: Summary) -> str:

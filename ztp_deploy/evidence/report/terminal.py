@@ -1,13 +1,19 @@
-"""The report in a terminal."""
+"""The report in a terminal, and engines under load."""
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ztp_deploy.evidence.load import LoadReport
 from ztp_deploy.evidence.report.html import HTML_FILE
+from ztp_deploy.evidence.report.load import NO_FIGURE, NOT_SUSTAINED, load_lines, load_names, load_rows
 from ztp_deploy.evidence.report.markdown import macs_line, selection_lines, table_rows, unsure_batches
 from ztp_deploy.evidence.report.summary import Summary
+
+_SHORT = 12
+"""Characters of an engine's name that a table under load has room for."""
 
 
 def show_summary(summary: Summary, console: Console, kept: bool = True) -> None:
@@ -53,3 +59,44 @@ def show_summary(summary: Summary, console: Console, kept: bool = True) -> None:
         return
     console.print(f"Engine: {summary.engine}", highlight=False, soft_wrap=True)
     console.print(f"Report: {summary.engine}/evidence/{HTML_FILE} (and report.md)", highlight=False, soft_wrap=True)
+
+
+def show_load(report: LoadReport, console: Console) -> None:
+    """Prints engines under load, a table a batch, without the intervals of throughput: it is to fit 80 columns.
+
+    Long names become letters, which stand above.
+    """
+    names = load_names(report)
+    letters = {name: chr(ord("A") + number) for number, name in enumerate(names.values())}
+    short = {name: name for name in letters} if max(map(len, letters)) <= _SHORT else letters
+    rows = load_rows(report)
+    if short is letters:
+        for name, letter in letters.items():
+            console.print(f"{letter}: {name}", highlight=False)
+    for batch in dict.fromkeys(row[0] for row in rows):
+        counted = "ms since due" if report.open else "ms a request"
+        title = f"Under load, batch {batch}; {counted}"
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.show_edge = False
+        table.add_column("rate" if report.open else "clients", justify="right", no_wrap=True)
+        table.add_column("engine", min_width=6, overflow="fold")
+        for name in ("images/s", "median", "p90", "p95", "p99", "max"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(f"over {next(iter(short.values()))}" if len(names) > 1 else "", overflow="fold", min_width=11)
+        previous = None
+        for row in (row for row in rows if row[0] == batch):
+            if previous not in (None, row[1]):
+                table.add_section()
+            previous = row[1]
+            _, load, name, rate, *times = row
+            over = times.pop() if len(names) > 1 else ""
+            if times[0] == NOT_SUSTAINED:
+                times[0], over = NO_FIGURE, NOT_SUSTAINED
+            times = [f"{float(cell):.1f}" if len(cell) > 4 else cell for cell in times]
+            table.add_row(load, short[name], rate.split()[0], *times, over.replace("**", ""))
+        console.print(table)
+    for line in load_lines(report):
+        console.print(line, highlight=False)
+    for note in report.notes:
+        console.print(note, style="yellow", highlight=False)
+    console.print(f"{report.gpu}.", highlight=False)
