@@ -458,7 +458,7 @@ def test_every_command_explains_itself(ztp, command):
         (("engine", "-m", "deit_t", "-r", 0.7, "--profile", "none"), 2, ("no profile",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--weights", "random", "--images", "nowhere"), 2, ("not a folder",)),
         (("export", "-m", "deit_t", "-r", 0.7, "--format", "onyx"), 2, ("onnx",)),
-        (("build", "--artifact", "nowhere"), 2, ("no artifact folder",)),
+        (("build", "--artifact", "nowhere"), 2, ("not an artifact folder",)),
         (("check", "--engine", "nowhere"), 2, ("not an engine folder",)),
         (("bench",), 2, ("--engine", "--model")),
         (("bench", "--engine", "nowhere"), 2, ("not an engine folder",)),
