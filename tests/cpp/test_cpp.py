@@ -39,8 +39,8 @@ from ztp_deploy import environment
 from ztp_deploy.errors import DamagedFiles, ZtpError
 from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
-from ztp_deploy.models.preprocessing import transform_for
-from ztp_deploy.pruning.trace import assign
+from ztp_deploy.preprocessing import transform_for
+from ztp_deploy.pruning.assignment import assign
 
 pytestmark = pytest.mark.slow
 
