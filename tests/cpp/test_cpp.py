@@ -567,6 +567,9 @@ def test_a_doctored_self_test_fails(runtime, recorded, change, metadata, code, m
     problem, found = refusal(runtime.run(engine, "--selftest", "--json"))
     assert message in problem
     assert found == code
+    with pytest.raises(ZtpError) as pythons, ztp.load_engine(engine) as session:
+        ztp.repeat_selftest(session)
+    assert (pythons.value.problem, pythons.value.exit_code) == (problem, code)
 
 
 def test_the_self_test_reads_and_says_numbers_in_any_locale(runtime, recorded, tmp_path):
