@@ -22,6 +22,21 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
+LOAD = """
+import warnings
+import ztp_deploy as ztp
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        ztp.load_engine(engine).close()
+    except ztp.ZtpError as error:
+        print(type(error).__name__, error)
+for warning in caught:
+    print(warning.category.__name__, warning.message)
+"""
+"""Opens `engine`; prints a refusal and warnings."""
+
 
 def canonical(requirement: str) -> str:
     """The package that a requirement names, as indexes write it."""

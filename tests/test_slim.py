@@ -227,21 +227,6 @@ def test_the_command_line_starts_and_tells_what_it_lacks():
     assert facts["would use"]["openvino"] == "missing: pip install openvino"
 
 
-LOAD = """
-import warnings
-import ztp_deploy as ztp
-
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    try:
-        ztp.load_engine(engine).close()
-    except ztp.ZtpError as error:
-        print(type(error).__name__, error)
-for warning in caught:
-    print(warning.category.__name__, warning.message)
-"""
-
-
 @pytest.mark.parametrize("library", ["torchscript", "aotinductor", "openvino", "onnxruntime"])
 def test_a_library_that_is_not_here_is_named(library, shared_engine, tmp_path):
     engine = tmp_path / "engine"
@@ -249,11 +234,11 @@ def test_a_library_that_is_not_here_is_named(library, shared_engine, tmp_path):
     tiny.reseal(engine, backend=library)
     package = {"torchscript": "torch", "aotinductor": "torch"}.get(library, library)
     said = f"MissingSoftware Back end {library} needs {package}, which is not installed. pip install {package}\n"
-    assert slim.run(LOAD, engine=engine).out == said
+    assert slim.run(slim.LOAD, engine=engine).out == said
 
 
 def test_torchscript_needs_torch_alone(torchscript_engine):
-    ended = slim.run(LOAD, "torch", engine=torchscript_engine.directory)
+    ended = slim.run(slim.LOAD, "torch", engine=torchscript_engine.directory)
     assert (ended.code, ended.out, ended.err) == (0, "", "")
 
 
@@ -264,7 +249,7 @@ def test_warnings_come_without_torch(shared_engine, tmp_path):
     report = {"passed": False, "edges": [{"reference": "eager", "candidate": "engine", "faults": ["one"]}]}
     (engine / "evidence").mkdir(exist_ok=True)
     (engine / "evidence" / "parity.json").write_text(json.dumps(report | {"manifest_sha256": manifest_sha256(engine)}))
-    version, parity = slim.run(LOAD, ONNXRUNTIME, engine=engine).out.splitlines()
+    version, parity = slim.run(slim.LOAD, ONNXRUNTIME, engine=engine).out.splitlines()
     assert version.startswith(f"UserWarning {engine} was built and checked with onnxruntime 0.1; this is")
     assert version.endswith(f"Run `ztp selftest --engine {engine}`, or `ztp check`, which proves it anew.")
     assert parity.startswith(f"ParityWarning {engine} (fp32) failed its last parity check between eager and engine")
