@@ -447,28 +447,28 @@ def test_every_command_explains_itself(ztp, command):
         (("engine", "-m", "deit_s", "-r", 0.7, "--method", "dynamicvit"), 2, ("weights have none", "weights=random")),
         (("engine", "-m", "deit_t", "-r", 0.7, "-o", "tau"), 2, ("name=value",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "8:4:1"), 2, ("min:opt:max",)),
-        (("engine", "-m", "deit_t", "-r", 0.7, "--batches", ""), 2, ("no list of whole numbers",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--batches", ""), 2, ("not a list of whole numbers",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:2:4", "--batches", "1,8"), 2, ("batch 8", "1:2:4")),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "0"), 2, ("batch 0",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--backend", "trt"), 2, ("no back end",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--input", "fp8"), 2, ("uint8",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--precision", "int4", "--weights", "random"), 2, ("fp32",)),
-        (("engine", "-m", "deit_t", "-r", 0.7, "--weights", "no/such.pth"), 2, ("no/such.pth", "no file")),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--weights", "no/such.pth"), 2, ("no/such.pth", "not a file")),
         (("engine", "-m", "deit_t", "-r", 0.7, "--recipe", "none"), 2, ("no recipe",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--profile", "none"), 2, ("no profile",)),
-        (("engine", "-m", "deit_t", "-r", 0.7, "--weights", "random", "--images", "nowhere"), 2, ("no folder",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--weights", "random", "--images", "nowhere"), 2, ("not a folder",)),
         (("export", "-m", "deit_t", "-r", 0.7, "--format", "onyx"), 2, ("onnx",)),
         (("build", "--artifact", "nowhere"), 2, ("no artifact folder",)),
-        (("check", "--engine", "nowhere"), 2, ("no engine folder",)),
+        (("check", "--engine", "nowhere"), 2, ("not an engine folder",)),
         (("bench",), 2, ("--engine", "--model")),
-        (("bench", "--engine", "nowhere"), 2, ("no engine folder",)),
-        (("classify", "a.png", "--engine", "nowhere"), 2, ("no engine folder",)),
+        (("bench", "--engine", "nowhere"), 2, ("not an engine folder",)),
+        (("classify", "a.png", "--engine", "nowhere"), 2, ("not an engine folder",)),
         (("classify", "--engine", "nowhere"), 2, ("IMAGE",)),
         (("bench", "--engine", "a", "--ratio", 0.7), 2, ("--ratio", "no sense")),
         (("bench", "--engine", "a", "--engine", "a"), 2, ("twice",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--seconds", "nan"), 2, ("seconds",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--device", "tpu"), 2, ("tpu",)),
-        (("engine", "-m", "deit_t", "-r", 0.7, "--images", "nowhere"), 2, ("no folder",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--images", "nowhere"), 2, ("not a folder",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "-o", "variance_bounds=[-1,-1]"), 2, ("variance_bounds",)),
         (("classify", "a" * 300, "--engine", "b" * 300), 2, ("too long",)),
         (("plan", "-m", "vitamin_small_224", "-r", 0.7), 2, ("cannot be pruned",)),
@@ -500,7 +500,7 @@ def test_bad_files_for_an_engine(made, ztp, tmp_path):
     Path("good.png").write_bytes(b"")
     one_sentence(*ztp("classify", "good.png", "--engine", engine), 2, "good.png")
     one_sentence(*ztp("classify", "missing.png", "--engine", engine), 2, "missing.png")
-    one_sentence(*ztp("classify", ".", "--engine", engine), 2, "no file")
+    one_sentence(*ztp("classify", ".", "--engine", engine), 2, "not a file")
     copy = tmp_path / "copy"
     shutil.copytree(engine, copy)
     manifest = (copy / "manifest.json").read_text()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ztp_deploy.entrypoint import run_and_exit
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
+from ztp_deploy.errors import BadRequest, BuildFailed, GateFailed, MissingSoftware, first_line
 
 
 def refuse(error):
@@ -27,6 +27,7 @@ def refuse(error):
         (lambda: refuse(GateFailed("It does not hold.", "Look.")), 1, "error: It does not hold. Look.\n"),
         (lambda: refuse(BadRequest("It is [wrong].", "Ask else.")), 2, "error: It is [wrong]. Ask else.\n"),
         (lambda: refuse(MissingSoftware("It is not here.")), 3, "error: It is not here.\n"),
+        (lambda: refuse(BuildFailed("The parser refuses it.")), 4, "error: The parser refuses it.\n"),
         (lambda: open("/no/such/file"), 2, "error: /no/such/file: No such file or directory. Check the path.\n"),  # noqa: SIM115
     ],
 )

@@ -41,7 +41,7 @@ def test_an_edited_manifest_is_refused(engine, change, message):
 
 
 def test_folders_of_the_wrong_kind_are_named(engine, artifact, tmp_path):
-    with pytest.raises(BadRequest, match="no engine folder"):
+    with pytest.raises(BadRequest, match="not an engine folder"):
         read_manifest(tmp_path, EngineManifest)
     with pytest.raises(BadRequest, match="an exported artifact, no engine"):
         read_manifest(artifact.directory, EngineManifest)
@@ -86,7 +86,7 @@ def test_batch_ranges(text, triple):
 
 @pytest.mark.parametrize("text", ["8:1:4", "0:1:2", "1:2", "a", "", "1:8:64:128", "-1", "1.5", True, 2.0, (1.0, 2, 3)])
 def test_wrong_batch_ranges(text):
-    with pytest.raises(BadRequest, match="no range"):
+    with pytest.raises(BadRequest, match="not a range"):
         BatchRange.parse(text)
 
 
@@ -102,7 +102,7 @@ def test_nothing_of_the_users_is_overwritten(pruned, artifact, tmp_path):
             ztp.export(pruned, "torchscript", tmp_path / name)
         with pytest.raises(BadRequest, match="in the way"):
             ztp.build(artifact, "onnxruntime", device="cpu", directory=tmp_path / name)
-    with pytest.raises(BadRequest, match="no engine folder"):
+    with pytest.raises(BadRequest, match="not an engine folder"):
         ztp.build(artifact, "onnxruntime", device="cpu", directory=artifact.directory)
     assert (tmp_path / "mine" / "precious.txt").read_text() == "keep me"
     assert (tmp_path / "file").read_text() == "keep me too"

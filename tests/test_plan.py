@@ -163,7 +163,7 @@ def test_json_round_trip():
         (lambda p: p["flops"].update(executed=0), "executed"),
         (lambda p: p.update(method="dense"), "no stages"),
         (lambda p: p.update(asked={}), "neither ratio"),
-        (lambda p: p.update(asked={"ratio": "../x"}), "no number"),
+        (lambda p: p.update(asked={"ratio": "../x"}), "not a number"),
     ],
 )
 def test_broken_plan_files_are_refused(change, message):

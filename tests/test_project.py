@@ -104,7 +104,8 @@ def test_every_error_is_a_public_name_and_of_one_tree():
     classes = {name: value for name, value in vars(errors).items() if inspect.isclass(value)}
     found = {name: value for name, value in classes.items() if issubclass(value, Exception)}
     assert {name: value.exit_code for name, value in found.items()} == {
-        "ZtpError": 2, "BadRequest": 2, "DamagedFiles": 2, "WriteFailed": 2, "MissingSoftware": 3, "GateFailed": 1
+        "ZtpError": 2, "BadRequest": 2, "DamagedFiles": 2, "WriteFailed": 2, "MissingSoftware": 3, "GateFailed": 1,
+        "BuildFailed": 4,
     }  # fmt: skip
     assert all(getattr(ztp, name) is value and issubclass(value, ztp.ZtpError) for name, value in found.items())
 

@@ -21,7 +21,7 @@ ONNXRUNTIME = next(
     name for name in ("onnxruntime-gpu", "onnxruntime") if name in map(slim.canonical, slim.owners()["onnxruntime"])
 )
 LIBRARIES = {"onnxruntime": ONNXRUNTIME, "openvino": "openvino"}
-SERVING = {"selftest", "classify", "list", "doctor"}
+SERVING = {"inspect", "selftest", "classify", "list", "doctor"}
 
 SERVE = """
 import sys
@@ -102,7 +102,10 @@ def test_an_engine_is_served_as_where_it_was_made(served, pictures, tmp_path):
 def test_commands_say_the_same(served, pictures, monkeypatch, capsys):
     engine, library = served
     for options in ([], ["--json"]):
-        lines = [[*words, "--engine", str(engine), *options] for words in (["classify", *pictures], ["selftest"])]
+        lines = [
+            [*words, "--engine", str(engine), *options]
+            for words in (["classify", *pictures], ["selftest"], ["inspect"])
+        ]
         found = commands(*lines, library=library)
         for words in lines:
             code, out, err = typed(monkeypatch, capsys, *words)

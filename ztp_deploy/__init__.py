@@ -15,7 +15,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ztp_deploy.backends import Engine, ParityWarning, build, load_engine
     from ztp_deploy.backends.base import Session
-    from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, WriteFailed, ZtpError
+    from ztp_deploy.errors import (
+        BadRequest,
+        BuildFailed,
+        DamagedFiles,
+        GateFailed,
+        MissingSoftware,
+        WriteFailed,
+        ZtpError,
+    )
     from ztp_deploy.evidence.images import ImageSet, load_images
     from ztp_deploy.evidence.latency import LatencyReport, measure_latency
     from ztp_deploy.evidence.parity import ParityReport, check_parity
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Artifact": "ztp_deploy.exporters",
     "BadRequest": "ztp_deploy.errors",
+    "BuildFailed": "ztp_deploy.errors",
     "DamagedFiles": "ztp_deploy.errors",
     "Engine": "ztp_deploy.backends",
     "GateFailed": "ztp_deploy.errors",
@@ -65,7 +74,7 @@ _HOMES = {
 _SERVING = frozenset(
     {
         *("load_engine", "Session", "Engine", "ParityWarning", "repeat_selftest", "SelfTest"),
-        *("ZtpError", "BadRequest", "DamagedFiles", "GateFailed", "MissingSoftware", "WriteFailed"),
+        *("ZtpError", "BadRequest", "BuildFailed", "DamagedFiles", "GateFailed", "MissingSoftware", "WriteFailed"),
         *("Artifact", "ModelSize", "Plan", "Preprocessing"),
     }
 )
@@ -74,6 +83,7 @@ _SERVING = frozenset(
 __all__ = [
     "Artifact",
     "BadRequest",
+    "BuildFailed",
     "DamagedFiles",
     "Engine",
     "GateFailed",

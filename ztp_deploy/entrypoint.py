@@ -1,7 +1,7 @@
 """How every command of the project ends: with its exit code and, where it is refused, one sentence.
 
-Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device, 70 a fault of this
-program, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
+Exit codes: 0 what was asked holds, 1 a gate failed, 2 bad request, 3 missing software or device, 4 an engine
+library could not build, 70 a fault of this program, 130 interrupted (Ctrl-C), 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 GATE_FAILED = 1
 BAD_REQUEST = 2
 MISSING = 3
+BUILD_FAILED = 4
 FAULT = 70
 INTERRUPTED = 130
 TERMINATED = 143
@@ -24,7 +25,7 @@ class ZtpError(Exception):
 
     `problem` states what was asked and what was found, `fix` what to type or change next; both are
     whole sentences. `exit_code` is what the command line returns: 1 gate failed, 2 bad request,
-    3 missing software or device.
+    3 missing software or device, 4 an engine library could not build.
     """
 
     exit_code = BAD_REQUEST
@@ -57,6 +58,12 @@ class GateFailed(ZtpError):
     """A check ran and what it checks does not hold."""
 
     exit_code = GATE_FAILED
+
+
+class BuildFailed(ZtpError):
+    """A parser, compiler or quantiser of an engine library could not make the engine; nothing was kept."""
+
+    exit_code = BUILD_FAILED
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

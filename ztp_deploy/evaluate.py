@@ -214,7 +214,7 @@ def _read(request: EvalRequest, classes: int, source: Source, clock: Clock) -> L
     with clock.step(f"read the labels of {Path(request.data).name}"):
         data = read_labelled(request.data, classes, source.labels)
     if "sorted order" in data.mapping:
-        clock.monitor.warn(data.mapping)
+        clock.warn(data.mapping)
     return data
 
 

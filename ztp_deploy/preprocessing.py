@@ -148,7 +148,7 @@ def open_image(image: Image.Image | NDArray[Any] | Path | str) -> Image.Image:
         )
     path = Path(image)
     if path.is_dir():
-        raise BadRequest(f"{path} is a folder, no file.", f"Give the images in it, such as {path}/*.jpg.")
+        raise BadRequest(f"{path} is a folder, not a file.", f"Give the images in it, such as {path}/*.jpg.")
     if not path.is_file():
         raise BadRequest(f"There is no file {path}.", "Check the path.")
     try:

@@ -16,7 +16,7 @@ import ztp_deploy as ztp
 from tests import slim, tiny
 from ztp_deploy import environment
 from ztp_deploy.backends import aotinductor
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, BuildFailed, MissingSoftware
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_compiler_that_gives_up_is_one_sentence(half, tmp_path, capfd):
         '#!/bin/sh\ncase "$1" in --version|-v) exec /usr/bin/g++ "$@";; esac\necho many lines >&2; exit 1\n'
     )
     fake.chmod(0o755)
-    with config.patch({"cpp.cxx": (None, str(fake))}), pytest.raises(GateFailed, match="could not compile"):
+    with config.patch({"cpp.cxx": (None, str(fake))}), pytest.raises(BuildFailed, match="could not compile"):
         ztp.build(half, "aotinductor", device="cpu", precision="bf16", batch=1, directory=tmp_path / "e")
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
     assert capfd.readouterr() == ("", "")

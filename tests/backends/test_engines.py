@@ -163,7 +163,7 @@ def test_preprocess_equals_timms_transform(any_engine, tmp_path):
         for picture in (np.zeros((96, 96, 3), np.float32), np.zeros((2, 96, 96, 3), np.uint8), np.zeros(3, np.uint8)):
             with pytest.raises(BadRequest, match=r"is not a picture\. Give uint8 arrays \[H, W, 3\] in RGB"):
                 session.preprocess(picture)
-        with pytest.raises(BadRequest, match="is a folder, no file"):
+        with pytest.raises(BadRequest, match="is a folder, not a file"):
             session.preprocess(tmp_path)
 
 
@@ -348,7 +348,7 @@ def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
         ({"backend": "torchscript", "precision": "bf16"}, BadRequest, "builds fp32; precision='bf16'"),
         ({"backend": "openvino", "precision": "int8"}, BadRequest, "calibrated on images and none were given"),
         ({"backend": "openvino", "settings": {"hint": "fast"}}, BadRequest, "hint"),
-        ({"backend": "onnxruntime", "batch": "8:1:4"}, BadRequest, "no range"),
+        ({"backend": "onnxruntime", "batch": "8:1:4"}, BadRequest, "not a range"),
         ({"backend": "onnxruntime", "settings": ["threads"]}, BadRequest, "are not settings"),
         ({"backend": "onnxruntime", "directory": "x" * 300}, WriteFailed, "File name too long"),
         ({"backend": "onnxruntime", "device": "tpu"}, BadRequest, "auto, cpu or cuda"),

@@ -654,7 +654,7 @@ def test_the_command_draws_pictures_and_keeps_them(folder, tmp_path, ztp_command
     assert len(list((folder / "evidence" / "pictures").glob("*.png"))) == 1
     code, _, err = ztp_command("report", "--engine", tmp_path)
     assert code == 2
-    assert "no engine folder" in err
+    assert "not an engine folder" in err
 
 
 def test_pictures_that_were_changed_are_left_out(folder):

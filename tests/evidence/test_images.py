@@ -87,7 +87,7 @@ def test_sixteen_bit_greys_are_scaled(tmp_path):
 
 
 def test_what_is_no_image_is_named(preprocessing, tmp_path):
-    with pytest.raises(BadRequest, match="no folder"):
+    with pytest.raises(BadRequest, match="not a folder"):
         load_images(tmp_path / "missing", preprocessing, "uint8")
     with pytest.raises(BadRequest, match="holds no images"):
         load_images(tmp_path, preprocessing, "uint8")

@@ -162,7 +162,7 @@ def test_a_fine_tuned_checkpoint_brings_its_classifier():
     [
         (lambda: module("vit_small_patch14_dinov2", num_classes=0), r"no classifier.*ModelSize\(num_classes=…\)"),
         (lambda: module("vit_small_patch14_dinov2", global_pool=""), "no classifier"),
-        (lambda: _with_head(torch.nn.Sequential(torch.nn.Linear(48, 5))), "no linear layer"),
+        (lambda: _with_head(torch.nn.Sequential(torch.nn.Linear(48, 5))), "not a linear layer"),
         (lambda: module("vit_small_patch14_dinov2", global_pool="prr"), "AttentionPoolPrr, needs every token"),
         (lambda: _positioned_pool(), "AttentionPoolLatent, needs every token"),
         (

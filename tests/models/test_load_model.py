@@ -170,6 +170,11 @@ def test_pickled_code_does_not_run(tmp_path, capsys):
         ({"name_or_module": "resnet50", "weights": "random"}, "No family"),
         ({"name_or_module": "deit_t", "weights": "no/such/file.pth"}, "is not a file"),
         ({"name_or_module": "deit_t", "weights": "random", "overrides": ModelSize(embed_dim=50, num_heads=3)}, "50"),
+        (
+            {"name_or_module": "deit_t", "weights": "random", "overrides": ModelSize(img_size=230)},
+            r"img_size=230 is not a multiple of patch_size=16: 6 rows .* Use img_size=224 or 240",
+        ),
+        ({"name_or_module": "deit_t", "weights": "random", "overrides": ModelSize(patch_size=15)}, "224 .*15: 14 rows"),
         ({"name_or_module": "eva02_tiny_patch14_224", "weights": "random"}, "no classifier"),
         ({"name_or_module": "deit_t", "weights": 3}, "weights=3 are not weights"),
         ({"name_or_module": "deit_t", "overrides": {"classes": 3}}, "no size classes=3.*num_classes"),

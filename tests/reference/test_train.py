@@ -121,6 +121,14 @@ def test_orthogonal_matrices_have_singular_values_near_one():
     assert values.max() < 1.25
 
 
+def test_the_rate_rises_over_the_warm_up_and_falls_to_nothing():
+    assert train.rate_at(0.0, 0.02) == pytest.approx(0.01)
+    assert train.rate_at(0.01, 0.02) == pytest.approx(0.51 * (0.5 + 0.5 * np.cos(0.01 * np.pi)))
+    assert train.rate_at(0.5, 0.02) == pytest.approx(0.5)
+    assert train.rate_at(1.0, 0.02) == pytest.approx(0.0)
+    assert train.rate_at(0.0, 0.0) == 1.0  # none asked for
+
+
 def test_one_process_leaves_gradients_as_they_are():
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.tensor([1.0, 2.0, 3.0])

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.torch import save_file
 
+import ztp_deploy as ztp
 from tests.commands import typed
 from ztp_deploy.cli.options import plan_request
 from ztp_deploy.errors import BadRequest, GateFailed
@@ -18,6 +20,7 @@ from ztp_deploy.evidence.accuracy import image_kl, mean_kl
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.recipes import Recipe, read_recipe
+from ztp_deploy.source import ModelSize
 from ztp_deploy.tune import rounds, run
 from ztp_deploy.tune.cost import Budget, Timing
 from ztp_deploy.tune.damage import HeldOut, held_out, split
@@ -113,13 +116,23 @@ def test_a_method_without_votes(request_):
         ({"trials": 0}, "--trials 0"),
         ({"seed": -1}, "--seed -1"),
         ({"count": 4}, "4 images are too few"),
-        ({"seconds": 0.0}, "no time to measure"),
+        ({"seconds": 0.0}, "not a time to measure"),
         ({"images": "no/such/folder"}, "is not a folder"),
     ],
 )
 def test_requests_that_cannot_be_met(request_, changes, message):
     with pytest.raises(BadRequest, match=message):
         tune(request_(**changes), Silent())
+
+
+def test_a_checkpoint_with_another_head_is_tuned(request_, tmp_path):
+    path = tmp_path / "five.safetensors"
+    size = ModelSize(num_classes=5)
+    save_file(ztp.load_model(NAME, weights="random", overrides=size).state_dict(), path)
+    with pytest.raises(BadRequest, match="--num-classes 5"):
+        tune(request_(weights=str(path)), Silent())
+    report = tune(request_(weights=str(path), size=size, trials=1), Silent())
+    assert len(report.trials) == 1
 
 
 def test_too_few_pictures_are_refused(request_, photographs, tmp_path):
@@ -311,6 +324,9 @@ def test_the_command_line(weights, photographs, tmp_path, monkeypatch, capsys):
     # What `ztp engine --recipe` would plan.
     again = plan_request(model=NAME, recipe=f"{folder}/recipe.toml").plan(NAME)
     assert again.counts == [stage["tokens_out"] for stage in report["winner"]["plan"]["stages"]]
+    code, _, refusal = ztp(*asked, "--num-classes", 7)
+    assert code == 2
+    assert "instead of (7," in refusal
     missed = TuneReport.model_validate(report | {"verdict": "misses the budget"})
     monkeypatch.setattr(run, "tune", lambda *arguments: missed)
     code, printed, _ = ztp(*asked, "--json")

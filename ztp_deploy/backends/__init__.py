@@ -221,7 +221,7 @@ def build(
     everything the engine depends on. `settings` are the back end's own. `calibration`: images
     [M, 3, H, W] for precisions that are fitted to some (int8, fp8). `progress` is called with shares
     of the work done. Where this machine cannot run the engine (no GPU), `manifest.unproved` says so.
-    Raises BadRequest, MissingSoftware, DamagedFiles, WriteFailed, and GateFailed where what came out is not
+    Raises BadRequest, MissingSoftware, DamagedFiles, WriteFailed, BuildFailed, and GateFailed where what came out is not
     what was asked for.
     """
     target = resolve(backend, device=device, precision=precision, batch=batch, settings=settings)

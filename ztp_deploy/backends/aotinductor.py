@@ -26,7 +26,7 @@ from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.cuda_graph import Recorder
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware, first_line
+from ztp_deploy.errors import BadRequest, BuildFailed, DamagedFiles, MissingSoftware, first_line
 from ztp_deploy.manifest import EngineManifest, listed
 from ztp_deploy.quiet import quiet
 
@@ -94,7 +94,7 @@ def build(job: BuildJob) -> dict[str, Any]:
 
     The compiler works in a scratch folder of its own, which goes whatever happens.
     Raises BadRequest (settings for a GPU on a CPU), MissingSoftware (no C++ compiler, or one that links what would crash) and
-    GateFailed (the compiler gave up).
+    BuildFailed (the compiler gave up).
     """
     if job.settings["cuda_graph"] and job.device.name != "cuda":
         raise BadRequest("cuda_graph=true was asked for on the CPU.", "Leave it out, or build with device=cuda.")
@@ -230,7 +230,7 @@ def _compile(program: Any, job: BuildJob, settings: Settings, sharing: dict[str,
     except OSError:
         raise
     except Exception as error:  # compilers of three languages, each with errors of its own
-        raise GateFailed(
+        raise BuildFailed(
             f"AOTInductor could not compile the program for {job.device.name}: "
             f"{type(error).__name__}: {first_line(error)}.",
             "Try other settings, or another back end (`ztp list`).",

@@ -134,7 +134,8 @@ class Backend(Protocol):
         """Writes the engine's files and returns what the manifest should say of them (`built`).
 
         A `provider` among that takes the place of the device's.
-        Raises BadRequest, GateFailed (the engine is not what was asked for) and MissingSoftware.
+        Raises BadRequest, BuildFailed (the library could not make it), GateFailed (it is not what was asked for) and
+        MissingSoftware.
         """
 
     def unrunnable(self, device: Device) -> str | None:

@@ -18,6 +18,7 @@ from ztp_deploy.cli.engine import engine
 from ztp_deploy.cli.eval import eval_
 from ztp_deploy.cli.export import export
 from ztp_deploy.cli.gpu_report import gpu_report
+from ztp_deploy.cli.inspect import inspect
 from ztp_deploy.cli.list import list_
 from ztp_deploy.cli.plan import plan
 from ztp_deploy.cli.report import report
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "engine": engine,
     "demo": demo,
     "eval": eval_,
+    "inspect": inspect,
     "report": report,
     "tune": tune,
     "gpu-report": gpu_report,

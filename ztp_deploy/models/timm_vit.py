@@ -73,7 +73,22 @@ def create(architecture: str, size: ModelSize, device: str, settings: Mapping[st
                 f"timm could not build {architecture} with {sizes or 'its own sizes'}: {error}.",
                 "Check the name and the sizes.",
             ) from error
+    if "img_size" in sizes or "patch_size" in sizes:
+        _check_divides(model)
     return model.eval()
+
+
+def _check_divides(model: nn.Module) -> None:
+    """Raises BadRequest where patches do not fill the image: timm's stem never looks at the pixels that are left over."""
+    stem = getattr(model, "patch_embed", None)
+    if not isinstance(stem, PatchEmbed) or stem.img_size is None:
+        return
+    for side, patch in zip(stem.img_size, stem.patch_size, strict=True):
+        if left := side % patch:
+            raise BadRequest(
+                f"img_size={side} is not a multiple of patch_size={patch}: {left} rows and columns would never be seen.",
+                f"Use img_size={side - left} or {side - left + patch}.",
+            )
 
 
 def translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -287,7 +287,7 @@ def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str |
         for numbers in orders(recipe.canvases, stage.images, recipe.batch, random):
             batch = drawn.batch(torch.from_numpy(numbers[rank :: recipe.processes]), ease.value)
             share = done / total
-            scale = min(1.0, share / recipe.warm_up + 1e-2) * (0.5 + 0.5 * math.cos(math.pi * share))
+            scale = rate_at(share, recipe.warm_up)
             for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate * scale
             chosen = windows(batch[2], stage.side, generator) if stage.side < GRID else None
@@ -312,6 +312,12 @@ def _train(rank: int, recipe: Recipe, drawn: Canvases, out: Path, meeting: str |
         write_bytes(out, save(model.state_dict()))
     if meeting:
         distributed.destroy_process_group()
+
+
+def rate_at(share: float, warm_up: float) -> float:
+    """The learning rate after a share of the work, as a share of the highest: a linear rise over `warm_up`, a cosine."""
+    rise = min(1.0, share / warm_up + 1e-2) if warm_up else 1.0
+    return rise * (0.5 + 0.5 * math.cos(math.pi * share))
 
 
 def bfloat16_pays() -> bool:

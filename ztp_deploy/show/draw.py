@@ -116,7 +116,7 @@ def show_engine(images: Sequence[Path], directory: Path, clock: Clock, engine: P
         pixels = session.preprocess(list(images))
         seen = seen_by_engine(session, pixels, _geometry(source))
     if source.weights.kind == "random":
-        clock.monitor.warn("This engine has random weights: which tokens it keeps means nothing.")
+        clock.warn("This engine has random weights: which tokens it keeps means nothing.")
     origin = f"{manifest.backend} {manifest.backend_version} {manifest.precision} on {manifest.device}"
     return Shown(origin, source, plan, _draw(seen, pixels, source, origin, images, paths, clock))
 
@@ -164,7 +164,7 @@ def _draw(
     """Paints and writes what was seen on every image, `pixels` [M, 3, H, W], and warns of what it does not mean."""
     warnings = [f"{reason}: which tokens are kept means nothing." for reason in _untrained(seen.plan)]
     for text in (*warnings, *seen.notes):
-        clock.monitor.warn(text)
+        clock.warn(text)
     if source.weights.kind == "random":
         warnings.insert(0, "Random weights: which tokens are kept means nothing.")
     drawn = []

@@ -27,6 +27,7 @@ from ztp_deploy.manifest import sources_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.recipes import read_recipe
+from ztp_deploy.source import ModelSize
 from ztp_deploy.tune import rounds, space
 from ztp_deploy.tune.cost import BlockTimes, Budget, Timer, engine_timer, flop_share, measure_blocks
 from ztp_deploy.tune.damage import Damage, HeldOut, Judge, Split, held_out, split
@@ -58,7 +59,8 @@ ATTEMPTS = 3
 class TuneRequest:
     """What was asked of a search.
 
-    `images` is a folder without labels, of which `count` are used; `build` says what engines a latency budget is
+    `size` holds the sizes that differ from the named model's; `images` is a folder without labels, of which `count` are
+    used; `build` says what engines a latency budget is
     measured in, each for `seconds`; `device` is where eager PyTorch runs.
     """
 
@@ -67,6 +69,7 @@ class TuneRequest:
     budget: str
     method: str = METHOD
     weights: str = "auto"
+    size: ModelSize | None = None
     build: BuildRequest = field(default_factory=BuildRequest)
     trials: int = TUNE_TRIALS
     count: int = TUNE_IMAGES
@@ -91,8 +94,8 @@ class TuneRequest:
             )
         split(self.count)
         check_seconds(self.seconds)
-        models.check_request(self.model, self.weights)
-        make_plan(self.model, self.method, ratio=0.5)
+        models.check_request(self.model, self.weights, self.size)
+        make_plan(self.model, self.method, ratio=0.5, overrides=self.size)
         image_files(Path(self.images))
         if budget.kind == "latency":
             check_runnable(self.build)
@@ -182,7 +185,7 @@ def _prepare(request: TuneRequest, monitor: Monitor) -> _Job:
     device = torch_device.resolve(request.device, "Eager PyTorch")
     torch_device.prepare(device.provider)
     clock = Clock(monitor)
-    model = load_trained(request.model, request.weights, clock)
+    model = load_trained(request.model, request.weights, clock, request.size)
     source = models.source_of(model)
     refuse_meaningless(source, make_plan(model, request.method, ratio=0.5))
     with clock.step(f"prepare the images of {Path(request.images).name}"):

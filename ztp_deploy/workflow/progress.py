@@ -47,6 +47,7 @@ class Clock:
 
     monitor: Monitor
     steps: list[StepTime] = field(default_factory=list)
+    _said: set[str] = field(default_factory=set)
 
     @contextmanager
     def step(self, title: str, total: float | None = None) -> Iterator[Any]:
@@ -55,6 +56,12 @@ class Clock:
         with self.monitor.step(title, total) as advance:
             yield advance
         self.steps.append(StepTime(step=title, seconds=round(time.perf_counter() - begin, 2)))
+
+    def warn(self, text: str) -> None:
+        """Shows something the user must not miss, once: what holds for one engine of a run often holds for the next."""
+        if text not in self._said:
+            self._said.add(text)
+            self.monitor.warn(text)
 
     @property
     def seconds(self) -> float:

@@ -58,12 +58,12 @@ def load(name: str, weights: str, clock: Clock, size: ModelSize | None = None) -
         model = models.load_model(name, weights, size)
     for warning in caught:
         if issubclass(warning.category, RandomWeightsWarning):
-            clock.monitor.warn(str(warning.message))
+            clock.warn(str(warning.message))
     if weights == "random":
-        clock.monitor.warn("Random weights, as asked: latency is real, predictions mean nothing.")
+        clock.warn("Random weights, as asked: latency is real, predictions mean nothing.")
     licence = models.source_of(model).weights.licence
     if licence and re.search(r"\bnc\b|non-?commercial", licence, re.IGNORECASE):
-        clock.monitor.warn(f"The weights of {name} are licensed {licence}: no commercial use.")
+        clock.warn(f"The weights of {name} are licensed {licence}: no commercial use.")
     return model
 
 
@@ -124,7 +124,7 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
             pictures = load_images(images, source, dtype, purpose="calibration")
         calibration = pictures.pixels
         if pictures.shared:
-            clock.monitor.warn(
+            clock.warn(
                 f"{len(pictures.names)} images calibrate the engine, and the check uses {pictures.shared} of them too: "
                 f"give {2 * CHECK_IMAGES} or more for a proof on others."
             )
@@ -132,9 +132,9 @@ def build_engine(artifact: Artifact, request: BuildRequest, clock: Clock, images
     with clock.step(f"build {manifest.plan.label} for {target.name} on {target.device.name}", 1.0) as advance:
         engine = backends.build_target(artifact, target, directory, calibration=calibration, progress=advance)
     if reason := target.unrunnable:
-        clock.monitor.warn(unproved_line(reason))
+        clock.warn(unproved_line(reason))
     for note in engine.manifest.built.get("notes", ()):
-        clock.monitor.warn(note)
+        clock.warn(note)
     return engine
 
 
@@ -180,7 +180,7 @@ def check_on(pictures: ImageSet, engine: Engine, model: nn.Module, clock: Clock)
     else:
         (engine.evidence / SELFTEST_FILE).unlink(missing_ok=True)
         if script := write_reproducer(engine, model, pictures, report):
-            clock.monitor.warn(f"To see the first fault with Polygraphy: sh {shlex.quote(str(script))}")
+            clock.warn(f"To see the first fault with Polygraphy: sh {shlex.quote(str(script))}")
     _quote_anew(engine, report)
     return report
 

@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from tests.backends.tensorrt import harness
 from ztp_deploy import backends, environment, exporters
 from ztp_deploy.backends.base import BuildJob
-from ztp_deploy.errors import GateFailed
+from ztp_deploy.errors import BuildFailed
 from ztp_deploy.manifest import BatchRange
 
 
@@ -60,7 +60,7 @@ def main(artifact: Path, folder: Path) -> None:
     onnx.save_model(model, str(folder / "bad" / "model.onnx"))
     try:
         build(exporters.Artifact(folder / "bad", float32.manifest), "refused", audit=False)
-    except GateFailed as error:
+    except BuildFailed as error:
         answer["refused"] = str(error)
     print(json.dumps(answer))
 

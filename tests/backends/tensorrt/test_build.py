@@ -22,7 +22,7 @@ from ztp_deploy.backends.tensorrt.library import RTX, STANDARD
 from ztp_deploy.backends.tensorrt.network import check_precision
 from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, BuildFailed, GateFailed, MissingSoftware
 from ztp_deploy.manifest import BatchRange
 from ztp_deploy.source import ModelSize
 
@@ -138,14 +138,14 @@ def test_a_scatter_is_refused_by_name_and_cause(tmp_path):
     index = numpy_helper.from_array(np.zeros((1, 8), np.int64), "index")
     scatter = helper.make_node("ScatterElements", ["x", "index", "x"], ["logits"], name="merge_tokens", reduction="add")
     with pytest.raises(
-        GateFailed, match=r"parser refuses ScatterElements node 'merge_tokens': Unsupported reduction type\."
+        BuildFailed, match=r"parser refuses ScatterElements node 'merge_tokens': Unsupported reduction type\."
     ):
         build_plan(order(one_node(scatter, 8, index), tmp_path), silent())
 
 
 def test_an_unknown_operator_is_refused_by_name(tmp_path):
     node = helper.make_node("Unique", ["x"], ["logits"], name="distinct")
-    with pytest.raises(GateFailed, match=r"parser refuses Unique node 'distinct': not supported"):
+    with pytest.raises(BuildFailed, match=r"parser refuses Unique node 'distinct': not supported"):
         build_plan(order(one_node(node, 8), tmp_path), silent())
 
 
@@ -157,7 +157,7 @@ def test_the_builder_has_a_largest_k(k, fits, tmp_path):
         assert build_plan(order(model, tmp_path), silent()).data.nbytes > 0
         return
     with pytest.raises(
-        GateFailed, match=r"could not build the engine: .*too_many: K exceeds the maximum .*3840"
+        BuildFailed, match=r"could not build the engine: .*too_many: K exceeds the maximum .*3840"
     ) as error:
         build_plan(order(model, tmp_path), silent())
     assert ".cpp" not in str(error.value)
@@ -272,7 +272,7 @@ def test_refit_is_refused_where_it_loses_numbers(version, refused):
 def test_limits_reach_the_builder(artifacts, tmp_path, no_gpu):
     engine = build(artifacts["dense", "fp16"], tmp_path / "e", workspace_mib=64, optimization_level=0)
     assert engine.manifest.settings["workspace_mib"] == 64
-    with pytest.raises(GateFailed, match="could not build the engine"):
+    with pytest.raises(BuildFailed, match="could not build the engine"):
         build(artifacts["dense", "fp16"], tmp_path / "f", refit=True)  # compiles on the GPU, and there is none
 
 

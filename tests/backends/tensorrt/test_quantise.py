@@ -19,7 +19,7 @@ from ztp_deploy.backends.onnxruntime import backend as onnxruntime_backend
 from ztp_deploy.backends.tensorrt.build import build_plan
 from ztp_deploy.backends.tensorrt.graph import low_products
 from ztp_deploy.backends.tensorrt.quantise import Calibration, quantised
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, BuildFailed, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import ImageSet, load_images
 from ztp_deploy.evidence.parity import compare_with_eager
 from ztp_deploy.evidence.tolerances import TOLERANCES
@@ -271,7 +271,7 @@ def test_its_errors_are_one_sentence(artifact, calibration, tmp_path, monkeypatc
     stand_in(monkeypatch, fail)
     monkeypatch.setattr(backends.get("tensorrt_rtx"), "missing", lambda: None)
     monkeypatch.setattr(backends.get("tensorrt_rtx"), "version", lambda: "0.0")
-    with pytest.raises(GateFailed, match=r"quantise the graph to int8: module 'onnxruntime' has no attribute 'x'\. "):
+    with pytest.raises(BuildFailed, match=r"quantise the graph to int8: module 'onnxruntime' has no attribute 'x'\. "):
         ztp.build(artifact, "tensorrt_rtx", precision="int8", calibration=calibration, directory=tmp_path / "e")
     assert list(tmp_path.iterdir()) == []
 

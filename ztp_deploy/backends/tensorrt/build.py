@@ -16,7 +16,7 @@ from ztp_deploy.backends.tensorrt.layers import Fusion, Layer, check_engine_prec
 from ztp_deploy.backends.tensorrt.library import Library, forwarding_log, sentence, started
 from ztp_deploy.backends.tensorrt.progress import Progress, interruptible, monitor
 from ztp_deploy.backends.tensorrt.settings import Settings
-from ztp_deploy.errors import BadRequest, GateFailed
+from ztp_deploy.errors import BadRequest, BuildFailed
 from ztp_deploy.manifest import BatchRange
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class _Heard:
 
 
 def build_plan(order: Order, progress: Progress) -> BuiltPlan:
-    """Parses, configures and builds. Raises BadRequest, GateFailed, MissingSoftware; Ctrl-C cancels."""
+    """Parses, configures and builds. Raises BadRequest, BuildFailed, GateFailed, MissingSoftware; Ctrl-C cancels."""
     trt = order.library.load()
     heard = _Heard()
     with torch_device.first_gpu(), forwarding_log(trt, heard) as log:
@@ -103,9 +103,9 @@ def build_plan(order: Order, progress: Progress) -> BuiltPlan:
     return BuiltPlan(data, heard.layers, counts[0])
 
 
-def _failure(library: Library, errors: list[str]) -> GateFailed:
+def _failure(library: Library, errors: list[str]) -> BuildFailed:
     reason = sentence(errors[-1]) if errors else "it gave no reason"
-    return GateFailed(
+    return BuildFailed(
         f"{library.title} could not build the engine: {reason}.",
         "Nothing was kept. Check what the message names: an operator's limits, the memory, or a setting.",
     )

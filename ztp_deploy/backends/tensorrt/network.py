@@ -10,7 +10,7 @@ import onnx
 
 from ztp_deploy.backends.tensorrt.graph import QUANTISED, low_products
 from ztp_deploy.backends.tensorrt.library import member
-from ztp_deploy.errors import GateFailed
+from ztp_deploy.errors import BuildFailed, GateFailed
 
 if TYPE_CHECKING:
     import tensorrt
@@ -24,7 +24,7 @@ def parse(
     """The network and its parser, which must live as long as the network: it holds the weights.
 
     `path` is where the graph came from; weights outside the file are looked for beside it.
-    Raises GateFailed that names node and cause.
+    Raises BuildFailed that names node and cause.
     """
     # Release 11 renumbered the flag and knows no other kind of network; 10 needs it said.
     typed = member(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", "Precision written into the graph")
@@ -35,9 +35,9 @@ def parse(
     return network, parser
 
 
-def _refusal(parser: tensorrt.OnnxParser, model: onnx.ModelProto) -> GateFailed:
+def _refusal(parser: tensorrt.OnnxParser, model: onnx.ModelProto) -> BuildFailed:
     if not parser.num_errors:
-        return GateFailed("TensorRT's parser refuses the graph without giving a reason.", "Export it again.")
+        return BuildFailed("TensorRT's parser refuses the graph without giving a reason.", "Export it again.")
     error: tensorrt.ParserError = parser.get_error(0)
     operator, names = error.node_operator(), [error.node_name()] if error.node_name() else []
     importer = _IMPORTER.search(error.func())
@@ -47,7 +47,7 @@ def _refusal(parser: tensorrt.OnnxParser, model: onnx.ModelProto) -> GateFailed:
     where = f"{operator or 'a'} node" + (f" {', '.join(map(repr, names[:3]))}" if names else "")
     reason = error.desc() if error.desc() not in ("", "false") else f"not supported ({error.func()})"
     more = f" ({parser.num_errors - 1} more)" if parser.num_errors > 1 else ""
-    return GateFailed(
+    return BuildFailed(
         f"TensorRT's parser refuses {where}: {reason}{more}.",
         "Rewrite the method's stage in the allowed operators (ztp_deploy/exporters/vocabulary.py).",
     )

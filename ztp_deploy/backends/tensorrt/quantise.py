@@ -24,7 +24,7 @@ from ztp_deploy import environment
 from ztp_deploy.backends.base import BuildJob
 from ztp_deploy.backends.tensorrt.graph import low_products
 from ztp_deploy.backends.tensorrt.settings import Settings
-from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
+from ztp_deploy.errors import BadRequest, BuildFailed, GateFailed, MissingSoftware, first_line
 from ztp_deploy.exporters import vocabulary
 from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.exporters.fold import constants, drop_unread
@@ -71,7 +71,7 @@ def require() -> None:
 def derive(job: BuildJob, settings: Settings) -> Derived:
     """Writes `model.onnx` into the engine folder: the artifact's graph with Q/DQ, the rest of the way in 16 bits.
 
-    Raises BadRequest without images, MissingSoftware without ModelOpt, and GateFailed where nothing was quantised.
+    Raises BadRequest without images, MissingSoftware without ModelOpt, BuildFailed where it fails, and GateFailed where nothing was quantised.
     """
     if job.calibration is None or not len(job.calibration):
         raise BadRequest(
@@ -111,7 +111,7 @@ def quantised(
     """The float32 graph with Q/DQ around the operands of those products and of no others; it may leave some out.
 
     The images are run one by one on the CPU; `advance` is told shares that add up to 1. `scratch` takes files for a
-    while. Raises MissingSoftware, and GateFailed where nothing was quantised.
+    while. Raises MissingSoftware, BuildFailed, and GateFailed where nothing was quantised.
     """
     made = _calibrated(model, products, calibration, scratch, advance) if products else model
     done = low_products(made, calibration.precision) & set(products)
@@ -162,7 +162,7 @@ def _calibrated(
             return onnx.load(str(target))
         except Exception as error:  # it raises whatever ONNX Runtime, onnx and Python raise
             reason = first_line(error)
-            raise GateFailed(
+            raise BuildFailed(
                 f"ModelOpt could not quantise the graph to {calibration.precision}: {reason}.",
                 "Use fp16, or report this.",
             ) from error
