@@ -96,7 +96,7 @@ def run(code: str, *libraries: str, **names: object) -> Ended:
         check=False,
         timeout=300,
         pass_fds=[write],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     os.close(write)
     with open(read, encoding="utf-8") as stream:
