@@ -384,7 +384,7 @@ def load_engine(directory: Engine | Path | str) -> Session:
     if version != manifest.backend_version:
         warnings.warn(
             f"{session.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
-            f"this is {version}. Run `ztp selftest --engine {folder}`, or `ztp check`, which proves it anew.",
+            f"this is {version}. Run `ztp check --engine {folder}`.",
             stacklevel=2,
         )
     failed = _failed_check(session.directory)
