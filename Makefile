@@ -145,7 +145,7 @@ $(READY): requirements.lock pyproject.toml $(wildcard tests/backends/tensorrt/ha
 	@test -n "$(PYTHON)" || { echo "ztp_deploy needs Python 3.11 or newer and found none: install one (apt-get install python3) or name it with PYTHON=/path/to/python3." >&2; exit 3; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ztp_deploy needs Python 3.11 or newer; $(PYTHON) is older or no Python: install one or name it with PYTHON=/path/to/python3." >&2; exit 3; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "This Python has no venv module: apt-get install python3-venv (Debian, Ubuntu), then run make again." >&2; exit 3; }
-	@echo "Setting up $(VENV) from requirements.lock (once; about 6 GB with torch) …"
+	@echo "Setting up $(VENV) from requirements.lock (once; about 7 GB with torch) …"
 	@test ! -e $(VENV) || test -f $(VENV)/pyvenv.cfg || { echo "$(VENV) is there and is no virtual environment: move it away." >&2; exit 2; }
 	@rm -rf $(VENV) && $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock

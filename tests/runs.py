@@ -17,8 +17,8 @@ from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.selection import Observation
 from ztp_deploy.exporters import torchscript
 from ztp_deploy.exporters.graph import InferenceGraph
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.pruning.prune import Outputs, PrunedModel
+from ztp_deploy.source import ModelSize
 from ztp_deploy.workflow.progress import Silent
 
 

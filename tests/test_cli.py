@@ -359,7 +359,7 @@ def test_the_gpu_report_says_what_is_left_and_how_to_go_on(ztp, monkeypatch):
 
 COMMANDS = [
     *("plan", "export", "build", "check", "bench", "compare", "engine", "eval", "tune", "demo"),
-    *("gpu-report", "classify", "show", "report", "list", "doctor"),
+    *("gpu-report", "selftest", "classify", "show", "report", "list", "doctor"),
 ]
 
 

@@ -28,7 +28,7 @@ from ztp_deploy.evidence.labelled import read_labelled
 from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.models import weights as weights_module
-from ztp_deploy.models.preprocessing import open_image, transform_for
+from ztp_deploy.preprocessing import open_image, transform_for
 from ztp_deploy.workflow.progress import Silent
 from ztp_deploy.workflow.requests import PlanRequest
 

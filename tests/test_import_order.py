@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "errors quiet atomic environment recipes defaults pruning.tokens pruning.merge reference.canvases reference.model",
+    "errors extras quiet atomic environment recipes defaults source preprocessing"
+    " pruning.tokens pruning.merge pruning.assignment reference.canvases reference.model",
     "plan",
     "models",
     "methods",

@@ -339,10 +339,18 @@ def test_the_lock_is_hashed_names_no_index_and_holds_every_dependency():
     locked = {re.match(r"[a-z0-9-]+", requirement)[0] for requirement in requirements}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["dev"] + extras["openvino"] + extras["modelopt"]
-    wanted.remove("ztp_deploy[openvino,modelopt]")
+    wanted, unread = set(project["dependencies"]), ["dev"]
+    while unread:
+        for requirement in extras[unread.pop()]:
+            own = re.fullmatch(r"ztp_deploy\[([\w,-]+)\]", requirement)
+            unread += own[1].split(",") if own else []
+            wanted |= set() if own else {requirement}
+    assert wanted >= {*extras["build"], *extras["openvino"], *extras["modelopt"], extras["nncf"][-1]}
     assert {re.match(r"[a-z0-9-]+", w.lower())[0] for w in wanted} <= locked
-    # The two would overwrite each other: their markers exclude one another.
+    # The two ONNX Runtimes would overwrite each other: serving alone brings neither, and their markers exclude one another.
+    both = [one for one in wanted if one.startswith("onnxruntime")]
+    assert len(both) == 2
+    assert not set(both) & set(project["dependencies"])
     gpu = next(r for r in requirements if r.startswith("onnxruntime-gpu=="))
     plain = next(r for r in requirements if r.startswith("onnxruntime=="))
     assert "== 'linux'" in gpu

@@ -15,7 +15,7 @@ from google.protobuf.message import EncodeError
 import ztp_deploy as ztp
 from ztp_deploy.exporters.precision import matrix_nodes
 from ztp_deploy.manifest import EngineManifest, hash_files, read_manifest, write_manifest
-from ztp_deploy.models.base import ModelSize
+from ztp_deploy.source import ModelSize
 
 SIZE = ModelSize(img_size=96, depth=4, embed_dim=48, num_heads=3, num_classes=10)
 

@@ -2,7 +2,7 @@
 
 Prune a Vision Transformer's tokens without training (fixed counts per layer), export it, build engines,
 prove that they still do what the eager model does, measure what was gained. Nothing heavy is loaded
-before it is used.
+before it is used, and serving an engine uses none of what made it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from ztp_deploy.evidence.latency import LatencyReport, measure_latency
     from ztp_deploy.evidence.load import LoadReport, measure_load
     from ztp_deploy.evidence.parity import ParityReport, check_parity
+    from ztp_deploy.evidence.selftest import SelfTest, repeat_selftest
     from ztp_deploy.exporters import Artifact, export
     from ztp_deploy.models import RandomWeightsWarning, load_model
-    from ztp_deploy.models.base import ModelSize, Preprocessing
     from ztp_deploy.plan import Plan
     from ztp_deploy.planning import make_plan
     from ztp_deploy.pruning.prune import PrunedModel, prune
     from ztp_deploy.pruning.trace import TokenTrace, trace_tokens
+    from ztp_deploy.source import ModelSize, Preprocessing
 
 _HOMES = {
     "Artifact": "ztp_deploy.exporters",
@@ -47,13 +48,14 @@ _HOMES = {
     "LatencyReport": "ztp_deploy.evidence.latency",
     "LoadReport": "ztp_deploy.evidence.load",
     "MissingSoftware": "ztp_deploy.errors",
-    "ModelSize": "ztp_deploy.models.base",
+    "ModelSize": "ztp_deploy.source",
     "ParityReport": "ztp_deploy.evidence.parity",
     "ParityWarning": "ztp_deploy.backends",
     "Plan": "ztp_deploy.plan",
-    "Preprocessing": "ztp_deploy.models.base",
+    "Preprocessing": "ztp_deploy.source",
     "PrunedModel": "ztp_deploy.pruning.prune",
     "RandomWeightsWarning": "ztp_deploy.models",
+    "SelfTest": "ztp_deploy.evidence.selftest",
     "Session": "ztp_deploy.backends.base",
     "TokenTrace": "ztp_deploy.pruning.trace",
     "WriteFailed": "ztp_deploy.errors",
@@ -68,8 +70,18 @@ _HOMES = {
     "measure_latency": "ztp_deploy.evidence.latency",
     "measure_load": "ztp_deploy.evidence.load",
     "prune": "ztp_deploy.pruning.prune",
+    "repeat_selftest": "ztp_deploy.evidence.selftest",
     "trace_tokens": "ztp_deploy.pruning.trace",
 }
+
+_SERVING = frozenset(
+    {
+        *("load_engine", "Session", "Engine", "ParityWarning", "repeat_selftest", "SelfTest"),
+        *("ZtpError", "BadRequest", "BuildFailed", "DamagedFiles", "GateFailed", "MissingSoftware", "WriteFailed"),
+        *("Artifact", "ModelSize", "Plan", "Preprocessing"),
+    }
+)
+"""What needs nothing of the extra `build`: all that serving takes, and records."""
 
 __all__ = [
     "Artifact",
@@ -89,6 +101,7 @@ __all__ = [
     "Preprocessing",
     "PrunedModel",
     "RandomWeightsWarning",
+    "SelfTest",
     "Session",
     "TokenTrace",
     "WriteFailed",
@@ -103,14 +116,17 @@ __all__ = [
     "measure_latency",
     "measure_load",
     "prune",
+    "repeat_selftest",
     "trace_tokens",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _SERVING:
+        import_module("ztp_deploy.extras").require(f"ztp.{name}")
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

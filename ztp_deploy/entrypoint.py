@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ztp_deploy import extras
 from ztp_deploy.console import err, print_json, reader_gone, warn
 from ztp_deploy.errors import FAULT, INTERRUPTED, STOPPED, BadRequest, MissingSoftware, ZtpError
 
@@ -71,6 +72,8 @@ def _show(others: Callable[..., None], message: Warning | str, kind: type[Warnin
 
 def _refuse(error: BaseException) -> int:
     """Prints a refusal, or the traceback of what is none, and returns its exit code."""
+    if isinstance(error, ImportError):
+        error = extras.refusal(error) or error
     if isinstance(error, ZtpError):
         problem, fix, code = error.problem, error.fix, error.exit_code
     elif isinstance(error, BrokenPipeError):

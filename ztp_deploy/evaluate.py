@@ -28,10 +28,10 @@ from ztp_deploy.evidence.parity import proof_of
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.manifest import manifest_sha256
-from ztp_deploy.models.base import Source
-from ztp_deploy.models.preprocessing import transform_for
 from ztp_deploy.plan import Plan
+from ztp_deploy.preprocessing import transform_for
 from ztp_deploy.pruning.prune import prune
+from ztp_deploy.source import Source
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import PlanRequest
 from ztp_deploy.workflow.steps import load_trained, reload

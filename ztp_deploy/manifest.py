@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ztp_deploy.errors import BadRequest, DamagedFiles, first_fault, write_failed
-from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
+from ztp_deploy.source import Source
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 20

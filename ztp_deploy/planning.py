@@ -13,8 +13,8 @@ from torch import nn
 from ztp_deploy import methods, models
 from ztp_deploy.defaults import METHOD
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import DEFAULT_STAGES, FLOP_SHARE_TOLERANCE, Geometry, Plan, Stage, count_flops, share_of
+from ztp_deploy.source import ModelSize
 
 
 def make_plan(

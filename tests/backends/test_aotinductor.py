@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ztp_deploy as ztp
-from tests import tiny
+from tests import slim, tiny
 from ztp_deploy import environment
 from ztp_deploy.backends import aotinductor
 from ztp_deploy.errors import BadRequest, BuildFailed, MissingSoftware
@@ -217,3 +217,12 @@ def test_an_engine_for_a_gpu_is_opened_on_the_first(aotinductor_engine, monkeypa
     on_gpu = aotinductor_engine.manifest.model_copy(update={"device": "cuda", "provider": "cuda:0"})
     aotinductor.open_runner(aotinductor_engine.directory, on_gpu)
     assert opened == [0]
+
+
+def test_it_is_opened_by_torch_and_what_torch_does_not_name(aotinductor_engine):
+    lacking = slim.run(slim.LOAD, "torch", engine=aotinductor_engine.directory)
+    assert lacking.out == (
+        "MissingSoftware torch needs packaging to open AOTInductor engines, and it is not installed. "
+        "pip install packaging\n"
+    )
+    assert slim.run(slim.LOAD, "torch", "packaging", engine=aotinductor_engine.directory).out == ""

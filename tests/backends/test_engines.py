@@ -246,8 +246,8 @@ def test_other_code_and_another_processor_build_anew(artifact, tmp_path, monkeyp
     assert len(fingerprints) == 3
 
 
-SAY_NOTHING_OF_AN_ENGINE = {"errors", "quiet", "atomic", "manifest", "defaults"}
-"""How a build fails, what it prints, where it writes, what it is called."""
+SAY_NOTHING_OF_AN_ENGINE = {"errors", "quiet", "atomic", "manifest", "defaults", "preprocessing"}
+"""How a build fails, what it prints, where it writes, what it is called, what its sessions make of pictures."""
 
 
 def test_all_code_that_a_build_runs_decides_whether_an_engine_stands():

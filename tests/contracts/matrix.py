@@ -10,8 +10,8 @@ from typing import Any
 
 from tests import tiny
 from ztp_deploy import methods, models
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.planning import make_plan
+from ztp_deploy.source import ModelSize
 
 PARTS = 8
 

@@ -41,8 +41,8 @@ from ztp_deploy.errors import DamagedFiles, ZtpError
 from ztp_deploy.evidence.images import photograph_crops
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
 from ztp_deploy.manifest import manifest_sha256
-from ztp_deploy.models.preprocessing import transform_for
-from ztp_deploy.pruning.trace import assign
+from ztp_deploy.preprocessing import transform_for
+from ztp_deploy.pruning.assignment import assign
 
 pytestmark = pytest.mark.slow
 
@@ -734,6 +734,9 @@ def test_a_doctored_self_test_fails(runtime, recorded, change, metadata, code, m
     problem, found = refusal(runtime.run(engine, "--selftest", "--json"))
     assert message in problem
     assert found == code
+    with pytest.raises(ZtpError) as pythons, ztp.load_engine(engine) as session:
+        ztp.repeat_selftest(session)
+    assert (pythons.value.problem, pythons.value.exit_code) == (problem, code)
 
 
 def test_the_self_test_reads_and_says_numbers_in_any_locale(runtime, recorded, tmp_path):

@@ -10,7 +10,7 @@ from tests import tiny
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.images import load_images, photograph_crops
-from ztp_deploy.models.preprocessing import open_image
+from ztp_deploy.preprocessing import open_image
 
 
 @pytest.fixture(scope="module")

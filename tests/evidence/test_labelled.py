@@ -11,8 +11,8 @@ from PIL import Image
 from tests import tiny
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.labelled import Labelled, batches, class_indices, read_labelled
-from ztp_deploy.models.base import Preprocessing
-from ztp_deploy.models.preprocessing import open_image, transform_for
+from ztp_deploy.preprocessing import open_image, transform_for
+from ztp_deploy.source import Preprocessing
 
 IMAGENET = tuple(timm.data.ImageNetInfo().label_descriptions())
 ANIMALS = ("tench, Tinca tinca", "crane", "house finch, linnet", "crane")

@@ -13,7 +13,7 @@ from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, WriteFailed
 from ztp_deploy.evidence import predictions
 from ztp_deploy.evidence.labelled import read_labelled
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
-from ztp_deploy.models.preprocessing import transform_for
+from ztp_deploy.preprocessing import transform_for
 
 
 @pytest.fixture(scope="module")

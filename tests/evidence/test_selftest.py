@@ -1,17 +1,22 @@
-"""The recorded run: what it holds, and that a check records it."""
+"""The recorded run: what it holds, that a check records it, and that repeating it notices what differs."""
 
 from __future__ import annotations
+
+import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import ztp_deploy as ztp
 from tests import tiny
+from tests.commands import typed
 from tests.runs import Listening
 from ztp_deploy import environment
-from ztp_deploy.backends import find_engine
+from ztp_deploy.backends import find_engine, open_engine
 from ztp_deploy.evidence import selftest
 from ztp_deploy.evidence.report.summary import Summary, summarise
 from ztp_deploy.manifest import BatchRange, manifest_sha256
@@ -83,3 +88,157 @@ def test_a_check_records_it_only_where_parity_holds(engine, model):
     assert not path.exists()
     [told] = monitor.warned
     assert "Polygraphy" in told
+
+
+# --- repeated --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept_run(openvino_engine, shared_engine, tmp_path_factory):
+    """An OpenVINO engine, and its graph's run as ONNX Runtime recorded it."""
+    root = tmp_path_factory.mktemp("recorded")
+    for made, name in ((shared_engine, "other"), (openvino_engine, "engine")):
+        shutil.copytree(made.directory, root / name)
+    return root / "engine", load_file(selftest.write_selftest(root / "other", tiny.images(2)))
+
+
+@pytest.fixture
+def recorded(kept_run):
+    """That engine, whose record a test may change."""
+    engine, record = kept_run
+    tensors = {name: tensor.copy() for name, tensor in record.items()}
+    save_record(engine, tensors)
+    return engine, tensors
+
+
+def save_record(engine, tensors, **metadata):
+    (engine / "evidence").mkdir(exist_ok=True)
+    known = {"manifest_sha256": manifest_sha256(engine), "tolerance": "0.0001"} | metadata
+    known = {name: value for name, value in known.items() if value is not None}
+    save_file(tensors, engine / "evidence" / selftest.SELFTEST_FILE, known)
+
+
+def repeated(engine):
+    with open_engine(engine) as session:
+        return ztp.repeat_selftest(session)
+
+
+def test_another_librarys_run_holds(recorded):
+    engine, _ = recorded
+    found = repeated(engine)
+    assert found.images == 2
+    assert 0 < found.worst_logit < 1e-4
+
+
+def test_its_own_run_holds_exactly(engine):
+    selftest.write_selftest(engine.directory, tiny.images(3))
+    assert repeated(engine.directory) == ztp.SelfTest(images=2, worst_logit=0.0)
+
+
+def test_pixels_are_repeated_too(pruned, exported, tmp_path):
+    artifact = exported(pruned, input="uint8")
+    engine = ztp.build(artifact, "onnxruntime", device="cpu", batch=(1, 4, 8), directory=tmp_path / "engine")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 96), dtype=np.uint8)
+    record = load_file(selftest.write_selftest(engine.directory, pixels))
+    assert repeated(engine.directory).images == 2
+    save_record(engine.directory, record | {"images": pixels.astype(np.float32)})
+    with pytest.raises(ztp.DamagedFiles, match="holds images of another kind"):
+        repeated(engine.directory)
+
+
+def doctored_logits(record):
+    record["logits"][1, 3] += 2e-4 * record["logits"][1].std()
+
+
+def not_a_number(record):
+    record["logits"][0, 3] = np.nan
+
+
+def doctored_tokens(record):
+    free = set(range(36)) - set(record["kept_2"][1].tolist())
+    record["kept_2"][1, 0] = min(free)
+
+
+def doctored_merges(record):
+    patch = np.argmax(record["assignment_2"][1] < 0)
+    record["assignment_2"][1, patch] = 0
+
+
+def without(name):
+    return lambda record: record.pop(name)
+
+
+def holding(name, tensor):
+    return lambda record: record.update({name: tensor})
+
+
+LOGITS = "the same tokens are kept but logits differ by"
+FAULTS = {
+    "logits": (doctored_logits, {}, 1, f"Self-test fails: {LOGITS} 0.0002 σ (at most 0.0001) on image 1."),
+    "nan": (not_a_number, {}, 1, f"Self-test fails: {LOGITS} inf σ (at most 0.0001) on image 0."),
+    "tokens": (
+        doctored_tokens,
+        {},
+        1,
+        "fails: stage 2 keeps other tokens on image 1 than when the engine was checked.",
+    ),
+    "merges": (doctored_merges, {}, 1, "fails: stage 2 carries patches in other tokens on image 1 than when"),
+    "manifest": (None, {"manifest_sha256": "0" * 64}, 2, "belongs to another manifest than this engine's. Record it"),
+    "no manifest": (None, {"manifest_sha256": None}, 2, "does not say manifest_sha256. Write it again with"),
+    "no tolerance": (None, {"tolerance": None}, 2, "does not say tolerance. Write it again"),
+    **{
+        f"tolerance {text!r}": (None, {"tolerance": text}, 2, "gives no tolerance above zero. Write it again")
+        for text in ("nan", "inf", "1e999", "0.0", "-0.1", "+0.1", " 0.1", "0,1", "1_0", "٠.١", "")
+    },
+    "no kept": (without("kept_3"), {}, 2, "holds no kept_3. Write it again"),
+    "no assignment": (without("assignment_1"), {}, 2, "holds no assignment_1."),
+    "no logits": (without("logits"), {}, 2, "holds no logits."),
+    "no images": (without("images"), {}, 2, "holds no images."),
+    "size": (holding("images", tiny.images(2, size=64)), {}, 2, "holds images of another size than the engine takes."),
+    "kind": (holding("kept_1", np.zeros((2, 25), np.int64)), {}, 2, "holds kept_1 of another kind."),
+    "axes": (holding("logits", np.zeros(20, np.float32)), {}, 2, "holds logits of another kind."),
+    "count": (holding("kept_1", np.zeros((2, 3), np.int32)), {}, 2, "another number of tokens than the engine gives."),
+    "classes": (holding("logits", np.zeros((2, 3), np.float32)), {}, 2, "another number of logits than the engine"),
+    "batch": (holding("images", tiny.images(9)), {}, 2, "A batch of 9 is outside this engine's range 1 to 8."),
+}
+
+
+@pytest.mark.parametrize("change, metadata, code, sentence", FAULTS.values(), ids=FAULTS)
+def test_a_record_that_does_not_fit_is_refused(recorded, change, metadata, code, sentence):
+    engine, record = recorded
+    if change:
+        change(record)
+    save_record(engine, record, **metadata)
+    with pytest.raises(ztp.ZtpError) as refused:
+        repeated(engine)
+    assert sentence in str(refused.value)
+    assert refused.value.exit_code == code
+
+
+def test_a_record_that_is_gone_or_cut(recorded):
+    engine, _ = recorded
+    path = engine / "evidence" / selftest.SELFTEST_FILE
+    whole = path.read_bytes()
+    for length in (0, 3, 20, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(
+            ztp.DamagedFiles, match=re.escape(f"{path} is not a whole safetensors file. Write it again")
+        ):
+            repeated(engine)
+    path.unlink()
+    with pytest.raises(ztp.BadRequest, match=re.escape(f"{engine} carries no self-test: it has no evidence/selftest")):
+        repeated(engine)
+
+
+def test_the_command_ends_with_its_exit_codes(recorded, monkeypatch, capsys):
+    engine, record = recorded
+    code, out, _ = typed(monkeypatch, capsys, "selftest", "--engine", engine)
+    assert (code, "Self-test holds: 2 images, the same tokens kept, logits within" in out) == (0, True)
+    code, out, _ = typed(monkeypatch, capsys, "selftest", "--engine", engine, "--json")
+    found = json.loads(out)
+    assert (code, set(found)) == (0, {"engine", "images", "worst_logit"})
+    doctored_tokens(record)
+    save_record(engine, record)
+    code, out, _ = typed(monkeypatch, capsys, "selftest", "--engine", engine, "--json")
+    assert (code, json.loads(out)["error"]["exit_code"]) == (1, 1)
+    assert json.loads(out)["error"]["fix"].startswith("Do not use this engine here: build it again on this machine")

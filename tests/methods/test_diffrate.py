@@ -14,11 +14,11 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import Observation, differences
 from ztp_deploy.methods import diffrate, parse_options
 from ztp_deploy.models import host_of
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.parts import mean_of_patches
 from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.pruning.tokens import TokenState
+from ztp_deploy.source import ModelSize
 
 NAME = "diffrate_tiny"
 BOUND = 1e-5

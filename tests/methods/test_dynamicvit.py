@@ -16,9 +16,9 @@ from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import lower
 from ztp_deploy.methods import dynamicvit
 from ztp_deploy.models import describe, host_of, load_model
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
+from ztp_deploy.source import ModelSize
 from ztp_deploy.workflow.requests import PlanRequest
 
 BOUND = 1e-5

@@ -18,10 +18,10 @@ from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.selection import differences
 from ztp_deploy.methods import evit
 from ztp_deploy.models import describe, host_of, load_model
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Stage
 from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
+from ztp_deploy.source import ModelSize
 
 FUSED = {"fuse": True}
 CASES = {"evit_tiny_fuse": {"fuse": True}, "evit_tiny_nofuse": {}}

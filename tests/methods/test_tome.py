@@ -14,9 +14,9 @@ from ztp_deploy.evidence.selection import Observation, differences
 from ztp_deploy.methods import tome
 from ztp_deploy.methods.share import zero_tprune_share
 from ztp_deploy.models import describe, host_of
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
+from ztp_deploy.source import ModelSize
 
 CASES = [name for name in golden.CASES if name.startswith("tome_")]
 NAMES = {"distilled": "deit_t_distilled", "mae": "mae_vit_b", "swag": "swag_vit_b16"}

@@ -17,12 +17,12 @@ from ztp_deploy.methods import zero_tprune as zt
 from ztp_deploy.methods.base import top_k_margin
 from ztp_deploy.methods.similarity import staying
 from ztp_deploy.models import load_model
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Stage
 from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.pruning.tokens import top_k
 from ztp_deploy.pruning.trace import trace_tokens
+from ztp_deploy.source import ModelSize
 
 ORACLE = [name for name in golden.CASES if name.startswith("zt_")]
 PROTOTYPE = [name for name in golden.CASES if name.startswith("ztprune_proto")]

@@ -10,7 +10,7 @@ import torch
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models.base import ModelSize
+from ztp_deploy.source import ModelSize
 
 
 def written(model: torch.nn.Module) -> dict[str, np.ndarray]:

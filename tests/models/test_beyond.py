@@ -18,8 +18,8 @@ from tests.models.modules import (
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import timm_head
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.pruning.tokens import MASKED, TokenState, initial_state, key_bias
+from ztp_deploy.source import ModelSize
 
 KINDS = {
     "DINOv2": ("vit_small_patch14_dinov2", {}),

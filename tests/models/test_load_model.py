@@ -13,9 +13,9 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest, MissingSoftware
-from ztp_deploy.models.base import ModelSize, Weights
 from ztp_deploy.models.timm_vit import NAMES
 from ztp_deploy.pruning.tokens import initial_state
+from ztp_deploy.source import ModelSize, Weights
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,9 +18,9 @@ from ztp_deploy import exporters, models
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.exporters import precision, vocabulary
 from ztp_deploy.models import lvvit
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import count_flops
 from ztp_deploy.pruning.tokens import MASKED, initial_state, key_bias, membership, special_ahead, take_special
+from ztp_deploy.source import ModelSize
 
 PATCHES = 196
 

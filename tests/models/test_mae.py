@@ -13,9 +13,9 @@ from tests.models import readings
 from tests.runs import Listening
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest, MissingSoftware
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.mae import NAMES
 from ztp_deploy.pruning.tokens import TokenState, initial_state
+from ztp_deploy.source import ModelSize
 from ztp_deploy.workflow import steps
 from ztp_deploy.workflow.progress import Clock
 

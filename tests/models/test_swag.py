@@ -10,8 +10,8 @@ from tests import golden, tiny
 from tests.models import readings
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest, MissingSoftware
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.swag import NAMES
+from ztp_deploy.source import ModelSize
 
 SIZE = ModelSize(img_size=96, patch_size=16, embed_dim=96, depth=6, num_heads=3, num_classes=100)
 CASES = ["swag_tiny", "swag_tiny_eps", "torchvision_vit_tiny", "torchvision_vit_tiny_eps"]

@@ -18,10 +18,10 @@ from ztp_deploy.exporters import precision, torch_export, vocabulary
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import lower
 from ztp_deploy.models import t2t_modules
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.t2t_modules import Block, SoftSplit, T2TViT
 from ztp_deploy.models.t2t_vit import NAMES, T2TVitHost
 from ztp_deploy.pruning.tokens import MASKED, initial_state, key_bias
+from ztp_deploy.source import ModelSize
 
 CASES = ("t2t_vit_7", "t2t_vit_7_eps", "t2t_vit_7_performer_eps")
 

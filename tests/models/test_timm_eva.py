@@ -21,9 +21,9 @@ from ztp_deploy import models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import lower
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.timm_eva import _OFFICIAL, NAMES
 from ztp_deploy.pruning.tokens import MASKED, TokenState, initial_state, key_bias, look_up
+from ztp_deploy.source import ModelSize
 
 KINDS = {
     "joint projections, packed SwiGLU, mean": ("eva02_tiny_patch14_336", {}),

@@ -121,7 +121,7 @@ def test_grids_that_are_none(size, patches):
 
 @pytest.mark.parametrize("input", ["float32", "uint8"])
 def test_the_photograph_is_what_the_model_sees(model, input):
-    from ztp_deploy.models.preprocessing import transform_for
+    from ztp_deploy.preprocessing import transform_for
 
     preprocessing = models.source_of(model).preprocessing
     [crop] = photograph_crops(1).values()

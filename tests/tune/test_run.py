@@ -17,10 +17,10 @@ from tests.commands import typed
 from ztp_deploy.cli.options import plan_request
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.evidence.accuracy import image_kl, mean_kl
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.recipes import Recipe, read_recipe
+from ztp_deploy.source import ModelSize
 from ztp_deploy.tune import rounds, run
 from ztp_deploy.tune.cost import Budget, Timing
 from ztp_deploy.tune.damage import HeldOut, held_out, split

@@ -78,7 +78,7 @@ def get(name: str) -> Backend:
 
 
 def choose(name: str) -> str:
-    """`auto` resolved: TensorRT where it and a GPU are here, else ONNX Runtime, which every installation has."""
+    """`auto` resolved: TensorRT where it and a GPU are here, else ONNX Runtime, which comes with what builds."""
     if name != "auto":
         return name
     return "tensorrt" if environment.gpus() and not get("tensorrt").missing() else "onnxruntime"
@@ -379,19 +379,19 @@ def load_engine(directory: Engine | Path | str) -> Session:
     Raises BadRequest (no engine folder), DamagedFiles (edited, truncated, missing) and MissingSoftware (library or device not here).
     """
     session = open_engine(directory)
-    manifest, check = session.manifest, f"ztp check --engine {shlex.quote(str(session.directory))}"
+    manifest, folder = session.manifest, shlex.quote(str(session.directory))
     version = get(manifest.backend).version()
     if version != manifest.backend_version:
         warnings.warn(
             f"{session.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
-            f"this is {version}. Run `{check}`.",
+            f"this is {version}. Run `ztp check --engine {folder}`.",
             stacklevel=2,
         )
     failed = _failed_check(session.directory)
     if failed is not None:
         warnings.warn(
             f"{session.directory} ({manifest.precision}) failed its last parity check{failed}: do not rely on its answers. "
-            f"Run `{check}`, and build it again.",
+            f"Run `ztp check --engine {folder}`, and build it again.",
             ParityWarning,
             stacklevel=2,
         )

@@ -150,6 +150,11 @@ class AotInductorRunner:
                     run_single_threaded=settings.cuda_graph,
                     device_index=0 if manifest.device == "cuda" else -1,  # -1: whichever is the thread's own
                 )
+        except ModuleNotFoundError as error:  # torch's compiler has requirements that torch does not name
+            raise MissingSoftware(
+                f"torch needs {error.name} to open AOTInductor engines, and it is not installed.",
+                f"pip install {error.name}",
+            ) from error
         except Exception as error:  # a damaged archive raises anything
             reason = first_line(error)
             raise DamagedFiles(f"torch cannot open {package}: {reason}.", "Build the engine again.") from error

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ztp_deploy import environment
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, EngineManifest, ImageInput
+from ztp_deploy.preprocessing import open_image, transform_for
+from ztp_deploy.pruning.assignment import assign
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -195,10 +197,7 @@ class Session:
         self._require_open()
         outputs: Mapping[str, Any]
         self._check(images)
-        if isinstance(images, Tensor):
-            outputs = self._runner.run_tensors(images.resolve_neg())
-        else:
-            outputs = self._runner.run(images)
+        outputs = self._runner.run_tensors(images.resolve_neg()) if is_tensor(images) else self._runner.run(images)
         self._last.outputs = outputs
         return outputs["logits"]
 
@@ -224,8 +223,6 @@ class Session:
 
         Raises as `kept`.
         """
-        from ztp_deploy.pruning.trace import assign
-
         self.kept()
         try:
             return assign(self._last_outputs("kept"), self._last_outputs("merged"), self.manifest.plan.patch_tokens)
@@ -260,8 +257,6 @@ class Session:
         A picture is a PIL image, a path, or a uint8 array [H, W, 3] in RGB (OpenCV reads BGR: image[..., ::-1]).
         Raises BadRequest for what is none.
         """
-        from ztp_deploy.models.preprocessing import open_image, transform_for
-
         if self._transform is None:
             self._transform = transform_for(self.manifest.source.preprocessing, self.manifest.input.dtype)
         many = images if isinstance(images, (list, tuple)) else [images]
@@ -295,6 +290,12 @@ class Session:
             )
 
 
+def is_tensor(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a torch tensor, without importing torch: where nobody has, there is none."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    return tensor is not None and isinstance(value, tensor)
+
+
 def check_images(images: NDArray[Any] | Tensor, wanted: ImageInput) -> None:
     """Raises BadRequest unless these are what an engine of that input takes, but for their number.
 
@@ -303,7 +304,7 @@ def check_images(images: NDArray[Any] | Tensor, wanted: ImageInput) -> None:
     size = wanted.size
     if isinstance(images, np.ma.MaskedArray):
         raise BadRequest("This engine takes plain arrays; got a masked one.", "Fill it: images.filled(0).")
-    known = isinstance(images, (np.ndarray, Tensor))
+    known = isinstance(images, np.ndarray) or is_tensor(images)
     dtype = str(images.dtype).removeprefix("torch.") if known else type(images).__name__
     if dtype != wanted.dtype:
         raise BadRequest(
@@ -315,8 +316,8 @@ def check_images(images: NDArray[Any] | Tensor, wanted: ImageInput) -> None:
             f"This engine takes images [B, 3, {size}, {size}]; got {list(images.shape)}.",
             "Use session.preprocess(images).",
         )
-    if isinstance(images, Tensor):
-        if images.layout is not torch.strided:
+    if is_tensor(images):
+        if str(images.layout) != "torch.strided":
             raise BadRequest(f"This engine takes dense tensors; got one of {images.layout}.", "Call .to_dense().")
         if images.device.type != "cpu":
             return

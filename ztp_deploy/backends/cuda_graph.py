@@ -6,10 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Outputs = TypeVar("Outputs")
 
@@ -23,6 +24,8 @@ def capture(stream: Any) -> Iterator[Any]:
 
     One at a time in the process, as torch wants it; what other threads do on the device meanwhile does not spoil it.
     """
+    import torch
+
     graph = torch.cuda.CUDAGraph()
     # The outer stream is the caller's: after a failure torch leaves the other one in its place.
     with (
@@ -41,6 +44,8 @@ class Turns:
 
     def take(self, device: torch.device) -> None:
         """To be called before the caller's current stream touches the buffers."""
+        import torch
+
         stream = torch.cuda.current_stream(device)
         if self._last is not None and self._last != stream:
             stream.wait_stream(self._last)
@@ -81,6 +86,8 @@ class Recorder(Generic[Outputs]):
         return recording.outputs
 
     def _record(self, images: Tensor) -> _Recording[Outputs]:
+        import torch
+
         buffer = images.clone()
         caller = torch.cuda.current_stream(images.device)
         side: torch.cuda.Stream = torch.cuda.Stream(images.device)  # type: ignore[no-untyped-call]

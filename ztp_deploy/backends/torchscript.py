@@ -13,7 +13,6 @@ from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import DamagedFiles, first_line
-from ztp_deploy.exporters.torchscript import GRAPH_FILE, nodes_of
 from ztp_deploy.manifest import EngineManifest, listed
 
 if TYPE_CHECKING:
@@ -68,6 +67,8 @@ def build(job: BuildJob) -> dict[str, Any]:
 
 def open_runner(directory: Path, manifest: EngineManifest) -> TorchScriptRunner:
     """Opens `model.ts`, which is code: its hash was checked, load only what you built."""
+    from ztp_deploy.exporters.torchscript import GRAPH_FILE
+
     return TorchScriptRunner(listed(directory, manifest, GRAPH_FILE), manifest)
 
 
@@ -118,6 +119,8 @@ class TorchScriptRunner:
 
 def point_at_device(module: Any, provider: str) -> None:
     """Makes what a trace creates, positions for example, on `provider`: it names the device it was traced on."""
+    from ztp_deploy.exporters.torchscript import nodes_of
+
     for method in ("forward", "audited"):
         for node in nodes_of(module._c._get_method(method).graph):
             if node.kind() == "prim::Constant" and node.output().type().kind() == "DeviceObjType":

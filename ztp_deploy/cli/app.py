@@ -22,6 +22,7 @@ from ztp_deploy.cli.inspect import inspect
 from ztp_deploy.cli.list import list_
 from ztp_deploy.cli.plan import plan
 from ztp_deploy.cli.report import report
+from ztp_deploy.cli.selftest import selftest
 from ztp_deploy.cli.show import show
 from ztp_deploy.cli.tune import tune
 from ztp_deploy.console import out
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "tune": tune,
     "gpu-report": gpu_report,
+    "selftest": selftest,
     "classify": classify,
     "show": show,
     "list": list_,

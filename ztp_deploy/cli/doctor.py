@@ -10,7 +10,7 @@ from ztp_deploy.console import out, print_json, warn
 
 def doctor(as_json: AsJson = False) -> None:
     """Versions, devices, and what would be used on this machine."""
-    from ztp_deploy import backends, environment
+    from ztp_deploy import backends, environment, extras
 
     machine = environment.snapshot()
     uses = {
@@ -18,6 +18,8 @@ def doctor(as_json: AsJson = False) -> None:
         for name in backends.BACKENDS
         for status, particulars in [backends.here(name)]
     }
+    lacks = extras.lacking()
+    making = f"missing {lacks}: {extras.INSTALL}" if lacks else "OK"
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if environment.installed(name)]
     problems = []
     if len(both) == 2:
@@ -32,6 +34,7 @@ def doctor(as_json: AsJson = False) -> None:
         "machine": machine,
         "gpu": gpu,
         "would use": uses,
+        "making engines": making,
         "auto": backends.choose("auto"),
         "problems": problems,
     }
@@ -47,6 +50,7 @@ def doctor(as_json: AsJson = False) -> None:
         table.add_row(name, version)
     for name, use in uses.items():
         table.add_row(f"back end {name}", use)
+    table.add_row("making engines", making)
     table.add_row("--backend auto takes", backends.choose("auto"))
     out.print(table)
     for problem in problems:

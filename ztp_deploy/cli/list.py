@@ -7,40 +7,24 @@ from typing import Any
 from rich.table import Table
 
 from ztp_deploy.cli.options import AsJson
-from ztp_deploy.console import out, print_json
+from ztp_deploy.console import out, print_json, warn
 
 
 def list_(as_json: AsJson = False) -> None:
     """Models, methods, formats and back ends; what is missing for each and how to get it."""
-    from ztp_deploy import backends, exporters, methods, models
+    from ztp_deploy import extras
 
-    examples = models.examples()
-    pairs = methods.pairs({name: models.describe(name)[1] for name in examples.values()})
-    known: dict[str, list[dict[str, Any]]] = {
-        "models": [{"name": name, "timm": arch} for name, arch in models.model_names().items()],
-        "families": [{"name": name, "about": models.family(name).SUMMARY} for name in models.FAMILIES],
-        "methods": [{"name": "dense", "about": "the model as it is"}]
-        + [{"name": name, "about": methods.get(name).SUMMARY} for name in methods.METHODS],
-        "formats": [
-            {"name": name, "about": exporters.get(name).SUMMARY, "precisions": list(exporters.get(name).PRECISIONS)}
-            for name in exporters.FORMATS
-        ],
-        "backends": [
-            {
-                "name": name,
-                "about": backends.get(name).SUMMARY,
-                "built from": backends.get(name).FORMAT,
-                "status": status if status != "missing" else f"missing: {particulars}",
-            }
-            for name in backends.BACKENDS
-            for status, particulars in [backends.here(name)]
-        ],
-        "pairs": [
+    lacks = extras.lacking()
+    known: dict[str, list[dict[str, Any]]] = ({} if lacks else _making()) | {"backends": _backends()}
+    examples, pairs = ({}, {}) if lacks else _pairs()
+    if pairs:
+        known["pairs"] = [
             {"method": method, "model": model, "status": "refused" if reason else "OK", "because": reason}
             for method, reasons in pairs.items()
             for model, reason in reasons.items()
-        ],
-    }
+        ]
+    if lacks:
+        warn(f"Models, methods and formats are not listed: {lacks} is not installed here. {extras.INSTALL}")
     if as_json:
         print_json(known)
         return
@@ -63,6 +47,46 @@ def list_(as_json: AsJson = False) -> None:
             table.add_row(row["name"], str(row.get("status", "")), row["about"])
         out.print(table)
         out.print()
+
+
+def _making() -> dict[str, list[dict[str, Any]]]:
+    """What engines are made of."""
+    from ztp_deploy import exporters, methods, models
+
+    return {
+        "models": [{"name": name, "timm": arch} for name, arch in models.model_names().items()],
+        "families": [{"name": name, "about": models.family(name).SUMMARY} for name in models.FAMILIES],
+        "methods": [{"name": "dense", "about": "the model as it is"}]
+        + [{"name": name, "about": methods.get(name).SUMMARY} for name in methods.METHODS],
+        "formats": [
+            {"name": name, "about": exporters.get(name).SUMMARY, "precisions": list(exporters.get(name).PRECISIONS)}
+            for name in exporters.FORMATS
+        ],
+    }
+
+
+def _backends() -> list[dict[str, Any]]:
+    """What runs them, and whether it is here."""
+    from ztp_deploy import backends
+
+    return [
+        {
+            "name": name,
+            "about": backends.get(name).SUMMARY,
+            "built from": backends.get(name).FORMAT,
+            "status": status if status != "missing" else f"missing: {particulars}",
+        }
+        for name in backends.BACKENDS
+        for status, particulars in [backends.here(name)]
+    ]
+
+
+def _pairs() -> tuple[dict[str, str], dict[str, dict[str, str | None]]]:
+    """One model of every family, and per method and model why it cannot be pruned; None where it can."""
+    from ztp_deploy import methods, models
+
+    examples = models.examples()
+    return examples, methods.pairs({name: models.describe(name)[1] for name in examples.values()})
 
 
 def _print_pairs(pairs: dict[str, dict[str, str | None]], examples: dict[str, str]) -> None:

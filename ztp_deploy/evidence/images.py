@@ -15,8 +15,8 @@ from PIL import Image
 
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models.base import Preprocessing
-from ztp_deploy.models.preprocessing import open_image, transform_for
+from ztp_deploy.preprocessing import open_image, transform_for
+from ztp_deploy.source import Preprocessing
 
 DEFAULT_ORIGIN = "crops of scikit-learn's sample photographs"
 _OF_THE_SYSTEM = ("thumbs.db", "desktop.ini")

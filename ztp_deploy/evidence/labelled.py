@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ztp_deploy.errors import BadRequest, nearest
 from ztp_deploy.evidence.images import first_of, listed_files
-from ztp_deploy.models.preprocessing import Transform, open_image
+from ztp_deploy.preprocessing import Transform, open_image
 
 HEADER = ["file", "label"]
 _AHEAD = 2

@@ -18,7 +18,7 @@ from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed
 from ztp_deploy.evidence.accuracy import Speed
 from ztp_deploy.evidence.labelled import Labelled, batches
 from ztp_deploy.manifest import hash_of
-from ztp_deploy.models.preprocessing import Transform
+from ztp_deploy.preprocessing import Transform
 
 SAVE_EVERY = 25
 """Batches between two writes of the partial file."""

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from ztp_deploy.atomic import new_directory, sweep
 from ztp_deploy.errors import BadRequest, ZtpError, suggestion
-from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.manifest import (
     ArtifactManifest,
     ImageInput,
@@ -22,16 +21,19 @@ from ztp_deploy.manifest import (
     verify_files,
     write_manifest,
 )
-from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Plan
-from ztp_deploy.pruning.prune import PrunedModel
+from ztp_deploy.source import Source
+
+if TYPE_CHECKING:
+    from ztp_deploy.exporters.graph import InferenceGraph
+    from ztp_deploy.pruning.prune import PrunedModel
 
 FORMATS: dict[str, str] = {
     "onnx": "ztp_deploy.exporters.onnx",
     "torch_export": "ztp_deploy.exporters.torch_export",
     "torchscript": "ztp_deploy.exporters.torchscript",
 }
-SOURCES = ("plan.py", "models", "methods", "pruning", "exporters")
+SOURCES = ("plan.py", "source.py", "models", "methods", "pruning", "exporters")
 """What of this package decides a graph: with other code, an artifact that stands is exported again."""
 
 
@@ -78,6 +80,10 @@ def export(
     `logits`, then `kept_1`, `kept_2` … (int32, original patch positions).
     Raises BadRequest, WriteFailed, and GateFailed where the graph breaks the op vocabulary.
     """
+    # Here alone: artifacts are opened, and engines served, without torch.
+    from ztp_deploy.exporters.graph import InferenceGraph
+    from ztp_deploy.pruning.prune import PrunedModel
+
     exporter = get(format)
     check_precision(format, precision)
     if input not in ("float32", "uint8"):

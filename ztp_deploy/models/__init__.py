@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest, MissingSoftware, first_fault, nearest
 from ztp_deploy.models import weights as weights_module
-from ztp_deploy.models.base import Host, ModelSize, Preprocessing, Source, Weights
+from ztp_deploy.models.base import Host
 from ztp_deploy.plan import Geometry
+from ztp_deploy.source import ModelSize, Preprocessing, Source, Weights
 
 FAMILIES: dict[str, str] = {
     "timm_vit": "ztp_deploy.models.timm_vit",

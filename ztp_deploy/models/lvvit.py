@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.blocks import LAYER_NORM_EPS, Block, BlocksHost
 from ztp_deploy.models.parts import max_of_patches, unready
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState, initial_state
+from ztp_deploy.source import ModelSize
 
 SUMMARY = "LV-ViT: convolutional stem, logits of class and patch tokens together"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ztp_deploy.models import timm_vit
-from ztp_deploy.models.base import ModelSize
+from ztp_deploy.source import ModelSize
 
 SUMMARY = "MAE fine-tuned ViT-B/L/H: the mean of the patches is read out (weights non-commercial)"
 

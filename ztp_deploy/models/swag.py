@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ztp_deploy.models import layouts, timm_vit
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.layouts import Layout
+from ztp_deploy.source import ModelSize
 
 SUMMARY = "SWAG ViT-B/16 at 384, L/16 at 512, H/14 at 518, torchvision's keys or SWAG's (weights non-commercial)"
 

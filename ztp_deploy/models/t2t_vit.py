@@ -11,12 +11,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.models.blocks import Block, BlocksHost
 from ztp_deploy.models.parts import unready
 from ztp_deploy.models.t2t_modules import PATCH, Size, T2TViT
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
+from ztp_deploy.source import ModelSize
 
 SUMMARY = "T2T-ViT: tokens from overlapping soft splits, with performer or transformer (t) token modules"
 

@@ -19,9 +19,10 @@ from torch.nn import functional
 
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import timm_head, timm_vit
-from ztp_deploy.models.base import Attention, ModelSize
+from ztp_deploy.models.base import Attention
 from ztp_deploy.models.parts import fused_attention, split_heads
 from ztp_deploy.pruning.tokens import TokenState, look_up
+from ztp_deploy.source import ModelSize
 
 SUMMARY = "EVA-02, DINOv3, EVA, Perception Encoder, RoPE-ViT: timm's Eva, tokens keep their rotary positions"
 

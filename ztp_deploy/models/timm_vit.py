@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.models import layouts, timm_head
-from ztp_deploy.models.base import Attention, ModelSize
+from ztp_deploy.models.base import Attention
 from ztp_deploy.models.parts import project, typed, unready
 from ztp_deploy.plan import Geometry
 from ztp_deploy.pruning.tokens import TokenState
 from ztp_deploy.reference import model as reference
+from ztp_deploy.source import ModelSize
 
 SUMMARY = "DeiT, AugReg, DINOv2 (registers too), SigLIP and any timm ViT made of plain blocks"
 

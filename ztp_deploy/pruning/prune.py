@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ztp_deploy import methods, models
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import StageModule, StageOutput
-from ztp_deploy.models.base import Source
 from ztp_deploy.plan import Geometry, Plan, Stage, count_flops
 from ztp_deploy.pruning.tokens import TokenState, initial_state, take_special
+from ztp_deploy.source import Source
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from ztp_deploy.backends import EVIDENCE, find_engine, load_engine
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.report.folder import PICTURES_FILE, PICTURES_FOLDER, PictureFile, Pictures
 from ztp_deploy.manifest import hash_file, manifest_sha256
-from ztp_deploy.models.base import Source
-from ztp_deploy.models.preprocessing import open_image, transform_for
 from ztp_deploy.plan import Geometry, Plan
+from ztp_deploy.preprocessing import open_image, transform_for
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.show.painting import StagePicture, photograph, render_strip
 from ztp_deploy.show.seen import Seen, seen_by_engine, seen_by_model
 from ztp_deploy.show.stages import parted, stage_pictures
+from ztp_deploy.source import Source
 from ztp_deploy.workflow.progress import Clock
 from ztp_deploy.workflow.requests import PlanRequest
 from ztp_deploy.workflow.steps import load

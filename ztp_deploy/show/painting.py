@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.models.base import Preprocessing
+from ztp_deploy.source import Preprocessing
 
 Pixels = NDArray[np.uint8]
 Colour = tuple[int, int, int]

@@ -21,8 +21,8 @@ from ztp_deploy.evidence.observe import observe, observe_eager
 from ztp_deploy.evidence.selection import Observation
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.plan import Geometry, Plan
+from ztp_deploy.pruning.assignment import assign
 from ztp_deploy.pruning.prune import PrunedModel
-from ztp_deploy.pruning.trace import assign
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ztp_deploy.evidence.selection import replayed
 from ztp_deploy.exporters.graph import merges
 from ztp_deploy.methods.base import Replay
 from ztp_deploy.plan import Plan
-from ztp_deploy.pruning.trace import assign
+from ztp_deploy.pruning.assignment import assign
 from ztp_deploy.show.painting import CONTRARY, SIMILARITY, UNKNOWN, UNSCORED, StagePicture
 from ztp_deploy.show.seen import Seen, unscored
 

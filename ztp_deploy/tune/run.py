@@ -24,10 +24,10 @@ from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import check_seconds
 from ztp_deploy.manifest import sources_sha256
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.recipes import read_recipe
+from ztp_deploy.source import ModelSize
 from ztp_deploy.tune import rounds, space
 from ztp_deploy.tune.cost import BlockTimes, Budget, Timer, engine_timer, flop_share, measure_blocks
 from ztp_deploy.tune.damage import Damage, HeldOut, Judge, Split, held_out, split

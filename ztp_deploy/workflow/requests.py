@@ -9,11 +9,11 @@ from torch import nn
 from ztp_deploy import backends, models
 from ztp_deploy.backends import Target
 from ztp_deploy.defaults import ENGINES_ROOT, EXPORT_ROOT
-from ztp_deploy.models.base import ModelSize
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.pruning.prune import build_stages
 from ztp_deploy.recipes import Profile, Recipe
+from ztp_deploy.source import ModelSize
 
 
 class PlanRequest(Recipe):

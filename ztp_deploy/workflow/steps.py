@@ -31,10 +31,10 @@ from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, folder_tags, manifest_sha256
 from ztp_deploy.models import RandomWeightsWarning
-from ztp_deploy.models.base import ModelSize, Source
 from ztp_deploy.models.weights import user_path
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
+from ztp_deploy.source import ModelSize, Source
 from ztp_deploy.workflow.progress import Clock
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
@@ -447,3 +448,10 @@ def test_a_reason_is_what_the_innermost_message_ends_with(tmp_path):
     assert backend._reason(unread.value).startswith("Unable to read the model: ")
     assert backend._reason(RuntimeError("Exception from a.cpp:1:\n")) == "Exception from a.cpp:1:"
     assert backend._reason(RuntimeError("\n")) == "no reason was given"
+
+
+def test_int8_without_nncf_is_refused_with_its_extra(artifact, calibration, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(MissingSoftware, match=r'int8 needs nncf.* pip install "ztp_deploy\[nncf\]"'):
+        ztp.build(artifact, "openvino", precision="int8", calibration=calibration, directory=tmp_path / "engine")
+    assert list(tmp_path.iterdir()) == []

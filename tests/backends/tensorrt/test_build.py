@@ -24,7 +24,7 @@ from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, BuildFailed, GateFailed, MissingSoftware
 from ztp_deploy.manifest import BatchRange
-from ztp_deploy.models.base import ModelSize
+from ztp_deploy.source import ModelSize
 
 pytestmark = needs_rtx
 

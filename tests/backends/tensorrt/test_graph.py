@@ -6,6 +6,7 @@ import onnx
 import pytest
 from onnx import TensorProto, parser
 
+from ztp_deploy import backends
 from ztp_deploy.backends.tensorrt import graph
 from ztp_deploy.manifest import BatchRange
 
@@ -75,3 +76,9 @@ def test_products_in_low_precision_are_listed_by_name(artifact, precision, share
     names = graph.low_products(model, precision)
     assert len(names) == share
     assert graph.low_products(model, {"fp16": "bf16", "bf16": "fp16", "fp32": "fp16"}[precision]) == frozenset()
+
+
+def test_the_back_end_lists_the_precisions_of_graphs():
+    listed = backends.get("tensorrt_rtx")
+    assert ("fp32", *graph.LOW, *graph.QUANTISED) == listed.PRECISIONS
+    assert tuple(graph.QUANTISED) == listed.CALIBRATED

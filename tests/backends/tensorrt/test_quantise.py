@@ -21,7 +21,8 @@ from ztp_deploy.backends.tensorrt.graph import low_products
 from ztp_deploy.backends.tensorrt.quantise import Calibration, quantised
 from ztp_deploy.errors import BadRequest, BuildFailed, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import ImageSet, load_images
-from ztp_deploy.evidence.parity import TOLERANCES, compare_with_eager
+from ztp_deploy.evidence.parity import compare_with_eager
+from ztp_deploy.evidence.tolerances import TOLERANCES
 from ztp_deploy.exporters import vocabulary
 from ztp_deploy.exporters.fold import constants, fold_constants
 from ztp_deploy.exporters.precision import lower, weight_products

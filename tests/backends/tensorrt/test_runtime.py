@@ -517,6 +517,10 @@ def test_a_missing_library_is_named(monkeypatch):
         backends.usable("tensorrt_rtx")
     with pytest.raises(MissingSoftware, match="TensorRT is not installed"):
         STANDARD.load()
+    monkeypatch.setattr(Library, "found", lambda self: self.module)
+    assert backends.get("tensorrt").missing() is None
+    monkeypatch.setattr(environment, "installed", lambda package: None)
+    assert backends.get("tensorrt").missing() == "torch"
 
 
 def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):

@@ -62,10 +62,10 @@ class Settings(BaseModel):
 
 
 def missing() -> str | None:
-    """The pip package to install, None when it is here."""
+    """The pip package to install, of the two that overwrite each other the one for this machine; None when one is here."""
     if environment.installed("onnxruntime-gpu") or environment.installed("onnxruntime"):
         return None
-    return "onnxruntime-gpu"
+    return "onnxruntime-gpu" if environment.gpus() else "onnxruntime"
 
 
 def version() -> str:

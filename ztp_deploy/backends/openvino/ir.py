@@ -137,7 +137,9 @@ def _nncf() -> Any:
         try:
             import nncf
         except ImportError as error:
-            raise MissingSoftware("int8 needs nncf, which is not installed.", "pip install nncf") from error
+            raise MissingSoftware(
+                "int8 needs nncf, which is not installed.", 'pip install "ztp_deploy[nncf]"'
+            ) from error
     return nncf
 
 

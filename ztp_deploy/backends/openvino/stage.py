@@ -11,16 +11,18 @@ import os
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ztp_deploy import environment, methods
+from ztp_deploy import environment
 from ztp_deploy.atomic import ask_for_room
 from ztp_deploy.backends.openvino.attention import is_attention
 from ztp_deploy.errors import MissingSoftware
-from ztp_deploy.methods import zero_tprune
 from ztp_deploy.plan import Plan, Stage
+
+if TYPE_CHECKING:
+    from ztp_deploy.methods import zero_tprune
 
 METHOD = "zero_tprune"
 LIBRARY_FILE = "stage.so"
@@ -107,6 +109,9 @@ def replace(model: Any, plan: Plan, library: Path, bf16: bool) -> int:
     """
     from openvino.utils.node_factory import NodeFactory
 
+    from ztp_deploy import methods
+    from ztp_deploy.methods import zero_tprune
+
     if plan.method != METHOD:
         return 0
     options = methods.parse_options(plan.method, plan.options)
@@ -158,6 +163,8 @@ class _Found:
 
 def _find(model: Any, number: int, stage: Stage, special: int, options: zero_tprune.Options) -> _Found | None:
     """The stage of that number, None where it computes something else than the operator does."""
+    from ztp_deploy.methods import zero_tprune
+
     if (options.temperature, options.features, options.feature_heads) != (1, "keys", "concatenated"):
         return None
     if stage.static["similar"] and (options.partition != "importance" or options.metric not in ("cosine", "dot")):

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import onnx
+from typing import TYPE_CHECKING, Any
 
 from ztp_deploy import environment
+from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.backends.tensorrt import quantise, runtime, timing_cache
-from ztp_deploy.backends.tensorrt.build import BuiltPlan, Order, build_plan
-from ztp_deploy.backends.tensorrt.graph import LOW, QUANTISED, with_batch
+from ztp_deploy.backends.tensorrt import timing_cache
 from ztp_deploy.backends.tensorrt.home import check_gpu, check_home
-from ztp_deploy.backends.tensorrt.layers import Fusion, read_layers
 from ztp_deploy.backends.tensorrt.library import Library
 from ztp_deploy.backends.tensorrt.progress import Progress
 from ztp_deploy.backends.tensorrt.settings import Settings
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.exporters.files import GRAPH_FILE
-from ztp_deploy.exporters.onnx import with_audit
 from ztp_deploy.manifest import EngineManifest, listed
+
+if TYPE_CHECKING:
+    from ztp_deploy.backends.tensorrt.build import BuiltPlan, Order
+    from ztp_deploy.backends.tensorrt.layers import Fusion
+    from ztp_deploy.backends.tensorrt.runtime import Executor, TensorRTRunner
 
 PLAN_FILE = "model.plan"
 AUDIT_FILE = "audit.plan"
@@ -33,8 +33,8 @@ class TensorRT:
 
     FORMAT = "onnx"
     DEVICES: tuple[str, ...] = ("cuda",)
-    PRECISIONS = ("fp32", *LOW, *QUANTISED)
-    CALIBRATED = tuple(QUANTISED)
+    CALIBRATED: tuple[str, ...] = ("int8", "fp8")
+    PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", *CALIBRATED)
 
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
@@ -45,8 +45,8 @@ class TensorRT:
         return self.library.module
 
     def missing(self) -> str | None:
-        """The pip package to install, None when it is here."""
-        return None if self.library.found() else self.library.package
+        """The pip package to install, None when it is here: the library, and torch, which keeps an engine's memory."""
+        return torch_device.missing() if self.library.found() else self.library.package
 
     def version(self) -> str:
         """The library's version."""
@@ -58,7 +58,9 @@ class TensorRT:
 
     def tools(self, precision: str, settings: dict[str, Any]) -> dict[str, str]:
         """ModelOpt, which calibrates."""
-        found = environment.installed(quantise.PACKAGE) if precision in QUANTISED else None
+        from ztp_deploy.backends.tensorrt import quantise
+
+        found = environment.installed(quantise.PACKAGE) if precision in self.CALIBRATED else None
         return {quantise.PACKAGE: found} if found else {}
 
     def resolve_device(self, device: str) -> Device:
@@ -86,7 +88,9 @@ class TensorRT:
         Raises MissingSoftware where they are asked for without ModelOpt, or fp8 beside a GPU that has none.
         """
         check_gpu(precision)
-        if precision in QUANTISED:
+        if precision in self.CALIBRATED:
+            from ztp_deploy.backends.tensorrt import quantise
+
             quantise.require()
             return "fp32"
         return precision
@@ -96,9 +100,16 @@ class TensorRT:
 
         int8 and fp8 engines come with `model.onnx`, the graph with Q/DQ that they are built from.
         """
+        import onnx
+
+        from ztp_deploy.backends.tensorrt import quantise
+        from ztp_deploy.backends.tensorrt.build import Order, build_plan
+        from ztp_deploy.backends.tensorrt.graph import with_batch
+        from ztp_deploy.exporters.onnx import with_audit
+
         settings = Settings.model_validate(job.settings)
         manifest = job.artifact.manifest
-        derived = quantise.derive(job, settings) if job.precision in QUANTISED else None
+        derived = quantise.derive(job, settings) if job.precision in self.CALIBRATED else None
         graph = (job.directory if derived else job.artifact.directory) / GRAPH_FILE
         shipped = with_batch(onnx.load(str(graph), load_external_data=False), job.batch)
         audited = settings.audit and bool(manifest.audit)
@@ -131,6 +142,10 @@ class TensorRT:
 
     def _proved(self, order: Order, plan: BuiltPlan, path: Path) -> dict[str, Any]:
         """What the manifest says of a plan. Raises GateFailed where it is not what was asked for."""
+        from ztp_deploy.backends.tensorrt import runtime
+        from ztp_deploy.backends.tensorrt.build import BuiltPlan
+        from ztp_deploy.backends.tensorrt.layers import read_layers
+
         here = environment.gpus()
         if here and not any(layer.carries for layer in plan.layers):
             inspected = read_layers(runtime.inspect(self.library, path, order.settings.version_compatible))
@@ -150,9 +165,11 @@ class TensorRT:
         """Plans run on NVIDIA GPUs only."""
         return None if environment.gpus() else "no NVIDIA GPU was found"
 
-    def open_runner(self, directory: Path, manifest: EngineManifest) -> runtime.TensorRTRunner:
+    def open_runner(self, directory: Path, manifest: EngineManifest) -> TensorRTRunner:
         """Opens the plans, which are code: their hashes were checked, load only what you built."""
         import torch
+
+        from ztp_deploy.backends.tensorrt import runtime
 
         settings = Settings.model_validate(manifest.settings)
         check_home(directory, manifest, self.library, self.version(), settings)
@@ -160,7 +177,7 @@ class TensorRT:
             raise MissingSoftware("torch sees no GPU, and it keeps the engine's memory.", "Install torch with CUDA.")
         weights = listed(directory, manifest, GRAPH_FILE) if settings.strip_plan else None
 
-        def execute(file: str) -> runtime.Executor:
+        def execute(file: str) -> Executor:
             if file == AUDIT_FILE and not settings.audit:
                 raise BadRequest(f"{directory} has no {file}: it was built with audit=false.", "Build it with audit.")
             path = listed(directory, manifest, file)
