@@ -208,6 +208,20 @@ def test_waiting_that_does_not_grow_is_no_growth():
     )
 
 
+def test_requests_are_due_at_random_and_at_the_very_rate():
+    due = np.array(load.arrivals(100.0, 10.0, seed=3))
+    assert len(due) == 1000
+    assert due[0] >= 0
+    assert 9.9 < due[-1] < 10.0
+    assert (np.diff(due) >= 0).all()
+    gaps = np.diff(due)
+    assert gaps.std() / gaps.mean() == pytest.approx(1.0, abs=0.1)  # as of exponential gaps; 0 were they even
+    assert due.tolist() == load.arrivals(100.0, 10.0, seed=3)
+    assert due.tolist() != load.arrivals(100.0, 10.0, seed=4)
+    assert len(load.arrivals(0.1, 1.0, seed=0)) == load.LEAST_ARRIVALS
+    assert load.arrivals(0.1, 1.0, seed=0)[-1] < load.LEAST_ARRIVALS / 0.1
+
+
 # --- verdicts ----------------------------------------------------------------------------------
 
 
@@ -237,6 +251,8 @@ def test_a_rate_that_is_not_sustained_has_no_latency(shared_engine):
     assert found.verdict == "not sustained"
     assert [found.median, found.p90, found.p95, found.p99, found.maximum] == [None] * 5
     assert found.requests == 500
+    uneven = [turn(rate=20.0, growth=0.0), turn(rate=50.0, growth=0.0).model_copy(update={"seconds": 2.0})]
+    assert level(shared_engine, uneven, rate=50.0).images_per_second == pytest.approx(40.0)  # of all the time
     assert len(found.turns[0].milliseconds) == 100  # kept all the same
 
 

@@ -281,8 +281,7 @@ def take_turns(
     turns: list[tuple[str, Turn]] = []
     if load.rate is not None:
         part = seconds / len(roles)
-        count = max(LEAST_ARRIVALS, min(MAX_ROUNDS, round(load.rate * part)))
-        due = np.cumsum(np.random.default_rng(sitting).exponential(1 / load.rate, count)).tolist()
+        due = arrivals(load.rate, part, sitting)
         for role in order.permutation(roles).tolist():
             patience = max(PATIENCE * due[-1], PATIENCE_RUNS * request[role])
             turns.append((role, open_loop(engines[role], images[role], load.clients, due, patience, sitting, timer)))
@@ -295,6 +294,13 @@ def take_turns(
             length = max(min(part, most), LEAST_RUNS * request[role], LEAST_TURN_SECONDS)
             turns.append((role, closed_loop(engines[role], images[role], load.clients, length, sitting, timer)))
     return turns
+
+
+def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
+    """When requests are due: a Poisson process whose number is given, so that every turn has the very rate."""
+    count = max(LEAST_ARRIVALS, min(MAX_ROUNDS, round(rate * seconds)))
+    due: list[float] = np.sort(np.random.default_rng(seed).uniform(0, count / rate, count)).tolist()
+    return due
 
 
 @dataclass
@@ -503,6 +509,7 @@ def level_of(role: str, engine: Engine, batch: int, load: Load, turns: Sequence[
     requests = len(milliseconds)
     figures: dict[str, float | None] = {}
     low = high = None
+    images_per_second = float(np.median(rates))
     verdict: Literal["measured", "inconclusive", "not sustained"]
     if load.rate is None:
         low, high = bootstrap_median(_by_sitting(turns, rates))
@@ -510,6 +517,7 @@ def level_of(role: str, engine: Engine, batch: int, load: Load, turns: Sequence[
         verdict = "inconclusive" if reason else "measured"
     else:
         verdict, reason = judge(turns)
+        images_per_second = float(np.average(rates, weights=[turn.seconds for turn in turns]))
     if verdict != "not sustained":
         median, p90, p95, p99 = (float(value) for value in np.percentile(milliseconds, [50, 90, 95, 99]))
         figures = {
@@ -529,7 +537,7 @@ def level_of(role: str, engine: Engine, batch: int, load: Load, turns: Sequence[
         manifest_sha256=manifest_sha256(engine.directory),
         batch=batch,
         requests=requests,
-        images_per_second=float(np.median(rates)),
+        images_per_second=images_per_second,
         low=low,
         high=high,
         **{name: figures.get(name) for name in ("median", "p90", "p95", "p99", "maximum")},
@@ -546,7 +554,10 @@ def judge(turns: Sequence[Turn]) -> tuple[Literal["measured", "inconclusive", "n
     if len(behind) * 2 > len(turns):
         return "not sustained", "requests came faster than they were answered, and the queue grew"
     if behind:
-        return "inconclusive", f"in {len(behind)} of {len(turns)} turns the queue grew; measure on a quiet machine"
+        return (
+            "inconclusive",
+            f"in {len(behind)} of {len(turns)} turns the queue grew; measure longer, or at a lower rate",
+        )
     if usual > UNSURE:
         return "inconclusive", f"waiting grew by {usual:.0%} of the time; measure longer, or at a lower rate"
     return "measured", None
