@@ -32,6 +32,8 @@ TAKES_gpu-report := MODEL WEIGHTS PRECISION
 TAKES_classify   := ENGINE IMAGES
 TAKES_show        = IMAGES $(if $(ENGINE),ENGINE,$(PLAN))
 TAKES_report     := ENGINE IMAGES BESIDE
+TAKES_inspect    := ENGINE
+TAKES_selftest   := ENGINE
 TAKES_setup      := PYTHON
 TAKES_cpp        := CMAKE_ARGS
 TAKES_help       := $(foreach pair,$(OPTIONS),$(patsubst %/,%,$(dir $(pair))))
@@ -50,7 +52,7 @@ $(foreach goal,$(MAKECMDGOALS),$(foreach v,$(firstword $(call unused,$(goal))),$
 pass = $(foreach v,$(1),$(if $($(v)),--$(notdir $(filter $(v)/%,$(OPTIONS))) "$($(v))"))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup engine demo export check bench compare eval tune gpu-report classify show report list doctor cpp test matrix lint lock clean
+.PHONY: help setup engine demo export check bench compare eval tune gpu-report classify show report inspect selftest list doctor cpp test matrix lint lock clean
 
 help:  ## Show the targets and variables
 	@echo "Targets:"; sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  \1\t\2/p' Makefile | expand -t 14
@@ -103,6 +105,12 @@ show: $(READY)  ## Draw what an engine kept, and why: make show ENGINE=engines/�
 
 report: $(READY)  ## Render an engine's HTML report again: make report ENGINE=engines/… IMAGES="cat.jpg dog.png" BESIDE=engines/…
 	@$(ZTP) report $(call pass,ENGINE) $(foreach image,$(IMAGES),--pictures "$(image)") $(foreach other,$(BESIDE),--beside "$(other)")
+
+inspect: $(READY)  ## What an engine folder holds, and whether it runs here: make inspect ENGINE=engines/…
+	@$(ZTP) inspect $(call pass,ENGINE)
+
+selftest: $(READY)  ## Repeat an engine's recorded run on this machine: make selftest ENGINE=engines/…
+	@$(ZTP) selftest $(call pass,ENGINE)
 
 list: $(READY)  ## Models, methods, formats, back ends
 	@$(ZTP) list

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 from ztp_deploy import backends
 from ztp_deploy.backends import EVIDENCE, PARITY_FILE, find_engine
 from ztp_deploy.backends.base import Device
+from ztp_deploy.evidence.schema import SUMMARY_FILE
 from ztp_deploy.evidence.selftest import SELFTEST_FILE
 from ztp_deploy.manifest import EngineManifest, manifest_sha256
-
-SUMMARY_FILE = "report.json"
 
 
 class Speedup(NamedTuple):

@@ -8,6 +8,10 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
+SUMMARY_FILE = "report.json"
+"""Where an engine's `report.summary.Summary` lies; named here, so that it is found without what measures."""
+
+
 class EvidencePart(BaseModel):
     """What an evidence file is made of.
 

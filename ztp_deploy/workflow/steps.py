@@ -24,9 +24,9 @@ from ztp_deploy.evidence.report.folder import read_evidence
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.load import render_load
 from ztp_deploy.evidence.report.markdown import render_markdown
-from ztp_deploy.evidence.report.summary import MEASURING, SUMMARY_FILE, Summary, unproved_line
+from ztp_deploy.evidence.report.summary import MEASURING, Summary, unproved_line
 from ztp_deploy.evidence.reproducer import write_reproducer
-from ztp_deploy.evidence.schema import stored
+from ztp_deploy.evidence.schema import SUMMARY_FILE, stored
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, folder_tags, manifest_sha256

@@ -13,7 +13,6 @@ from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 from ztp_deploy.manifest import EngineManifest
 from ztp_deploy.plan import Flops
 
-SUMMARY_FILE = "report.json"
 MEASURING = "measure latency"
 """How the latency step's title begins: its length is chosen, the other steps' is not."""
 
