@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-
 SUMMARY_FILE = "report.json"
 """Where an engine's `report.summary.Summary` lies; named here, so that it is found without what measures."""
 
