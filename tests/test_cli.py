@@ -599,10 +599,10 @@ def test_engines_under_load(made, ztp, tmp_path):
     ]
     assert "Under load" in (dense / "evidence" / "report.html").read_text()
     assert (pruned / "evidence" / "report.md").read_text().endswith(f"## Under load\n\n{table}")
-    code, out, err = ztp(*both, "--rate", 50, "--clients", 1, "--json")
+    code, out, err = ztp(*both, "--rate", 1000, "--clients", 1, "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert (found["schema"], [one["rate"] for one in found["levels"]]) == ("ztp.load/1", [50.0, 50.0])
+    assert (found["schema"], [one["rate"] for one in found["levels"]]) == ("ztp.load/1", [1000.0, 1000.0])
     assert "ms since due" in (pruned / "evidence" / "report.md").read_text()
     code, out, err = ztp("check", "--engine", pruned, "--count", 8)
     assert code == 0, err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -141,6 +142,28 @@ def test_the_extra_for_making_engines_is_what_is_asked_for():
     assert extras.lacking() is None
 
 
+def test_names_that_cannot_be_had_are_not_there():
+    code = (
+        "import ztp_deploy as ztp; print(hasattr(ztp, 'build'), hasattr(ztp, 'load_engine'), getattr(ztp, 'prune', 7))"
+    )
+    assert slim.run(code).out == "False True 7\n"
+
+
+@pytest.mark.parametrize("present, said", [(True, "pip uninstall onnxruntime; pip"), (False, "pip")])
+def test_the_extra_is_not_laid_over_another_onnxruntime(present, said, monkeypatch):
+    def version(name):
+        if not present:
+            raise extras.PackageNotFoundError(name)
+        return "1.31.1"
+
+    monkeypatch.setattr(extras, "version", version)
+    monkeypatch.setattr(extras.sys, "platform", "linux")
+    monkeypatch.setattr(extras.platform, "machine", lambda: "x86_64")
+    assert extras.install() == f'{said} install "ztp_deploy[build]"'
+    monkeypatch.setattr(extras.platform, "machine", lambda: "aarch64")
+    assert extras.install() == 'pip install "ztp_deploy[build]"'  # there it is the same package
+
+
 NAMES = """
 import json, sys
 import ztp_deploy as ztp
@@ -199,6 +222,8 @@ def test_a_command_that_makes_engines_is_refused_in_one_sentence(
     for command, (code, out, err) in commands(*([command, *words] for command, words in lines.items())).items():
         assert (code, out) == (3, ""), command
         sentence = err.splitlines()[-1]
+        if "needs torch" in sentence:
+            assert re.search(rf"`ztp {command}` needs torch|ztp\.\w+ needs torch|Back end", sentence), sentence
         assert err.count("error: ") == 1, err
         assert sentence.startswith("error: "), err
         assert "which is not installed here: serving engines does without it." in sentence, command

@@ -77,6 +77,7 @@ _HOMES = {
 _SERVING = frozenset(
     {
         *("load_engine", "Session", "Engine", "ParityWarning", "repeat_selftest", "SelfTest"),
+        *("measure_latency", "LatencyReport", "measure_load", "LoadReport"),
         *("ZtpError", "BadRequest", "BuildFailed", "DamagedFiles", "GateFailed", "MissingSoftware", "WriteFailed"),
         *("Artifact", "ModelSize", "Plan", "Preprocessing"),
     }

@@ -6,6 +6,7 @@ library could not build, 70 a fault of this program, 130 interrupted (Ctrl-C), 1
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -73,7 +74,7 @@ def _show(others: Callable[..., None], message: Warning | str, kind: type[Warnin
 def _refuse(error: BaseException) -> int:
     """Prints a refusal, or the traceback of what is none, and returns its exit code."""
     if isinstance(error, ImportError):
-        error = extras.refusal(error) or error
+        error = extras.refusal(error, _typed()) or error
     if isinstance(error, ZtpError):
         problem, fix, code = error.problem, error.fix, error.exit_code
     elif isinstance(error, BrokenPipeError):
@@ -102,6 +103,12 @@ def _refuse(error: BaseException) -> int:
         err.print("error: ", style="bold red", end="")
         err.print(f"{problem} {fix}".strip(), soft_wrap=True)
     return code
+
+
+def _typed() -> str:
+    """The command as it was typed, without its options: `ztp report`."""
+    words = itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:2])
+    return " ".join([f"`{Path(sys.argv[0]).stem}", *words]) + "`"
 
 
 def _path(error: BaseException) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from ztp_deploy.errors import MissingSoftware
@@ -12,7 +15,21 @@ BUILD_MODULES = (
     *("matplotlib", "jinja2", "sklearn", "scipy", "optuna"),
 )
 """What the packages of the extra `build` are imported as; ONNX Runtime, which serves too, is asked for by its back end."""
-INSTALL = 'pip install "ztp_deploy[build]"'
+_INSTALL = 'pip install "ztp_deploy[build]"'
+
+
+class MissingName(MissingSoftware, AttributeError):
+    """A public name that cannot be had here: to `hasattr` and its like it is not there."""
+
+
+def install() -> str:
+    """What to type for the extra `build`, whose ONNX Runtime must not lie beside the CPU's."""
+    takes_gpus = sys.platform == "linux" and platform.machine() == "x86_64"
+    try:
+        version("onnxruntime")
+    except PackageNotFoundError:
+        return _INSTALL
+    return f"pip uninstall onnxruntime; {_INSTALL}" if takes_gpus else _INSTALL
 
 
 def lacking() -> str | None:
@@ -25,16 +42,16 @@ def require(what: str) -> None:
     """Raises MissingSoftware, saying that `what` needs it, where a module of the extra `build` is not installed."""
     module = lacking()
     if module:
-        raise _refusal(what, module)
+        raise MissingName(*_refusal(what, module))
 
 
-def refusal(error: ImportError) -> MissingSoftware | None:
-    """The refusal that stands for a failed import of a module of the extra `build`; None for any other."""
+def refusal(error: ImportError, what: str) -> MissingSoftware | None:
+    """The refusal that stands for a failed import, by `what`, of a module of the extra `build`; None for any other."""
     module = (error.name or "").partition(".")[0]
-    return _refusal("That", module) if module in BUILD_MODULES and find_spec(module) is None else None
+    if module not in BUILD_MODULES or find_spec(module) is not None:
+        return None
+    return MissingSoftware(*_refusal(what, module))
 
 
-def _refusal(what: str, module: str) -> MissingSoftware:
-    return MissingSoftware(
-        f"{what} needs {module}, which is not installed here: serving engines does without it.", INSTALL
-    )
+def _refusal(what: str, module: str) -> tuple[str, str]:
+    return f"{what} needs {module}, which is not installed here: serving engines does without it.", install()

@@ -218,8 +218,14 @@ def test_requests_are_due_at_random_and_at_the_very_rate():
     assert gaps.std() / gaps.mean() == pytest.approx(1.0, abs=0.1)  # as of exponential gaps; 0 were they even
     assert due.tolist() == load.arrivals(100.0, 10.0, seed=3)
     assert due.tolist() != load.arrivals(100.0, 10.0, seed=4)
-    assert len(load.arrivals(0.1, 1.0, seed=0)) == load.LEAST_ARRIVALS
-    assert load.arrivals(0.1, 1.0, seed=0)[-1] < load.LEAST_ARRIVALS / 0.1
+
+
+def test_a_rate_too_low_for_the_time_is_refused_before_anything_runs(shared_engine, monkeypatch):
+    monkeypatch.setattr(load, "load_engine", lambda directory: pytest.fail("opened"))
+    with pytest.raises(
+        BadRequest, match=r"At 0\.01 requests a second, 60 seconds in 5 turns .* Give --seconds 4000 or"
+    ):
+        measure_load({"one": shared_engine}, rates=[20.0, 0.01], batches=[1], seconds=60)
 
 
 # --- verdicts ----------------------------------------------------------------------------------
@@ -336,8 +342,6 @@ def test_every_engine_has_the_same_arrivals_and_every_sitting_others():
     assert one == pytest.approx(10, rel=0.2)  # 500 arrivals at 50 a second
     [(_, turn)] = simulated_turns(20.0, {"a": 0.001}, Load(clients=8, rate=50.0))
     assert len(turn.milliseconds) == 1000
-    [(_, turn)] = simulated_turns(0.01, {"a": 0.001}, Load(clients=8, rate=50.0))
-    assert len(turn.milliseconds) == load.LEAST_ARRIVALS
 
 
 # --- what stops --------------------------------------------------------------------------------
@@ -412,7 +416,7 @@ def test_loads_that_can_be_asked_for(monkeypatch):
     [
         (None, None, "Neither clients nor a rate"),
         ([], [], "Neither clients nor a rate"),
-        ([0, 1], None, "0 clients were asked for; 1 to 256"),
+        ([0, 1], None, "0 clients were asked for. Give numbers from 1 to 256"),
         ([257], None, "257 clients"),
         ([2, 1, 2], None, "clients has 2 twice"),
         (None, [20.0, 20.0], "rate has 20 twice"),
@@ -455,7 +459,7 @@ def test_two_engines_with_clients(shared_engine, several_streams):
     assert [(ratio.clients, ratio.rounds) for ratio in report.ratios] == [(1, 6), (3, 6)]
     assert report.ratio("pruned", "dense", 2, Load(clients=3)) == report.ratios[1]
     assert report.ratio("pruned", "dense", 2, Load(clients=2)) is None
-    assert not report.open
+    assert not report.at_a_rate
     assert json.loads(report.to_json())["schema"] == "ztp.load/1"
     assert LoadReport.model_validate_json(report.to_json()) == report
 
@@ -463,7 +467,7 @@ def test_two_engines_with_clients(shared_engine, several_streams):
 def test_an_engine_at_a_rate(several_streams):
     report = measure_load([several_streams], [2], [400.0], [1], seconds=0.1)
     [found] = report.levels
-    assert (found.rate, found.clients, found.low, report.ratios, report.open) == (400.0, 2, None, [], True)
+    assert (found.rate, found.clients, found.low, report.ratios, report.at_a_rate) == (400.0, 2, None, [], True)
     for turn in found.turns:
         assert len(turn.milliseconds) + turn.left == load.LEAST_ARRIVALS
         assert turn.growth is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -44,10 +45,20 @@ def test_evidence_of_this_build_is_read(engine, passed, parity):
     assert found.measured_on == "A processor"
 
 
-@pytest.mark.parametrize("text", [summary("another build's"), "[]", "{", '{"passed": true}'])
+ODD = {"gains": [{"batch": 1}], "passed": [], "machine": 3}
+
+
+@pytest.mark.parametrize(
+    "text", [summary("another build's"), "[]", "{", '{"passed": true}', "[" * 10**5, "odd", "pipe"]
+)
 def test_evidence_of_another_build_or_unreadable_is_none(engine, text):
     for name in ("parity.json", "report.json"):
-        write(engine, name, text)
+        if text == "pipe":  # which a reader would wait for
+            engine.evidence.mkdir(exist_ok=True)
+            os.mkfifo(engine.evidence / name)
+            continue
+        odd = json.dumps(ODD | {"manifest_sha256": manifest_sha256(engine.directory)})
+        write(engine, name, odd if text == "odd" else text)
     found = overview(engine.directory)
     assert (found.parity, found.speedups, found.measured_on) == ("not checked", (), None)
 
@@ -55,13 +66,34 @@ def test_evidence_of_another_build_or_unreadable_is_none(engine, text):
 def test_what_is_missing_here_is_named(engine, monkeypatch):
     monkeypatch.setattr("ztp_deploy.backends.onnxruntime.backend.missing", lambda: "onnxruntime-gpu")
     found = overview(engine.directory)
-    assert (found.library, found.unusable) == (None, "pip install onnxruntime-gpu")
+    assert (found.library, found.unusable) == (None, "onnxruntime-gpu is not installed (pip install onnxruntime-gpu)")
 
 
 def test_engines_for_a_gpu_that_is_not_here(engine, monkeypatch):
     monkeypatch.setattr("ztp_deploy.environment.gpus", lambda: ())
     tiny.reseal(engine.directory, device="cuda")
     assert overview(engine.directory).unusable == "no NVIDIA GPU was found"
+
+
+def test_an_engine_for_another_processor(engine):
+    tiny.reseal(engine.directory, built={"cpu_flags": ["amx_fantasy"]})
+    assert "amx_fantasy" in overview(engine.directory).unusable
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_it_was_measured_on(engine, gpu):
+    tiny.reseal(engine.directory, device="cuda" if gpu else "cpu")
+    text = json.loads(summary(manifest_sha256(engine.directory)))
+    write(engine, "report.json", json.dumps(text | {"gpu": "GPU: NVIDIA Test"}))
+    assert overview(engine.directory).measured_on == ("GPU: NVIDIA Test" if gpu else "A processor")
+
+
+def test_a_self_test_of_another_build_or_damaged_is_none(engine):
+    path = write_selftest(engine.directory, tiny.images(2))
+    tiny.reseal(engine.directory, unproved="changed")
+    assert not overview(engine.directory).selftest
+    path.write_bytes(b"cut off")
+    assert not overview(engine.directory).selftest
 
 
 def test_a_folder_that_is_none_or_damaged_is_refused(engine, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,7 +200,9 @@ FAULTS = {
     "axes": (holding("logits", np.zeros(20, np.float32)), {}, 2, "holds logits of another kind."),
     "count": (holding("kept_1", np.zeros((2, 3), np.int32)), {}, 2, "another number of tokens than the engine gives."),
     "classes": (holding("logits", np.zeros((2, 3), np.float32)), {}, 2, "another number of logits than the engine"),
-    "batch": (holding("images", tiny.images(9)), {}, 2, "A batch of 9 is outside this engine's range 1 to 8."),
+    "batch": (holding("images", tiny.images(9)), {}, 2, "holds 9 images, and the engine takes 1 to 8. Write it again"),
+    "none": (holding("images", tiny.images(0)), {}, 2, "holds 0 images, and the engine takes 1 to 8. Write it again"),
+    "pixels": (holding("images", tiny.images(2) * np.float32(np.nan)), {}, 2, "holds pixels that are NaN or infinite."),
 }
 
 
@@ -228,6 +231,31 @@ def test_a_record_that_is_gone_or_cut(recorded):
     path.unlink()
     with pytest.raises(ztp.BadRequest, match=re.escape(f"{engine} carries no self-test: it has no evidence/selftest")):
         repeated(engine)
+
+
+def test_a_record_that_may_not_be_read(recorded, monkeypatch):
+    engine, _ = recorded
+    path = engine / "evidence" / selftest.SELFTEST_FILE
+    genuine = Path.open
+
+    def refuse(self, *arguments, **words):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return genuine(self, *arguments, **words)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ztp.DamagedFiles, match=re.escape(f"{path} cannot be read: Permission denied. Check who")):
+        repeated(engine)
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_engine_that_failed_its_parity_check_is_said_to(recorded, tmp_path, monkeypatch, capsys):
+    engine = shutil.copytree(recorded[0], tmp_path / "failed")
+    report = {"manifest_sha256": manifest_sha256(engine), "passed": False, "edges": []}
+    (engine / "evidence" / "parity.json").write_text(json.dumps(report))
+    code, _, err = typed(monkeypatch, capsys, "selftest", "--engine", engine)
+    assert code == 0
+    assert "failed its last parity check" in " ".join(err.split())
 
 
 def test_the_command_ends_with_its_exit_codes(recorded, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from ztp_deploy import environment, exporters
 from ztp_deploy.atomic import new_directory, sweep
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session, check_images
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
-from ztp_deploy.errors import BadRequest, MissingSoftware, ZtpError, suggestion
+from ztp_deploy.errors import BadRequest, BuildFailed, DamagedFiles, MissingSoftware, ZtpError, suggestion
 from ztp_deploy.exporters import Artifact, load_artifact
 from ztp_deploy.manifest import (
     ArtifactManifest,
@@ -47,6 +47,7 @@ BACKENDS: dict[str, str] = {
 }
 EVIDENCE = "evidence"
 PARITY_FILE = "parity.json"
+_LARGEST_EVIDENCE = 2**28
 SOURCES = (*exporters.SOURCES, "backends", "environment.py", "cpp/openvino_stage/stage.cpp")
 """What of this package decides an engine: builds change graphs, and compile methods' stages."""
 
@@ -261,7 +262,12 @@ def build_target(
         manifest = wanted.model_copy(update={"provider": provider, "built": built, "files": hash_files(scratch)})
         # Opening it once proves that the device takes it before anything is called built.
         if manifest.unproved is None:
-            target.backend.open_runner(scratch, manifest).close()
+            try:
+                target.backend.open_runner(scratch, manifest).close()
+            except DamagedFiles as error:  # what was built a moment ago is no damage
+                raise BuildFailed(
+                    error.problem, "Nothing was kept. Choose other settings, or another back end."
+                ) from error
         manifest = write_manifest(manifest, scratch)
     return Engine(directory, manifest)
 
@@ -405,14 +411,28 @@ def open_engine(directory: Engine | Path | str) -> Session:
     return Session(engine.directory, engine.manifest, runner)
 
 
+def evidence_of_this_build(directory: Path, name: str) -> dict[str, Any]:
+    """What an evidence file says of the engine as it stands; nothing where it is of another build or cannot be read."""
+    path = directory / EVIDENCE / name
+    try:
+        # A pipe would be waited for, and what is larger than any evidence is none.
+        if not path.is_file() or path.stat().st_size > _LARGEST_EVIDENCE:
+            return {}
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    ours = isinstance(found, dict) and found.get("manifest_sha256") == manifest_sha256(directory)
+    return found if ours else {}
+
+
 def _failed_check(directory: Path) -> str | None:
     """Where the parity check of this very manifest failed, as " between … and …"; None unless it did."""
+    report = evidence_of_this_build(directory, PARITY_FILE)
     try:
-        report = json.loads((directory / EVIDENCE / PARITY_FILE).read_bytes())
-        if report["passed"] or report["manifest_sha256"] != manifest_sha256(directory):
+        if report["passed"]:
             return None
         edges = [(edge["reference"], edge["candidate"]) for edge in report["edges"] if edge["faults"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return None
     return " between {} and {}".format(*edges[0]) if edges else ""
 

@@ -19,7 +19,7 @@ def doctor(as_json: AsJson = False) -> None:
         for status, particulars in [backends.here(name)]
     }
     lacks = extras.lacking()
-    making = f"missing {lacks}: {extras.INSTALL}" if lacks else "OK"
+    making = f"missing {lacks}: {extras.install()}" if lacks else "OK"
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if environment.installed(name)]
     problems = []
     if len(both) == 2:

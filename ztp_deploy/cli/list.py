@@ -24,7 +24,7 @@ def list_(as_json: AsJson = False) -> None:
             for model, reason in reasons.items()
         ]
     if lacks:
-        warn(f"Models, methods and formats are not listed: {lacks} is not installed here. {extras.INSTALL}")
+        warn(f"Models, methods and formats are not listed: {lacks} is not installed here. {extras.install()}")
     if as_json:
         print_json(known)
         return

@@ -8,10 +8,10 @@ from ztp_deploy.console import out, print_json
 
 def selftest(engine: EngineDir, as_json: AsJson = False) -> None:
     """Repeat the run recorded in an engine's folder, on this machine; exit code 1 where it differs."""
-    from ztp_deploy.backends import open_engine
+    from ztp_deploy.backends import load_engine
     from ztp_deploy.evidence.selftest import repeat_selftest
 
-    with open_engine(engine) as session:
+    with load_engine(engine) as session:
         found = repeat_selftest(session)
     if as_json:
         print_json({"engine": str(engine), "images": found.images, "worst_logit": found.worst_logit})

@@ -9,6 +9,7 @@ Python does between two runs, a few dozen microseconds, is done by one thread at
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import threading
 import time
@@ -152,7 +153,7 @@ class LoadReport(EvidenceFile):
     notes: list[str]
 
     @property
-    def open(self) -> bool:
+    def at_a_rate(self) -> bool:
         """Whether requests came at a rate."""
         return self.levels[0].rate is not None
 
@@ -170,13 +171,18 @@ def asked_loads(clients: Sequence[int] | None, rates: Sequence[float] | None) ->
     """
     for number in clients or ():
         if not 1 <= number <= MAX_CLIENTS:
-            raise BadRequest(f"{number} clients were asked for; 1 to {MAX_CLIENTS} can be measured.", "Such as 1,2,4.")
+            raise BadRequest(
+                f"{number} clients were asked for.", f"Give numbers from 1 to {MAX_CLIENTS}, such as 1,2,4."
+            )
     for rate in rates or ():
         if not 0 < rate <= MAX_RATE:  # nan neither
-            raise BadRequest(f"{rate:g} requests a second were asked for.", "Give a positive number, such as 20.")
+            raise BadRequest(
+                f"{rate:g} requests a second were asked for.",
+                f"Give numbers above 0 and up to {MAX_RATE:g}, such as 20.",
+            )
     for name, values in (("clients", clients or ()), ("rate", rates or ())):
         if twice := [value for value in values if list(values).count(value) > 1]:
-            raise BadRequest(f"{name} has {twice[0]:g} twice.", "Give each number once.")
+            raise BadRequest(f"--{name} has {twice[0]:g} twice.", "Give each number once.")
     if rates and clients and len(clients) > 1:
         raise BadRequest(
             f"Clients {','.join(map(str, clients))} were given beside a rate, where they are the threads that serve.",
@@ -216,9 +222,10 @@ def measure_load(
     if not batches:
         raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
     check_seconds(seconds)
+    openings = orders_of_opening(list(named))
+    _check_rates(loads, seconds, len(openings) * len(named))
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     before, busy = environment.snapshot(), environment.busy_share()
-    openings = orders_of_opening(list(named))
     order = np.random.default_rng(0)
     levels: list[Level] = []
     ratios: list[LoadRatio] = []
@@ -246,6 +253,17 @@ def measure_load(
         gpu=environment.gpu_line(),
         notes=[*busy_notes(busy), *serial_notes(named)],
     )
+
+
+def _check_rates(loads: Sequence[Load], seconds: float, turns: int) -> None:
+    """Raises BadRequest where a turn is too short for so few requests a second to say anything."""
+    rate = min((load.rate for load in loads if load.rate is not None), default=math.inf)
+    if rate * seconds / turns < LEAST_ARRIVALS - 0.5:
+        least = math.ceil(LEAST_ARRIVALS * turns / rate)
+        raise BadRequest(
+            f"At {rate:g} requests a second, {seconds:g} seconds in {turns} turns hold fewer than {LEAST_ARRIVALS} requests each.",
+            f"Give --seconds {least} or more, or a higher rate.",
+        )
 
 
 def serial_notes(engines: Mapping[str, Engine]) -> list[str]:
@@ -298,7 +316,7 @@ def take_turns(
 
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     """When requests are due: a Poisson process whose number is given, so that every turn has the very rate."""
-    count = max(LEAST_ARRIVALS, min(MAX_ROUNDS, round(rate * seconds)))
+    count = max(1, min(MAX_ROUNDS, round(rate * seconds)))
     due: list[float] = np.sort(np.random.default_rng(seed).uniform(0, count / rate, count)).tolist()
     return due
 

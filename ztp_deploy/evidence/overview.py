@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ztp_deploy import backends
-from ztp_deploy.backends import EVIDENCE, PARITY_FILE, find_engine
-from ztp_deploy.backends.base import Device
+from ztp_deploy import backends, environment
+from ztp_deploy.backends import PARITY_FILE, evidence_of_this_build, find_engine
+from ztp_deploy.backends.base import Backend, Device
+from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.evidence.schema import SUMMARY_FILE
-from ztp_deploy.evidence.selftest import SELFTEST_FILE
-from ztp_deploy.manifest import EngineManifest, manifest_sha256
+from ztp_deploy.evidence.selftest import has_selftest
+from ztp_deploy.manifest import EngineManifest
 
 
 class Speedup(NamedTuple):
@@ -27,7 +27,7 @@ class Speedup(NamedTuple):
 class Overview:
     """An engine folder whose files are those that its manifest lists.
 
-    `unusable` says why this machine cannot open it, None where it can. `parity`: `passed`, `failed`, `not checked`.
+    `unusable` says why this machine cannot open it, as far as that shows without opening. `parity`: `passed`, `failed`, `not checked`.
     `speedups` are those of `report.json`, where that is of this build, and `measured_on` its processor or GPU.
     """
 
@@ -45,33 +45,46 @@ class Overview:
 def overview(directory: Path | str) -> Overview:
     """Reads an engine folder and verifies its files. Raises BadRequest and DamagedFiles as `load_engine` does."""
     engine = find_engine(directory)
-    manifest, sha = engine.manifest, manifest_sha256(engine.directory)
+    manifest, folder = engine.manifest, engine.directory
     backend = backends.get(manifest.backend)
     missing = backend.missing()
-    unusable = (
-        f"pip install {missing}" if missing else backend.unrunnable(Device(manifest.device, "", manifest.provider))
-    )
-    parity, summary = (_evidence(engine.evidence / name, sha) for name in (PARITY_FILE, SUMMARY_FILE))
-    gains = summary.get("gains") or []
+    passed = evidence_of_this_build(folder, PARITY_FILE).get("passed")
+    summary = evidence_of_this_build(folder, SUMMARY_FILE)
+    speedups = _speedups(summary)
     return Overview(
-        directory=engine.directory,
+        directory=folder,
         manifest=manifest,
         bytes=sum(record.bytes for record in manifest.files.values()),
         library=None if missing else backend.version(),
-        unusable=unusable,
-        parity={True: "passed", False: "failed"}.get(parity.get("passed"), "not checked"),  # type: ignore[arg-type]
-        selftest=(engine.directory / EVIDENCE / SELFTEST_FILE).is_file(),
-        speedups=tuple(
-            Speedup(gain["batch"], gain["speedup"]["speedup"], gain["speedup"]["verdict"]) for gain in gains
-        ),
-        measured_on=summary.get("machine", {}).get("cpu") if gains else None,
+        unusable=f"{missing} is not installed (pip install {missing})" if missing else _unusable(backend, manifest),
+        parity="passed" if passed is True else "failed" if passed is False else "not checked",
+        selftest=has_selftest(folder),
+        speedups=speedups,
+        measured_on=_machine(summary, manifest.device) if speedups else None,
     )
 
 
-def _evidence(path: Path, sha: str) -> dict[str, Any]:
-    """A file of evidence of this very manifest; nothing of another's, or of one that cannot be read."""
+def _unusable(backend: Backend, manifest: EngineManifest) -> str | None:
+    """What can be said without opening it: the device, and the instructions that it was compiled for."""
+    reason = backend.unrunnable(Device(manifest.device, "", manifest.provider))
+    if reason is None:
+        try:
+            environment.require_instructions(manifest.built.get("cpu_flags", ()))
+        except MissingSoftware as error:
+            return error.problem
+    return reason
+
+
+def _speedups(summary: dict[str, Any]) -> tuple[Speedup, ...]:
+    """Those of a summary; none of one that is not as this package writes it."""
     try:
-        found: dict[str, Any] = json.loads(path.read_bytes())
-        return found if found["manifest_sha256"] == sha else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+        gains = [(gain["batch"], gain["speedup"]) for gain in summary.get("gains", ())]
+        return tuple(Speedup(int(batch), float(ratio["speedup"]), str(ratio["verdict"])) for batch, ratio in gains)
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _machine(summary: dict[str, Any], device: str) -> str | None:
+    machine = summary.get("machine")
+    found = summary.get("gpu") if device == "cuda" else machine.get("cpu") if isinstance(machine, dict) else None
+    return found if isinstance(found, str) else None

@@ -59,7 +59,7 @@ def record_load(report: LoadReport, model: str, folder: Path) -> str:
     """
     backends, precisions = ({level.backend.split()[0] for level in report.levels}, {x.precision for x in report.levels})
     common = "".join(f"-{found.pop()}" for found in (backends, precisions) if len(found) == 1)
-    kind = "rate" if report.open else "load"
+    kind = "rate" if report.at_a_rate else "load"
     name = (
         f"{model}--{kind}{common}{_name_tags([level.engine for level in report.levels])}--{_slug(report.environment)}"
     )

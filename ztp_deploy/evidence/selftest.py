@@ -51,6 +51,15 @@ def write_selftest(directory: Path | str, images: NDArray[Any]) -> Path:
     return path
 
 
+def has_selftest(directory: Path) -> bool:
+    """Whether an engine's folder holds a record of the engine as it stands."""
+    path = directory / EVIDENCE / SELFTEST_FILE
+    try:
+        return path.is_file() and _Record(path).text("manifest_sha256") == manifest_sha256(directory)
+    except DamagedFiles:
+        return False
+
+
 @dataclass(frozen=True)
 class SelfTest:
     """What a repeated run found: how many images, and the largest logit difference in units of an image's logit σ."""
@@ -78,6 +87,12 @@ def repeat_selftest(session: Session) -> SelfTest:
     images = record.tensor("images", np.uint8 if wanted.dtype == "uint8" else np.float32, 4)
     if images.shape[1:] != (3, wanted.size, wanted.size):
         record.damaged("holds images of another size than the engine takes")
+    if not session.manifest.batch.min <= len(images) <= session.manifest.batch.max:
+        record.damaged(
+            f"holds {len(images)} images, and the engine takes {session.manifest.batch.min} to {session.manifest.batch.max}"
+        )
+    if not np.isfinite(images).all():
+        record.damaged("holds pixels that are NaN or infinite")
     logits = session.run(images)
     _compare_tokens(record, "kept", session.kept(), "keeps other tokens")
     _compare_tokens(record, "assignment", session.assignment(), "carries patches in other tokens")
@@ -92,9 +107,14 @@ class _Record:
 
         self._path = path
         try:
+            path.open("rb").close()  # what refuses says why; safetensors says that there is no such file
             with safe_open(path, "np") as stored:
                 self._metadata: dict[str, str] = stored.metadata() or {}
                 self._tensors: dict[str, NDArray[Any]] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except OSError as error:
+            raise DamagedFiles(
+                f"{path} cannot be read: {error.strerror or error}.", "Check who may read it."
+            ) from error
         except (SafetensorError, TypeError) as error:  # TypeError: an element type that NumPy lacks
             raise DamagedFiles(
                 f"{path} is not a whole safetensors file.", "Write it again with `ztp check`."

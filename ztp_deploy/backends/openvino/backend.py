@@ -19,7 +19,7 @@ from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.openvino import attention, ir
 from ztp_deploy.backends.openvino import stage as stages
 from ztp_deploy.backends.settings import parse
-from ztp_deploy.errors import BadRequest, DamagedFiles, GateFailed, MissingSoftware
+from ztp_deploy.errors import BadRequest, BuildFailed, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.manifest import EngineManifest, listed
 
@@ -119,7 +119,7 @@ def unrunnable(device: Device) -> str | None:
 def build(job: BuildJob) -> dict[str, Any]:
     """Writes the model as OpenVINO's own files, its scores marked to stay in float32.
 
-    Raises MissingSoftware where the processor has no instructions for the precision, GateFailed where
+    Raises MissingSoftware where the processor has no instructions for the precision, BuildFailed, and GateFailed where
     the compiled model computes in another one.
     """
     import openvino as ov
@@ -144,7 +144,12 @@ def build(job: BuildJob) -> dict[str, Any]:
         raise
     ir.keep_float32(path, fitted.scores - fitted.as_they_are)
     properties = _properties(job.precision, settings)
-    compiled = core.compile_model(str(path), DEVICE, properties)
+    try:
+        compiled = core.compile_model(str(path), DEVICE, properties)
+    except RuntimeError as error:
+        raise BuildFailed(
+            f"OpenVINO could not compile the model: {_reason(error)}.", "Nothing was kept. Choose other settings."
+        ) from error
     counts, score_counts = ir.matrix_precisions(compiled, fitted.scores, fitted.as_they_are)
     _check_precision(job.precision, counts)
     if settings.cache:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy.backends.openvino.attention import is_attention
-from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.errors import BadRequest, BuildFailed, MissingSoftware, first_line
 from ztp_deploy.quiet import quiet
 
 _MATRIX_LAYERS = frozenset({"MatMul", "FullyConnected", "Convolution"})
@@ -109,7 +109,7 @@ def keep_float32(path: Path, names: set[str]) -> None:
 def quantised(model: Any, images: NDArray[Any] | None, untouched: set[str], advance: Callable[[float], None]) -> Any:
     """The model with its products in int8, calibrated on images [M, 3, H, W]; scores and classifier stay as they are.
 
-    Raises BadRequest without images and MissingSoftware without NNCF.
+    Raises BadRequest without images, MissingSoftware without NNCF, and BuildFailed.
     """
     if images is None or not len(images):
         raise BadRequest("int8 is calibrated on images and none were given.", "Give calibration images [M, 3, H, W].")
@@ -121,14 +121,19 @@ def quantised(model: Any, images: NDArray[Any] | None, untouched: set[str], adva
 
     present = {operation.get_friendly_name() for operation in model.get_ops()}
     with quiet("nncf", "torch.utils.cpp_extension"):  # the latter looks for CUDA when NNCF imports it
-        return nncf.quantize(
-            model,
-            nncf.Dataset(list(images), told),
-            model_type=nncf.ModelType.TRANSFORMER,
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(images),
-            ignored_scope=nncf.IgnoredScope(names=sorted(untouched & present)),
-        )
+        try:
+            return nncf.quantize(
+                model,
+                nncf.Dataset(list(images), told),
+                model_type=nncf.ModelType.TRANSFORMER,
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(images),
+                ignored_scope=nncf.IgnoredScope(names=sorted(untouched & present)),
+            )
+        except Exception as error:  # it raises whatever OpenVINO and NumPy do, too
+            raise BuildFailed(
+                f"NNCF could not quantise the model: {first_line(error)}.", "Nothing was kept. Use bf16 or fp32."
+            ) from error
 
 
 def _nncf() -> Any:

@@ -222,7 +222,7 @@ def load_figure(report: LoadReport, batch: int) -> Markup | None:
     None, too, for rates, and for one number of clients, which makes no line.
     """
     levels = [level for level in report.levels if level.batch == batch]
-    if report.open or len({level.clients for level in levels}) < 2 or any(level.p95 is None for level in levels):
+    if report.at_a_rate or len({level.clients for level in levels}) < 2 or any(level.p95 is None for level in levels):
         return None
     names = load_names(report)
     left, height, top = 9.0, 240.0, 24.0 * len(names) + 14

@@ -33,7 +33,7 @@ def load_table(report: LoadReport) -> list[str]:
 def load_head(report: LoadReport) -> list[str]:
     """The columns' names."""
     first = load_names(report)[report.levels[0].role]
-    if report.open:
+    if report.at_a_rate:
         start = ["batch", "requests/s", "engine", "images/s", "ms since due: median"]
         over = f"median over {first}'s (95 % interval)"
     else:
@@ -69,7 +69,7 @@ def load_lines(report: LoadReport) -> list[str]:
     """What else there is to say, a sentence or two a line."""
     levels = report.levels
     lines = []
-    if report.open:
+    if report.at_a_rate:
         threads = levels[0].clients
         lines.append(
             "Requests are due at random (a Poisson process), the same for every engine, and served by "
@@ -77,10 +77,13 @@ def load_lines(report: LoadReport) -> list[str]:
         )
     else:
         lines.append("Clients are threads of one Python process; each asks again as soon as it is answered.")
-    if any(level.verdict == "not sustained" for level in levels):
+    behind = [level for level in levels if level.verdict == "not sustained"]
+    if behind:
+        left = sum(turn.left for level in behind for turn in level.turns)
+        asked = left + sum(level.requests for level in behind)
         lines.append(
-            "Not sustained: requests came faster than they were answered, and the queue grew. A latency would say how long "
-            "was measured; the images a second are those that were answered."
+            f"Not sustained: requests came faster than they were answered, the queue grew, and {left} of {asked} were never "
+            "begun. A latency would say how long was measured; the images a second are those that were answered."
         )
     measured = [level for level in levels if level.verdict != "not sustained"]
     if any(level.p95 is None or level.p99 is None for level in measured):

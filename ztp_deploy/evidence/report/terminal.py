@@ -74,11 +74,11 @@ def show_load(report: LoadReport, console: Console) -> None:
         for name, letter in letters.items():
             console.print(f"{letter}: {name}", highlight=False)
     for batch in dict.fromkeys(row[0] for row in rows):
-        counted = "ms since due" if report.open else "ms a request"
+        counted = "ms since due" if report.at_a_rate else "ms a request"
         title = f"Under load, batch {batch}; {counted}"
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.show_edge = False
-        table.add_column("rate" if report.open else "clients", justify="right", no_wrap=True)
+        table.add_column("rate" if report.at_a_rate else "clients", justify="right", no_wrap=True)
         table.add_column("engine", min_width=6, overflow="fold")
         for name in ("images/s", "median", "p90", "p95", "p99", "max"):
             table.add_column(name, justify="right", no_wrap=True)
