@@ -13,7 +13,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import environment, exporters
 from ztp_deploy.backends.onnxruntime import backend, rtx
-from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
+from ztp_deploy.errors import BadRequest, BuildFailed, MissingSoftware
 
 GPU = environment.Gpu("NVIDIA RTX 4090", "8.9", 24.0)
 SETTINGS = {"provider": "tensorrt_rtx"}
@@ -111,7 +111,7 @@ def test_another_provider_than_asked_for_is_an_error(half, machine, tmp_path, mo
 
 def test_nodes_that_the_plugin_leaves_are_not_run_on_the_cpu(half, machine, tmp_path):
     """ONNX Runtime's own session, to which the stand-in gave no provider: all nodes would go to the CPU."""
-    with pytest.raises(DamagedFiles, match="fallback to CPU EP has been explicitly disabled"):
+    with pytest.raises(BuildFailed, match="fallback to CPU EP has been explicitly disabled"):
         build(half, tmp_path / "e")
     assert list(tmp_path.iterdir()) == []
 
