@@ -167,6 +167,19 @@ def undominated(points: Sequence[Point]) -> list[Point]:
     return sorted(found, key=lambda point: point.speedup[0])
 
 
+def _grid(
+    across: Sequence[float], rows: Sequence[tuple[float, str]], left: float, top: float, bottom: float
+) -> list[Markup]:
+    """Lines at these places across, from `top` to `bottom`, and at these heights, each with its number at the left."""
+    parts = [_line(place, top, place, bottom, "grid") for place in across]
+    for height, number in rows:
+        parts += [
+            _line(left, height, 100, height, "grid"),
+            _text(left, height + 4, number, "tick", anchor="end", shift=-8),
+        ]
+    return parts
+
+
 def pareto_figure(points: Sequence[Point]) -> Markup:
     """Points of top-1 over the speed-up, dense among them, a line through those that none beats in both."""
     points = [DENSE, *points]
@@ -182,12 +195,8 @@ def pareto_figure(points: Sequence[Point]) -> Markup:
 
     bottom = top + height
     ticks = _ticks(slow, fast, 5)
-    parts = [_line(x(tick), top, x(tick), bottom, "grid") for tick in ticks]
-    for tick in _ticks(least, most, 5):
-        parts += [
-            _line(left, y(tick), 100, y(tick), "grid"),
-            _text(left, y(tick) + 4, f"{tick:+g}" if tick else "0", "tick", anchor="end", shift=-8),
-        ]
+    rows = [(y(tick), f"{tick:+g}" if tick else "0") for tick in _ticks(least, most, 5)]
+    parts = _grid([x(tick) for tick in ticks], rows, left, top, bottom)
     front = undominated(points)
     for one, other in itertools.pairwise(front):
         parts.append(_line(x(one.speedup[0]), y(one.change[0]), x(other.speedup[0]), y(other.change[0]), "front"))
@@ -238,12 +247,8 @@ def load_figure(report: LoadReport, batch: int) -> Markup | None:
 
     bottom = top + height
     ticks = _ticks(least, most, 5)
-    parts = [_line(x(tick), top, x(tick), bottom, "grid") for tick in ticks]
-    for tick in _ticks(low, high, 5):
-        parts += [
-            _line(left, y(tick), 100, y(tick), "grid"),
-            _text(left, y(tick) + 4, f"{tick:g}", "tick", anchor="end", shift=-8),
-        ]
+    rows = [(y(tick), f"{tick:g}") for tick in _ticks(low, high, 5)]
+    parts = _grid([x(tick) for tick in ticks], rows, left, top, bottom)
     said = []
     for row, (role, name) in enumerate(names.items()):
         hue = (" dense", "", " other")[min(row, 2)]
