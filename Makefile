@@ -17,11 +17,11 @@ comma := ,
 OPTIONS := MODEL/model METHOD/method RATIO/ratio FLOPS/flops KEEP/keep SITES/sites RECIPE/recipe WEIGHTS/weights \
            NUM_CLASSES/num-classes IMG_SIZE/img-size \
            PROFILE/profile BACKEND/backend PRECISION/precision BATCH/batch IMAGES/images METHODS/methods \
-           ENGINE/engine DATA/data BUDGET/budget TRIALS/trials BESIDE/beside CLIENTS/clients RATE/rate
+           ENGINE/engine DATA/data BUDGET/budget TRIALS/trials BESIDE/beside CLIENTS/clients RATE/rate THREADS/threads
 PLAN    := MODEL METHOD RATIO FLOPS KEEP SITES RECIPE WEIGHTS NUM_CLASSES IMG_SIZE
 BUILD   := PROFILE BACKEND PRECISION BATCH
 TAKES_engine     := $(PLAN) $(BUILD) IMAGES
-TAKES_bench      := $(PLAN) $(BUILD) IMAGES CLIENTS RATE
+TAKES_bench      := $(PLAN) $(BUILD) IMAGES CLIENTS RATE THREADS
 TAKES_demo       := METHOD RATIO FLOPS WEIGHTS PROFILE BACKEND PRECISION
 TAKES_export     := $(PLAN) PRECISION
 TAKES_check      := ENGINE IMAGES WEIGHTS
@@ -62,7 +62,7 @@ help:  ## Show the targets and variables
 	@echo "  FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name METHODS=names ENGINE=folder BESIDE=folders"
 	@echo "  NUM_CLASSES=count IMG_SIZE=pixels, where a checkpoint's are others than the model's"
 	@echo "  DATA=folder or CSV file, BUDGET=flops=0.65 or latency=12ms@batch8, TRIALS=60"
-	@echo "  CLIENTS=1,2,4 or RATE=requests a second: bench measures under load"
+	@echo "  CLIENTS=1,2,4 or RATE=requests a second (THREADS=count serve them): bench measures under load"
 	@echo "  CMAKE_ARGS=-DORT_ROOT=… for cpp"
 	@echo "  IMAGES=folder; for classify, show and report files"
 

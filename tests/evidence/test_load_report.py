@@ -18,7 +18,8 @@ from tests.evidence.test_html import Page
 from ztp_deploy import environment
 from ztp_deploy.errors import BadRequest, GateFailed
 from ztp_deploy.evidence import load
-from ztp_deploy.evidence.load import Load, LoadReport, Turn
+from ztp_deploy.evidence.clients import Turn
+from ztp_deploy.evidence.load import Load, LoadReport
 from ztp_deploy.evidence.records import record_load
 from ztp_deploy.evidence.report.figures import load_figure
 from ztp_deploy.evidence.report.folder import read_evidence
@@ -233,7 +234,7 @@ def test_the_page_has_a_section_where_load_was_measured(folder, shared_engine):
     assert "Under load" not in page_of(folder)[1].words
     report = made_up(shared_engine)
     (folder / "evidence" / "load.json").write_text(report.to_json())
-    assert read_evidence(folder).load == report
+    assert read_evidence(folder).loads == (report,)
     text, page = page_of(folder)
     assert "Under load" in page.words
     plain = [[cell.replace("**", "") for cell in row] for row in load_rows(report)]
@@ -242,10 +243,16 @@ def test_the_page_has_a_section_where_load_was_measured(folder, shared_engine):
         assert words in page.words
     assert report.command in page.words
     assert 'aria-label="Images a second and p95' in text
-    (folder / "evidence" / "load.json").write_text(made_up(shared_engine, rates=(30,)).to_json())
-    words = page_of(folder)[1].words
-    assert "ms since due" in words
-    assert "Latency against throughput" not in words
+    rate = made_up(shared_engine, rates=(30,))
+    (folder / "evidence" / "rate.json").write_text(rate.to_json())
+    assert read_evidence(folder).loads == (report, rate)  # neither kind replaces the other
+    both = page_of(folder)[1].words
+    (folder / "evidence" / "load.json").unlink()
+    alone = page_of(folder)[1].words
+    for words in (both, alone):
+        assert "ms since due" in words
+    assert "Latency against throughput" in both
+    assert "Latency against throughput" not in alone
 
 
 def test_load_of_another_build_is_left_out(folder, shared_engine):
@@ -256,11 +263,11 @@ def test_load_of_another_build_is_left_out(folder, shared_engine):
     ]
     (folder / "evidence" / "load.json").write_text(report.model_copy(update={"levels": mixed}).to_json())
     assert read_evidence(folder).left_out == ()
-    assert read_evidence(folder).load is not None
+    assert len(read_evidence(folder).loads) == 1
     other = [one.model_copy(update={"manifest_sha256": "f" * 64}) for one in report.levels]
     (folder / "evidence" / "load.json").write_text(report.model_copy(update={"levels": other}).to_json())
     evidence = read_evidence(folder)
-    assert evidence.load is None
+    assert evidence.loads == ()
     [sentence] = evidence.left_out
     assert sentence.startswith("load.json quotes manifest ffffffffffff…")
     assert "Under load" not in page_of(folder)[1].words

@@ -47,7 +47,7 @@ from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 from ztp_deploy.errors import GateFailed
 
 if TYPE_CHECKING:
-    from ztp_deploy.evidence.load import LoadReport
+    from ztp_deploy.evidence.load import Load, LoadReport
     from ztp_deploy.workflow.requests import BuildRequest
 
 
@@ -80,13 +80,14 @@ def bench(
     batches: Batches = None,
     clients: Annotated[
         str | None,
-        typer.Option(
-            help="Measure under load: so many clients back to back, such as 1,2,4; beside --rate, the threads that serve."
-        ),
+        typer.Option(help="Measure under load: so many clients, each asking again as soon as answered, such as 1,2,4."),
     ] = None,
     rate: Annotated[
         str | None,
         typer.Option(help="Measure under load: requests that come at so many a second, such as 20 or 10,20,40."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Beside --rate: how many threads serve; by default one a core.")
     ] = None,
     seconds: Annotated[
         float, typer.Option(help="Seconds of measuring a batch size, under load one level of it.")
@@ -111,28 +112,27 @@ def bench(
     from ztp_deploy.workflow.steps import check_runnable
 
     sizes = batch_sizes(batches)
-    under = _asked_load(clients, rate)
+    loads = _asked_loads(clients, rate, threads)
     check_record(record)
     engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
     if engine:
         idle = PLAN_OPTIONS | BUILD_OPTIONS | {"images", "fresh"}
         refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
-        if under is None:
+        if loads is None:
             _bench_engines(engine, sizes, seconds, record, as_json)
         else:
-            _load_engines(engine, *under, sizes, seconds, record, as_json)
+            _load_engines(engine, loads, sizes, seconds, record, as_json)
         return
     wanted = asked_plan(context)
     request = asked_build(context)
     check_runnable(request)
-    if under is not None:
+    if loads is not None:
         with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
             report = make_and_load(
                 wanted,
                 placed,
                 Bars(),
-                clients=under[0],
-                rates=under[1],
+                loads,
                 images=images,
                 batches=sizes,
                 seconds=seconds,
@@ -150,15 +150,17 @@ def bench(
     show_result(result, as_json, kept=not fresh)
 
 
-def _asked_load(clients: str | None, rate: str | None) -> tuple[list[int] | None, list[float] | None] | None:
-    """Numbers of clients, and rates; None where neither is asked for. Raises BadRequest for what makes no load."""
-    if clients is None and rate is None:
+def _asked_loads(clients: str | None, rate: str | None, threads: int | None) -> list[Load] | None:
+    """The loads that the options ask for; None where they ask for none. Raises BadRequest for what makes no load."""
+    if clients is None and rate is None and threads is None:
         return None
     from ztp_deploy.evidence.load import asked_loads
 
-    found = None if clients is None else integers("clients", clients), None if rate is None else numbers("rate", rate)
-    asked_loads(*found)
-    return found
+    return asked_loads(
+        None if clients is None else integers("clients", clients),
+        None if rate is None else numbers("rate", rate),
+        threads,
+    )
 
 
 @contextlib.contextmanager
@@ -201,8 +203,7 @@ def _bench_engines(
 
 def _load_engines(
     engine: list[Path],
-    clients: list[int] | None,
-    rates: list[float] | None,
+    loads: list[Load],
     sizes: list[int] | None,
     seconds: float,
     record: Path | None,
@@ -219,7 +220,7 @@ def _load_engines(
     named = {name: find_engine(path) for name, path in zip(names, engine, strict=True)}
     for one in named.values():
         check_record(one.evidence)
-    report = steps.bench_load(named, clients, rates, sizes, seconds, Clock(Bars()), command_line())
+    report = steps.bench_load(named, loads, sizes, seconds, Clock(Bars()), command_line())
     _show_load(report, next(iter(named.values())).manifest.source.name, record, as_json)
 
 

@@ -130,6 +130,25 @@ def usual_batches(spans: Sequence[BatchRange]) -> list[int]:
     return [batch for batch in (1, 8) if low <= batch <= high] or [min(max(spans[0].opt, low), high)]
 
 
+def asked_batches(spans: Mapping[str, BatchRange], asked: Sequence[int] | None) -> list[int]:
+    """What to measure engines of these batch ranges at: what was asked for, by default `usual_batches`.
+
+    Raises BadRequest for none, and for a batch that one of the engines, by name, does not take.
+    """
+    if asked is None:
+        return usual_batches(list(spans.values()))
+    if not asked:
+        raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
+    for batch in asked:
+        for name, span in spans.items():
+            if not span.min <= batch <= span.max:
+                raise BadRequest(
+                    f"Batch {batch} was asked for, but {name} takes {span.min} to {span.max}.",
+                    "Measure other batches, or build it with a range that holds this one.",
+                )
+    return list(asked)
+
+
 def measure_latency(
     engines: Mapping[str, Engine | Path | str] | Sequence[Engine | Path | str],
     batches: Sequence[int] | None = None,
@@ -149,10 +168,7 @@ def measure_latency(
     one engine twice.
     """
     named = engines_by_role(engines)
-    if batches is None:
-        batches = usual_batches([engine.manifest.batch for engine in named.values()])
-    if not batches:
-        raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
+    batches = asked_batches({role: engine.manifest.batch for role, engine in named.items()}, batches)
     check_seconds(seconds)
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     before = environment.snapshot()

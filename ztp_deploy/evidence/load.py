@@ -1,9 +1,6 @@
-"""Load: throughput and latency with several clients at once; raw latencies kept, engines in turns in one process.
+"""Load: throughput and latency with several clients at once, or with requests at a rate.
 
-Closed loop: each client asks again as soon as it is answered. Open loop: requests are due at a given rate, whatever the
-engine does, and wait where no thread is free; latency counts from when a request was due, so that an engine which falls
-behind cannot hide it. Clients are Python threads of one process: engines compute outside the interpreter's lock, but what
-Python does between two runs, a few dozen microseconds, is done by one thread at a time.
+Raw latencies are kept; engines take turns (`clients`) in one process.
 """
 
 from __future__ import annotations
@@ -11,11 +8,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +22,14 @@ from ztp_deploy import environment
 from ztp_deploy.backends import Engine, load_engine
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence import latency
+from ztp_deploy.evidence.clients import Timer, Turn, arrivals, closed_loop, open_loop
 from ztp_deploy.evidence.latency import (
     DEFAULT_SECONDS,
     MAX_ROUNDS,
     P99_SAMPLES,
     Ratio,
     Runnable,
+    asked_batches,
     bootstrap_median,
     busy_notes,
     check_seconds,
@@ -41,12 +38,11 @@ from ztp_deploy.evidence.latency import (
     noise,
     orders_of_opening,
     paired_ratio,
-    usual_batches,
 )
 from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 from ztp_deploy.manifest import manifest_sha256
 
-LOAD_FILE = "load.json"
+LOAD_FILE, RATE_FILE = "load.json", "rate.json"
 MAX_CLIENTS = 256
 MAX_RATE = 1e5
 TURN_SECONDS = 1.0
@@ -64,46 +60,11 @@ PATIENCE_RUNS = 10
 """… and for this many requests' time."""
 
 
-class Timer:
-    """The clock and the threads that clients go by."""
-
-    def now(self) -> float:
-        """Seconds since whenever."""
-        return time.perf_counter()
-
-    def wait(self, stop: threading.Event, seconds: float) -> None:
-        """Comes back after so many seconds, or when it is told to stop."""
-        stop.wait(seconds)
-
-    def thread(self, target: Callable[[], None]) -> threading.Thread:
-        """A thread that is not started."""
-        return threading.Thread(target=target)
-
-    def barrier(self, count: int, action: Callable[[], None]) -> threading.Barrier:
-        """Where `count` threads wait for each other; the last one does `action`."""
-        return threading.Barrier(count, action)
-
-
 class Load(EvidencePart):
     """What is asked of engines: so many clients back to back, or `rate` requests a second served by so many threads."""
 
     clients: int
     rate: float | None = None
-
-
-class Turn(EvidencePart):
-    """One engine's turn: milliseconds a request, in the order of their beginning.
-
-    At a rate, they count from when a request was due, `growth` says by how many seconds a second the time that requests
-    wait for a thread grew, and `left` how many were never begun because the turn was given up.
-    """
-
-    sitting: int
-    seconds: float
-    images_per_second: float
-    milliseconds: list[float]
-    growth: float | None = None
-    left: int = 0
 
 
 class Level(Load):
@@ -141,7 +102,7 @@ class LoadRatio(Ratio):
 
 
 class LoadReport(EvidenceFile):
-    """Engines under load, all of one kind: clients back to back, or rates (`evidence/load.json`)."""
+    """Engines under load, all of one kind: clients back to back (`evidence/load.json`), or rates (`evidence/rate.json`)."""
 
     schema_: Literal["ztp.load/1"] = Field(default="ztp.load/1", alias="schema")
     command: str
@@ -157,6 +118,11 @@ class LoadReport(EvidenceFile):
         """Whether requests came at a rate."""
         return self.levels[0].rate is not None
 
+    @property
+    def file(self) -> str:
+        """The name of such evidence in an engine's folder: what the two kinds say does not replace each other."""
+        return RATE_FILE if self.at_a_rate else LOAD_FILE
+
     def ratio(self, engine: str, reference: str, batch: int, load: Load) -> LoadRatio | None:
         """The ratio of two roles at a batch and a load; None where there is none, as at a rate that was not sustained."""
         wanted = (engine, reference, batch, load.clients, load.rate)
@@ -164,16 +130,24 @@ class LoadReport(EvidenceFile):
         return next(found, None)
 
 
-def asked_loads(clients: Sequence[int] | None, rates: Sequence[float] | None) -> list[Load]:
-    """The loads that numbers of clients, or rates and at most one number of threads, ask for.
+def asked_loads(
+    clients: Sequence[int] | None = None, rates: Sequence[float] | None = None, threads: int | None = None
+) -> list[Load]:
+    """The loads that numbers of clients ask for, or rates and the number of threads that serve them.
 
-    Threads are by default as many as there are cores. Raises BadRequest for what is none.
+    Threads are by default as many as there are cores. Raises BadRequest for what makes no load.
     """
-    for number in clients or ():
-        if not 1 <= number <= MAX_CLIENTS:
-            raise BadRequest(
-                f"{number} clients were asked for.", f"Give numbers from 1 to {MAX_CLIENTS}, such as 1,2,4."
-            )
+    if bool(clients) == bool(rates):
+        which = "Both clients and a rate were" if clients else "Neither clients nor a rate was"
+        raise BadRequest(f"{which} given.", "Give numbers of clients, such as 1,2,4, or requests a second, such as 20.")
+    if threads is not None and not rates:
+        raise BadRequest(
+            f"{threads} threads were given without a rate.", "Threads serve a rate: give one, or leave them out."
+        )
+    for what, counts in (("clients", clients or ()), ("threads", () if threads is None else (threads,))):
+        for number in counts:
+            if not 1 <= number <= MAX_CLIENTS:
+                raise BadRequest(f"{number} {what} were asked for.", f"Give a number from 1 to {MAX_CLIENTS}.")
     for rate in rates or ():
         if not 0 < rate <= MAX_RATE:  # nan neither
             raise BadRequest(
@@ -183,17 +157,10 @@ def asked_loads(clients: Sequence[int] | None, rates: Sequence[float] | None) ->
     for name, values in (("clients", clients or ()), ("rate", rates or ())):
         if twice := [value for value in values if list(values).count(value) > 1]:
             raise BadRequest(f"--{name} has {twice[0]:g} twice.", "Give each number once.")
-    if rates and clients and len(clients) > 1:
-        raise BadRequest(
-            f"Clients {','.join(map(str, clients))} were given beside a rate, where they are the threads that serve.",
-            "Give one number of them, or leave either out.",
-        )
     if rates:
-        threads = clients[0] if clients else min(environment.usable_cores(), MAX_CLIENTS)
-        return [Load(clients=threads, rate=float(rate)) for rate in rates]
-    if not clients:
-        raise BadRequest("Neither clients nor a rate was given.", "Give numbers of clients, such as 1,2,4.")
-    return [Load(clients=number) for number in clients]
+        serving = threads or min(environment.usable_cores(), MAX_CLIENTS)
+        return [Load(clients=serving, rate=float(rate)) for rate in rates]
+    return [Load(clients=number) for number in clients or ()]
 
 
 def measure_load(
@@ -202,6 +169,7 @@ def measure_load(
     rates: Sequence[float] | None = None,
     batches: Sequence[int] | None = None,
     *,
+    threads: int | None = None,
     seconds: float = DEFAULT_SECONDS,
     command: str = "ztp_deploy.measure_load",
     progress: Callable[[float], None] | None = None,
@@ -209,18 +177,26 @@ def measure_load(
     """`session.run` of several engines with many clients at once, or with requests that come at a rate.
 
     `engines`, `batches` and sittings are as in `measure_latency`. `clients`: how many ask back to back, one level each.
-    `rates`: requests a second, due at random (a Poisson process, the same for every engine), served by one number of
-    `clients`, by default one a core. All send the same images. A turn begins with untimed runs of every client; `seconds`
+    `rates`: requests a second, due at random (a Poisson process, the same for every engine), served by so many `threads`,
+    by default one a core. All send the same images. A turn begins with untimed runs of every client; `seconds`
     are those of one level at one batch size, warm-up aside, more where an engine is so slow that its clients would
     hardly be answered. Raises BadRequest as `measure_latency` and `asked_loads` do; what an engine raises in a client
     stops the others.
     """
-    loads = asked_loads(clients, rates)
-    named = engines_by_role(engines)
-    if batches is None:
-        batches = usual_batches([engine.manifest.batch for engine in named.values()])
-    if not batches:
-        raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
+    loads = asked_loads(clients, rates, threads)
+    return put_under(loads, engines_by_role(engines), batches, seconds, command, progress or (lambda share: None))
+
+
+def put_under(
+    loads: Sequence[Load],
+    named: Mapping[str, Engine],
+    batches: Sequence[int] | None,
+    seconds: float,
+    command: str,
+    advance: Callable[[float], None],
+) -> LoadReport:
+    """`measure_load` for loads of one kind and engines by role. Raises BadRequest as it does."""
+    batches = asked_batches({role: engine.manifest.batch for role, engine in named.items()}, batches)
     check_seconds(seconds)
     openings = orders_of_opening(list(named))
     _check_rates(loads, seconds, len(openings) * len(named))
@@ -229,7 +205,6 @@ def measure_load(
     order = np.random.default_rng(0)
     levels: list[Level] = []
     ratios: list[LoadRatio] = []
-    advance = progress or (lambda share: None)
     for batch in batches:
         turns: list[dict[str, list[Turn]]] = [{role: [] for role in named} for _ in loads]
         for sitting, opening in enumerate(openings):
@@ -312,209 +287,6 @@ def take_turns(
             length = max(min(part, most), LEAST_RUNS * request[role], LEAST_TURN_SECONDS)
             turns.append((role, closed_loop(engines[role], images[role], load.clients, length, sitting, timer)))
     return turns
-
-
-def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """When requests are due: a Poisson process whose number is given, so that every turn has the very rate."""
-    count = max(1, min(MAX_ROUNDS, round(rate * seconds)))
-    due: list[float] = np.sort(np.random.default_rng(seed).uniform(0, count / rate, count)).tolist()
-    return due
-
-
-@dataclass
-class _Served:
-    """One answered request: when it was due, begun and answered, in seconds."""
-
-    due: float
-    begin: float
-    end: float
-
-
-def closed_loop(
-    engine: Runnable, images: NDArray[Any], clients: int, seconds: float, sitting: int = 0, timer: Timer | None = None
-) -> Turn:
-    """So many clients, each asking again as soon as it is answered, for so many seconds after untimed runs.
-
-    Latencies are those of the requests that each client begins within the time. A request counts among the images a
-    second with the share of it that lies in the time: no client rests before the last of these requests is answered.
-    """
-    timer = timer or Timer()
-    crew = _Crew(clients, timer)
-    served: list[_Served] = []
-
-    def client() -> None:
-        crew.settle(lambda: engine.run(images))
-        end, over = crew.begun + seconds, False
-        while not crew.stop.is_set() and crew.over < clients:
-            begin = timer.now()
-            engine.run(images)
-            answered = timer.now()
-            if not over:
-                served.append(_Served(begin, begin, answered))
-            if answered >= end and not over:
-                over = True
-                crew.has_done()
-
-    crew.work(client)
-    begin, end = crew.begun, crew.begun + max(seconds, 1e-9)
-    inside = sorted(served, key=lambda one: one.begin)
-    done = sum(_share(one, begin, end) for one in inside)
-    return Turn(
-        sitting=sitting,
-        seconds=end - begin,
-        images_per_second=len(images) * done / (end - begin),
-        milliseconds=[_milliseconds(one.end - one.begin) for one in inside],
-    )
-
-
-def open_loop(
-    engine: Runnable,
-    images: NDArray[Any],
-    workers: int,
-    due: Sequence[float],
-    patience: float,
-    sitting: int = 0,
-    timer: Timer | None = None,
-) -> Turn:
-    """Requests due at these seconds, each begun by the first of so many threads that is free.
-
-    Where one has waited for more than `patience` seconds, those that are not begun are left.
-    """
-    timer = timer or Timer()
-    crew = _Crew(workers, timer)
-    numbers = itertools.count()  # drawn by one thread at a time, as all of Python
-    served: list[_Served] = []
-    given_up = threading.Event()
-
-    def worker() -> None:
-        crew.settle(lambda: engine.run(images))
-        while (number := next(numbers)) < len(due):
-            wanted = crew.begun + due[number]
-            if (early := wanted - timer.now()) > 0:
-                timer.wait(crew.stop, early)
-            if crew.stop.is_set() or given_up.is_set():
-                return
-            begin = timer.now()
-            if begin - wanted > patience:
-                given_up.set()
-                return
-            engine.run(images)
-            served.append(_Served(wanted, begin, timer.now()))
-
-    crew.work(worker)
-    served.sort(key=lambda one: one.due)
-    taken = max((one.end for one in served), default=crew.begun + patience) - crew.begun
-    return Turn(
-        sitting=sitting,
-        seconds=taken,
-        images_per_second=len(images) * len(served) / taken,
-        milliseconds=[_milliseconds(one.end - one.due) for one in served],
-        growth=growth(served),
-        left=len(due) - len(served),
-    )
-
-
-def growth(served: Sequence[_Served]) -> float:
-    """By how many seconds a second the wait for a thread grew, from the first third of the requests to the last.
-
-    0 where it grew by less than one request takes.
-    """
-    third = len(served) // 3
-    if not third:
-        return 0.0
-    first, last = served[:third], served[-third:]
-    waited = [statistics.median(one.begin - one.due for one in part) for part in (first, last)]
-    when = [statistics.median(one.due for one in part) for part in (first, last)]
-    grown = waited[1] - waited[0]
-    if grown <= statistics.median(one.end - one.begin for one in served):
-        return 0.0
-    return grown / (when[1] - when[0])
-
-
-def _share(one: _Served, begin: float, end: float) -> float:
-    """The share of a request's time that lies between two moments."""
-    inside = max(0.0, min(one.end, end) - max(one.begin, begin))
-    return inside / (one.end - one.begin) if one.end > one.begin else 1.0
-
-
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1e3, 4)
-
-
-class _Halted(Exception):
-    """Another thread of the crew has failed, or it was interrupted."""
-
-
-@dataclass
-class _Crew:
-    """Threads that begin at the same moment, `begun`; the first error in one of them stops all."""
-
-    count: int
-    timer: Timer
-    begun: float = 0.0
-    over: int = 0
-    stop: threading.Event = field(default_factory=threading.Event)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self._errors: list[BaseException] = []
-        self._meeting = self.timer.barrier(self.count, self._begin)
-
-    def work(self, task: Callable[[], None]) -> None:
-        """Every thread does the task once. Raises what the first that failed raised, and KeyboardInterrupt."""
-
-        def guarded() -> None:
-            if self.stop.is_set():  # interrupted while threads were being started
-                return
-            try:
-                task()
-            except _Halted:
-                pass
-            except BaseException as error:  # to be raised where it was asked for
-                self._errors.append(error)
-                self._halt()
-
-        threads = [self.timer.thread(guarded) for _ in range(self.count)]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        except BaseException:
-            # An engine must not be closed while a thread is in it.
-            self._halt()
-            for thread in threads:
-                if thread.is_alive():
-                    thread.join()
-            raise
-        if self._errors:
-            raise self._errors[0]
-
-    def settle(self, run: Callable[[], object]) -> None:
-        """Untimed runs of a thread, at least one: what the library keeps a thread is made, caches are its own."""
-        settled = self.timer.now() + latency.SETTLING_SECONDS
-        while True:
-            run()
-            if self.stop.is_set():
-                raise _Halted
-            if self.timer.now() >= settled:
-                break
-        try:
-            self._meeting.wait()
-        except threading.BrokenBarrierError as error:
-            raise _Halted from error
-
-    def has_done(self) -> None:
-        """Counts a thread that has done its part."""
-        with self._lock:
-            self.over += 1
-
-    def _begin(self) -> None:
-        self.begun = self.timer.now()
-
-    def _halt(self) -> None:
-        self.stop.set()
-        self._meeting.abort()
 
 
 # --- what turns say ----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import Engine
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINE_SECONDS
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport, check_seconds
-from ztp_deploy.evidence.load import LoadReport
+from ztp_deploy.evidence.load import Load, LoadReport
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.summary import Summary, summarise
@@ -97,9 +97,8 @@ def make_and_load(
     wanted: PlanRequest,
     build: BuildRequest,
     monitor: Monitor,
+    loads: Sequence[Load],
     *,
-    clients: Sequence[int] | None = None,
-    rates: Sequence[float] | None = None,
     images: Path | str | None = None,
     batches: Sequence[int] | None = None,
     seconds: float = BENCH_SECONDS,
@@ -114,7 +113,7 @@ def make_and_load(
     check_seconds(seconds)
     check_runnable(build)
     engines, _ = _made(wanted, build, images, clock, yardsticks=True, runs_here=True)
-    return bench_load(engines, clients, rates, batches, seconds, clock, command)
+    return bench_load(engines, loads, batches, seconds, clock, command)
 
 
 def _made(

@@ -17,8 +17,8 @@ from ztp_deploy.backends import PARITY_FILE, Engine
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
-from ztp_deploy.evidence.latency import LatencyReport, measure_latency, usual_batches
-from ztp_deploy.evidence.load import LOAD_FILE, LoadReport, asked_loads, measure_load
+from ztp_deploy.evidence.latency import LatencyReport, asked_batches, measure_latency
+from ztp_deploy.evidence.load import Load, LoadReport, put_under
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps, proof_of
 from ztp_deploy.evidence.report.folder import read_evidence
 from ztp_deploy.evidence.report.html import write_report
@@ -203,8 +203,8 @@ def _report_anew(engine: Engine, sha: str) -> None:
 def write_summary(engine: Engine, summary: Summary) -> None:
     """Writes an engine's summary, as JSON and as Markdown; into this what is known of the engine under load."""
     write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
-    load = read_evidence(engine.directory).load
-    write_text(engine.evidence / REPORT_FILE, render_markdown(summary, render_load(load) if load else ""))
+    tables = "\n".join(map(render_load, read_evidence(engine.directory).loads))
+    write_text(engine.evidence / REPORT_FILE, render_markdown(summary, tables))
 
 
 def require_parity(engine: Engine, report: ParityReport) -> None:
@@ -234,8 +234,7 @@ def bench(
     engines: dict[str, Engine], batches: Sequence[int] | None, seconds: float, clock: Clock, command: str
 ) -> LatencyReport:
     """Interleaved latency of the engines by role, by default at `usual_batches`."""
-    if batches is None:
-        batches = usual_batches([engine.manifest.batch for engine in engines.values()])
+    batches = asked_batches({role: engine.manifest.batch for role, engine in engines.items()}, batches)
     gc.collect()
     with clock.step(f"{MEASURING} at batch {', '.join(map(str, batches))}", float(len(batches))) as advance:
         return measure_latency(engines, batches, seconds=seconds, command=command, progress=advance)
@@ -255,8 +254,7 @@ def require_proof(engines: Iterable[Engine]) -> None:
 
 def bench_load(
     engines: dict[str, Engine],
-    clients: Sequence[int] | None,
-    rates: Sequence[float] | None,
+    loads: Sequence[Load],
     batches: Sequence[int] | None,
     seconds: float,
     clock: Clock,
@@ -266,10 +264,8 @@ def bench_load(
 
     Raises what `require_proof` and `measure_load` raise.
     """
-    loads = asked_loads(clients, rates)
+    batches = asked_batches({role: engine.manifest.batch for role, engine in engines.items()}, batches)
     require_proof(engines.values())
-    if batches is None:
-        batches = usual_batches([engine.manifest.batch for engine in engines.values()])
     if loads[0].rate is None:
         levels = f"with {', '.join(str(load.clients) for load in loads)} clients"
     else:
@@ -277,19 +273,13 @@ def bench_load(
     gc.collect()
     title = f"measure load {levels}, at batch {', '.join(map(str, batches))}"
     with clock.step(title, float(len(batches) * len(loads))) as advance:
-        report = measure_load(engines, clients, rates, batches, seconds=seconds, command=command, progress=advance)
+        report = put_under(loads, engines, batches, seconds, command, advance)
     for engine in engines.values():
-        write_text(engine.evidence / LOAD_FILE, report.to_json())
+        write_text(engine.evidence / report.file, report.to_json())
         _report_anew(engine, manifest_sha256(engine.directory))
     return report
 
 
 def measured_batches(asked: Sequence[int] | None, build: BuildRequest) -> Sequence[int]:
     """What to measure, before anything is built. Raises BadRequest for batches that the engine will not take."""
-    span = BatchRange.parse(build.batch)
-    if outside := [batch for batch in asked or () if not span.min <= batch <= span.max]:
-        raise BadRequest(
-            f"Latency at batch {outside[0]} was asked for, but the engine's range is {build.batch}.",
-            "Widen BATCH or measure other batches.",
-        )
-    return usual_batches([span]) if asked is None else asked
+    return asked_batches({"the engine": BatchRange.parse(build.batch)}, asked)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ztp_deploy.backends import EVIDENCE, PARITY_FILE
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport
-from ztp_deploy.evidence.load import LOAD_FILE, LoadReport
+from ztp_deploy.evidence.load import LOAD_FILE, RATE_FILE, LoadReport
 from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.summary import Summary, summarise
 from ztp_deploy.evidence.schema import SUMMARY_FILE, EvidenceFile
@@ -66,7 +66,7 @@ class Evidence:
     parity: ParityReport | None
     latency: LatencyReport | None
     accuracy: AccuracyReport | None
-    load: LoadReport | None = None
+    loads: tuple[LoadReport, ...] = ()
     pictures: tuple[Picture, ...] = ()
     left_out: tuple[str, ...] = ()
 
@@ -89,8 +89,9 @@ def read_evidence(directory: Path) -> Evidence:
 
     parity, latency = take(PARITY_FILE, ParityReport), take(LATENCY_FILE, LatencyReport)
     accuracy, stored = take(ACCURACY_FILE, AccuracyReport), take(SUMMARY_FILE, Summary)
-    load, listed = take(LOAD_FILE, LoadReport), take(PICTURES_FILE, Pictures)
-    machine = latency or parity or accuracy or load
+    loads = tuple(filter(None, (take(name, LoadReport) for name in (LOAD_FILE, RATE_FILE))))
+    listed = take(PICTURES_FILE, Pictures)
+    machine = latency or parity or accuracy or next(iter(loads), None)
     # Where it was made, as it was typed: the page is to be mailed, and whoever renders it may sit elsewhere.
     summary = summarise(
         manifest,
@@ -113,7 +114,7 @@ def read_evidence(directory: Path) -> Evidence:
         parity=parity,
         latency=latency,
         accuracy=accuracy,
-        load=load,
+        loads=loads,
         pictures=_pictures(folder, listed, left_out),
         left_out=tuple(left_out),
     )

@@ -132,7 +132,6 @@ def render_html(evidence: Evidence, others: Sequence[Evidence] = ()) -> str:
     summary, parity, latency, accuracy = evidence.summary, evidence.parity, evidence.latency, evidence.accuracy
     template = environment.from_string(files(__package__).joinpath(_TEMPLATE).read_text(encoding="utf-8"))
     batches = sorted({sample.batch for sample in latency.samples}) if latency else []
-    load = evidence.load
     return template.render(
         e=evidence,
         s=summary,
@@ -159,12 +158,7 @@ def render_html(evidence: Evidence, others: Sequence[Evidence] = ()) -> str:
         gains=figures.gains_figure([gain.speedup for gain in summary.gains], summary.flop_limit)
         if summary.gains
         else None,
-        load=load,
-        load_head=load_head(load) if load else [],
-        load_rows=load_rows(load) if load else [],
-        load_numbers=LOAD_NUMBERS,
-        load_lines=[*load_lines(load), *load.notes] if load else [],
-        load_figures=_load_figures(load) if load else [],
+        loads=[_load(report) for report in evidence.loads],
         accuracy=accuracy,
         accuracy_head=ACCURACY_HEAD,
         accuracy_rows=_accuracy_rows(accuracy) if accuracy else [],
@@ -309,9 +303,17 @@ def _accuracy_rows(report: AccuracyReport) -> list[list[str]]:
     return rows
 
 
-def _load_figures(report: LoadReport) -> list[tuple[int, Markup]]:
+def _load(report: LoadReport) -> dict[str, Any]:
+    """What the page shows of engines under load."""
     drawn = [(batch, figures.load_figure(report, batch)) for batch in sorted({one.batch for one in report.levels})]
-    return [(batch, drawing) for batch, drawing in drawn if drawing]
+    return {
+        "title": "Requests at a rate" if report.at_a_rate else "Clients back to back",
+        "head": load_head(report),
+        "rows": load_rows(report),
+        "numbers": LOAD_NUMBERS,
+        "lines": [*load_lines(report), *report.notes],
+        "figures": [(batch, drawing) for batch, drawing in drawn if drawing],
+    }
 
 
 def _accuracy_figure(report: AccuracyReport) -> Markup:
@@ -362,8 +364,7 @@ def _commands(evidence: Evidence) -> list[tuple[str, str]]:
     found = [("Make and measure it again", evidence.summary.command)] if evidence.summary.command else []
     if evidence.latency and evidence.latency.command != evidence.summary.command:
         found.append(("Measure latency again", evidence.latency.command))
-    if evidence.load:
-        found.append(("Measure it under load again", evidence.load.command))
+    found += [("Measure it under load again", report.command) for report in evidence.loads]
     found.append(("Prove it again", f"ztp check --engine {shlex.quote(evidence.summary.engine)}"))
     if evidence.accuracy:
         found.append(("Measure accuracy again", evidence.accuracy.command))

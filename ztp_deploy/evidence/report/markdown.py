@@ -43,7 +43,7 @@ _TABLES = """\
 
 
 def render_markdown(summary: Summary, load: str = "") -> str:
-    """The whole report; `load` is what `render_load` makes of the engine under load, where it was measured."""
+    """The whole report; `load` is what `render_load` makes of the engine under load, as often as it was measured."""
     return _render(_TEMPLATE, summary, tables=render_tables(summary), load=load)
 
 
