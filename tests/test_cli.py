@@ -673,7 +673,10 @@ def test_bench_finds_the_engine_that_was_calibrated_on_these_images(ztp, monkeyp
 @pytest.mark.parametrize(
     "start, heeded",
     [
-        (("bench", "--engine", "e"), {"engine", "batches", "seconds", "clients", "rate", "record", "as_json"}),
+        (
+            ("bench", "--engine", "e"),
+            {"engine", "batches", "seconds", "clients", "rate", "threads", "record", "as_json"},
+        ),
         (("show", "a.png", "--engine", "e"), {"images", "engine", "directory", "as_json"}),
         (
             ("eval", "--engine", "e", "--data", "d"),
