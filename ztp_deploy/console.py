@@ -110,4 +110,8 @@ def show_rows(head: Sequence[str], rows: Iterable[Sequence[str]], report: Latenc
 def print_json(value: Any) -> None:
     """One JSON object on stdout; what is not finite as "NaN" or "Infinity", as evidence files have it."""
     plain = json.loads(json.dumps(value), parse_constant=str)
-    sys.stdout.write(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    try:
+        sys.stdout.write(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError as error:  # typer would make a failed gate of it, and Python, flushing at its end, code 120
+        raise SystemExit(reader_gone()) from error
