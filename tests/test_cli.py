@@ -566,6 +566,22 @@ def test_recipes_and_profiles(ztp):
     one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "TOML")
 
 
+def test_a_profile_for_other_images_than_the_artifact_takes_is_refused(ztp, artifact, pruned, exported):
+    Path("engines").mkdir()
+    Path("engines/floats.toml").write_text('input = "float32"\n')
+    Path("engines/small.toml").write_text('batch = "1:1:2"\n')
+    pixels = exported(pruned, input="uint8").directory
+    for folder, profile, asked, takes in (
+        (artifact.directory, "pixels", "uint8", "float32"),
+        (pixels, "floats", "float32", "uint8"),
+    ):
+        words = (f"{profile} asks for {asked}", f"exported for {takes}", f"--input {asked}", f"--profile {profile}")
+        one_sentence(*ztp("build", "-a", folder, "-b", "onnxruntime", "--profile", profile), 2, *words)
+    code, out, err = ztp("build", "-a", pixels, "-b", "onnxruntime", "--profile", "small", "--json")
+    assert code == 0, err
+    assert json.loads(out)["manifest"]["input"]["dtype"] == "uint8"  # where a profile says nothing, the artifact does
+
+
 def requests(monkeypatch):
     """Records what `make_engine` is asked for, and stops there."""
     asked = []

@@ -22,6 +22,7 @@ from ztp_deploy.cli.options import (
 )
 from ztp_deploy.console import Bars, out, print_json
 from ztp_deploy.defaults import ENGINES_ROOT
+from ztp_deploy.errors import BadRequest
 
 
 def build(
@@ -45,7 +46,14 @@ def build(
     if request.precision not in backends.get(backends.choose(request.backend)).CALIBRATED:
         beside = f"precision {request.precision}, which is fitted to no images"
         refuse_idle(context, ["images"], beside, "Leave it out; `ztp check` takes images for the proof.")
-    engine = build_engine(exporters.load_artifact(artifact), request, Clock(Bars()), images)
+    found = exporters.load_artifact(artifact)
+    takes = found.manifest.input.dtype
+    if "input" in request.model_fields_set and request.input != takes:
+        raise BadRequest(
+            f"The profile {profile} asks for {request.input} images, and {artifact} was exported for {takes}.",
+            f"Export again with --input {request.input}, or let `ztp engine --profile {shlex.quote(str(profile))}` do both.",
+        )
+    engine = build_engine(found, request, Clock(Bars()), images)
     if as_json:
         print_json(
             {"engine": str(engine.directory), "manifest": engine.manifest.model_dump(mode="json", by_alias=True)}

@@ -155,7 +155,7 @@ def asked_build(
 ) -> BuildRequest:
     """The build that a command with some of `BUILD_OPTIONS` was asked for; a profile fills in what they leave out.
 
-    Raises BadRequest for options that cannot be read.
+    What neither says is not in its `model_fields_set`. Raises BadRequest for options that cannot be read.
     """
     from ztp_deploy import backends
     from ztp_deploy.manifest import BatchRange
@@ -166,7 +166,7 @@ def asked_build(
     profile = given.pop("profile")
     if given["input"] not in (None, "float32", "uint8"):
         raise BadRequest(f"--input {given['input']} is unknown.", "Use float32 or uint8.")
-    asked = dict(read_profile(profile)) if profile else {}
+    asked = read_profile(profile).model_dump(exclude_unset=True) if profile else {}
     asked |= {name: value for name, value in given.items() if value is not None}
     request = BuildRequest(**asked, export_root=export_root, engines_root=engines_root)
     BatchRange.parse(request.batch)
