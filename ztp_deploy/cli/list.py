@@ -6,11 +6,11 @@ from typing import Any
 
 from rich.table import Table
 
-from ztp_deploy.cli.options import AsJson
+from ztp_deploy.cli import options
 from ztp_deploy.console import out, print_json, warn
 
 
-def list_(as_json: AsJson = False) -> None:
+def list_(as_json: options.AsJson = False) -> None:
     """Models, methods, formats and back ends; what is missing for each and how to get it."""
     from ztp_deploy import extras
 
