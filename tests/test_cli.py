@@ -448,6 +448,7 @@ def test_every_command_explains_itself(ztp, command):
         (("engine", "-m", "deit_t", "-r", 0.7, "-o", "tau"), 2, ("name=value",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "8:4:1"), 2, ("min:opt:max",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batches", ""), 2, ("not a list of whole numbers",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "1 8"), 2, ("'1 8' is not a list of whole numbers",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:2:4", "--batches", "1,8"), 2, ("batch 8", "1:2:4")),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "0"), 2, ("batch 0",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--backend", "trt"), 2, ("no back end",)),

@@ -81,7 +81,7 @@ def bench(
     from ztp_deploy.workflow.make import make_and_load, make_engine
     from ztp_deploy.workflow.steps import check_runnable
 
-    sizes = options.batch_sizes(batches)
+    sizes = options.listed("batches", batches, int)
     loads = _asked_loads(clients, rate, threads)
     options.check_record(record)
     options.engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
@@ -126,11 +126,8 @@ def _asked_loads(clients: str | None, rate: str | None, threads: int | None) -> 
         return None
     from ztp_deploy.evidence.load import asked_loads
 
-    return asked_loads(
-        None if clients is None else options.integers("clients", clients),
-        None if rate is None else options.numbers("rate", rate),
-        threads,
-    )
+    numbers, rates = options.listed("clients", clients, int), options.listed("rate", rate, float, "10,20.5")
+    return asked_loads(numbers, rates, threads)
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ def compare(
         request,
         Bars(),
         images=images,
-        batches=options.batch_sizes(batches),
+        batches=options.listed("batches", batches, int),
         seconds=seconds,
         command=options.command_line(),
     )

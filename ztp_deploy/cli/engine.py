@@ -52,7 +52,7 @@ def engine(
         request,
         Bars(),
         images=images,
-        batches=options.batch_sizes(batches),
+        batches=options.listed("batches", batches, int),
         seconds=seconds,
         measure=measure,
         command=options.command_line(),

@@ -72,7 +72,7 @@ def gpu_report(
         models=model or GPU_MODELS,
         runtimes=runtime or RUNTIMES,
         precisions=precisions.replace(" ", "").split(","),
-        batches=options.integers("batches", batches),
+        batches=options.listed("batches", batches, int),
         device=device,
         weights=weights,
         seconds=seconds,
