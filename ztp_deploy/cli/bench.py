@@ -88,32 +88,20 @@ def bench(
     if engine:
         idle = options.PLAN_OPTIONS | options.BUILD_OPTIONS | {"images", "fresh"}
         options.refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
-        if loads is None:
-            _bench_engines(engine, sizes, seconds, record, as_json)
-        else:
-            _load_engines(engine, loads, sizes, seconds, record, as_json)
+        _bench_engines(engine, loads, sizes, seconds, record, as_json)
         return
     wanted = options.asked_plan(context)
     request = options.asked_build(context)
     check_runnable(request)
-    if loads is not None:
-        with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
-            report = make_and_load(
-                wanted,
-                placed,
-                Bars(),
-                loads,
-                images=images,
-                batches=sizes,
-                seconds=seconds,
-                command=options.command_line(),
-            )
-        _show_load(report, wanted.model, record, as_json)
-        return
+    command = options.command_line()
     with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
-        result = make_engine(
-            wanted, placed, Bars(), images=images, batches=sizes, seconds=seconds, command=options.command_line()
-        )
+        if loads is not None:
+            report = make_and_load(
+                wanted, placed, Bars(), loads, images=images, batches=sizes, seconds=seconds, command=command
+            )
+            _show_load(report, wanted.model, record, as_json)
+            return
+        result = make_engine(wanted, placed, Bars(), images=images, batches=sizes, seconds=seconds, command=command)
     if record is not None:
         assert result.latency is not None  # only what runs here is measured
         recorded(record_summary(result.summary, result.latency, record))
@@ -147,48 +135,38 @@ def _fresh_roots(request: BuildRequest) -> Iterator[BuildRequest]:
 
 
 def _bench_engines(
-    engine: list[Path], sizes: list[int] | None, seconds: float, record: Path | None, as_json: bool
-) -> None:
-    """Measures engine folders against the first of them."""
-    from ztp_deploy.backends import find_engine
-    from ztp_deploy.evidence.latency import path_ends
-    from ztp_deploy.evidence.records import record_comparison
-    from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
-    from ztp_deploy.workflow import steps
-    from ztp_deploy.workflow.progress import Clock
-
-    names = path_ends(engine, least=2)  # the folder above names back end, version and device
-    named = {name: find_engine(path) for name, path in zip(names, engine, strict=True)}
-    report = steps.bench(named, sizes, seconds, Clock(Bars()), options.command_line())
-    if record is not None:
-        recorded(record_comparison(report, next(iter(named.values())).manifest.source.name, record))
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-        return
-    show_rows(comparison_head(report), comparison_rows(report), report)
-
-
-def _load_engines(
     engine: list[Path],
-    loads: list[Load],
+    loads: list[Load] | None,
     sizes: list[int] | None,
     seconds: float,
     record: Path | None,
     as_json: bool,
 ) -> None:
-    """Measures engine folders under load, against the first of them."""
+    """Measures engine folders against the first of them, under load where loads are given."""
     from ztp_deploy.backends import find_engine
     from ztp_deploy.evidence.latency import check_seconds, path_ends
+    from ztp_deploy.evidence.records import record_comparison
+    from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
     from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
 
     check_seconds(seconds)
-    names = path_ends(engine, least=2)
+    names = path_ends(engine, least=2)  # the folder above names back end, version and device
     named = {name: find_engine(path) for name, path in zip(names, engine, strict=True)}
-    for one in named.values():
-        options.check_record(one.evidence)
-    report = steps.bench_load(named, loads, sizes, seconds, Clock(Bars()), options.command_line())
-    _show_load(report, next(iter(named.values())).manifest.source.name, record, as_json)
+    model = next(iter(named.values())).manifest.source.name
+    clock, command = Clock(Bars()), options.command_line()
+    if loads is not None:
+        for one in named.values():
+            options.check_record(one.evidence)
+        _show_load(steps.bench_load(named, loads, sizes, seconds, clock, command), model, record, as_json)
+        return
+    report = steps.bench(named, sizes, seconds, clock, command)
+    if record is not None:
+        recorded(record_comparison(report, model, record))
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    show_rows(comparison_head(report), comparison_rows(report), report)
 
 
 def _show_load(report: LoadReport, model: str, record: Path | None, as_json: bool) -> None:
