@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ztp_deploy.cli import options
-from ztp_deploy.console import Bars, out, print_json, recorded, show_result, show_rows, warn
+from ztp_deploy.console import Bars, print_json, recorded, warn
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 from ztp_deploy.errors import GateFailed
 
@@ -78,6 +78,7 @@ def bench(
     With --clients or --rate, throughput and latency under load.
     """
     from ztp_deploy.evidence.records import record_summary
+    from ztp_deploy.evidence.report.terminal import show_summary
     from ztp_deploy.workflow.make import make_and_load, make_engine
     from ztp_deploy.workflow.steps import check_runnable
 
@@ -105,7 +106,10 @@ def bench(
     if record is not None:
         assert result.latency is not None  # only what runs here is measured
         recorded(record_summary(result.summary, result.latency, record))
-    show_result(result, as_json, kept=not fresh)
+    if as_json:
+        print_json(result.summary.model_dump(mode="json"))
+    else:
+        show_summary(result.summary, kept=not fresh)
 
 
 def _asked_loads(clients: str | None, rate: str | None, threads: int | None) -> list[Load] | None:
@@ -147,6 +151,7 @@ def _bench_engines(
     from ztp_deploy.evidence.latency import check_seconds, path_ends
     from ztp_deploy.evidence.records import record_comparison
     from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
+    from ztp_deploy.evidence.report.terminal import show_rows
     from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
 
@@ -179,4 +184,4 @@ def _show_load(report: LoadReport, model: str, record: Path | None, as_json: boo
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    show_load(report, out)
+    show_load(report)

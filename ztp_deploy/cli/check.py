@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ztp_deploy.cli import options
-from ztp_deploy.console import Bars, print_json, show_parity
+from ztp_deploy.console import Bars, print_json
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import GateFailed
 
@@ -21,6 +21,7 @@ def check(
 ) -> None:
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
     from ztp_deploy.backends import find_engine, require_runnable
+    from ztp_deploy.evidence.report.terminal import show_parity
     from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
 

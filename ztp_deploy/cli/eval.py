@@ -64,8 +64,8 @@ def eval_(
 ) -> None:
     """What pruning costs in accuracy, on labelled pictures; interrupted, the same command goes on."""
     from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
-    from ztp_deploy.evidence.report.accuracy import show_accuracy
     from ztp_deploy.evidence.report.html import HTML_FILE
+    from ztp_deploy.evidence.report.terminal import show_accuracy
 
     options.engine_or_model(engine, model, recipe, "ztp eval --engine engines/… --data imagenet/val")
     fix = "Leave one of them out."
@@ -94,6 +94,6 @@ def eval_(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    show_accuracy(report, out)
+    show_accuracy(report)
     if engine is not None:
         out.print(f"Report: {engine}/evidence/{HTML_FILE}", soft_wrap=True)
