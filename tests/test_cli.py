@@ -448,6 +448,7 @@ def test_every_command_explains_itself(ztp, command):
         (("engine", "-m", "deit_t", "-r", 0.7, "-o", "tau"), 2, ("name=value",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "8:4:1"), 2, ("min:opt:max",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batches", ""), 2, ("not a list of whole numbers",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "1 8"), 2, ("'1 8' is not a list of whole numbers",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:2:4", "--batches", "1,8"), 2, ("batch 8", "1:2:4")),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "0"), 2, ("batch 0",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--backend", "trt"), 2, ("no back end",)),
@@ -564,6 +565,22 @@ def test_recipes_and_profiles(ztp):
     one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "ratios")
     Path("export/mine.toml").write_text("model = \n")
     one_sentence(*ztp("export", "-m", "deit_t", "--recipe", "mine"), 2, "TOML")
+
+
+def test_a_profile_for_other_images_than_the_artifact_takes_is_refused(ztp, artifact, pruned, exported):
+    Path("engines").mkdir()
+    Path("engines/floats.toml").write_text('input = "float32"\n')
+    Path("engines/small.toml").write_text('batch = "1:1:2"\n')
+    pixels = exported(pruned, input="uint8").directory
+    for folder, profile, asked, takes in (
+        (artifact.directory, "pixels", "uint8", "float32"),
+        (pixels, "floats", "float32", "uint8"),
+    ):
+        words = (f"{profile} asks for {asked}", f"exported for {takes}", f"--input {asked}", f"--profile {profile}")
+        one_sentence(*ztp("build", "-a", folder, "-b", "onnxruntime", "--profile", profile), 2, *words)
+    code, out, err = ztp("build", "-a", pixels, "-b", "onnxruntime", "--profile", "small", "--json")
+    assert code == 0, err
+    assert json.loads(out)["manifest"]["input"]["dtype"] == "uint8"  # where a profile says nothing, the artifact does
 
 
 def requests(monkeypatch):

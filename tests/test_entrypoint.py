@@ -52,7 +52,7 @@ def test_a_gpu_that_is_full_is_a_sentence(capsys):
     assert capsys.readouterr().err.startswith("error: The GPU's memory is too small for that. Use smaller batches")
 
 
-@pytest.mark.parametrize("line", ["out.print('x')", "print_json(['x' * 100_000] * 10)"])
+@pytest.mark.parametrize("line", ["out.print('x')", "print('x')", "print_json(['x' * 100_000] * 10)"])
 def test_output_that_nobody_reads_is_no_failed_gate(line):
     """As after `| head -1` under pipefail."""
     script = f"""
@@ -69,6 +69,20 @@ run_and_exit(command)
         ["bash", "-o", "pipefail", "-c", '"$0" -c "$1" | head -1 > /dev/null', sys.executable, script],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", ["plan -m deit_t -r 0.7 --json", "plan --nothing --json"])
+def test_json_that_nobody_reads_is_no_failed_gate(arguments, unbuffered):
+    """Through typer, which ends with 1 where a pipe is closed; so little is written only when it is flushed."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "ztp_deploy", *arguments.split()],
+        stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
 
 

@@ -77,7 +77,7 @@ def _refuse(error: BaseException) -> int:
         error = extras.refusal(error, _typed()) or error
     if isinstance(error, ZtpError):
         problem, fix, code = error.problem, error.fix, error.exit_code
-    elif isinstance(error, BrokenPipeError):
+    elif isinstance(error, BrokenPipeError):  # of a bare print
         return reader_gone()
     elif type(error).__name__ == "OutOfMemoryError":  # torch's own
         problem, code = "The GPU's memory is too small for that.", MissingSoftware.exit_code

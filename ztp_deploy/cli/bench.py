@@ -11,38 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ztp_deploy.cli.options import (
-    BUILD_OPTIONS,
-    PLAN_OPTIONS,
-    AsJson,
-    BackendName,
-    Batch,
-    Batches,
-    DeviceName,
-    FlopShare,
-    Images,
-    ImageSize,
-    Keep,
-    Method,
-    NumClasses,
-    Option,
-    Precision,
-    Profile,
-    Ratio,
-    Recipe,
-    Sites,
-    Weights,
-    asked_build,
-    asked_plan,
-    batch_sizes,
-    check_record,
-    command_line,
-    engine_or_model,
-    integers,
-    numbers,
-    refuse_idle,
-)
-from ztp_deploy.console import Bars, out, print_json, recorded, show_result, show_rows, warn
+from ztp_deploy.cli import options
+from ztp_deploy.console import Bars, print_json, recorded, warn
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 from ztp_deploy.errors import GateFailed
 
@@ -61,23 +31,23 @@ def bench(
         str | None,
         typer.Option("--model", "-m", help="Or a model: dense, pruned and slice twin are built and compared."),
     ] = None,
-    method: Method = None,
-    ratio: Ratio = None,
-    flops: FlopShare = None,
-    keep: Keep = None,
-    sites: Sites = None,
-    option: Option = None,
-    weights: Weights = "auto",
-    num_classes: NumClasses = None,
-    img_size: ImageSize = None,
-    recipe: Recipe = None,
-    profile: Profile = None,
-    backend: BackendName = None,
-    device: DeviceName = None,
-    precision: Precision = None,
-    batch: Batch = None,
-    images: Images = None,
-    batches: Batches = None,
+    method: options.Method = None,
+    ratio: options.Ratio = None,
+    flops: options.FlopShare = None,
+    keep: options.Keep = None,
+    sites: options.Sites = None,
+    option: options.Option = None,
+    weights: options.Weights = "auto",
+    num_classes: options.NumClasses = None,
+    img_size: options.ImageSize = None,
+    recipe: options.Recipe = None,
+    profile: options.Profile = None,
+    backend: options.BackendName = None,
+    device: options.DeviceName = None,
+    precision: options.Precision = None,
+    batch: options.Batch = None,
+    images: options.Images = None,
+    batches: options.Batches = None,
     clients: Annotated[
         str | None,
         typer.Option(help="Measure under load: so many clients, each asking again as soon as answered, such as 1,2,4."),
@@ -101,53 +71,45 @@ def bench(
             help="Also write the report's JSON and Markdown into this folder, named after what was measured and the machine."
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure latency, engines interleaved; with --model, everything `engine` does, measured longer.
 
     With --clients or --rate, throughput and latency under load.
     """
     from ztp_deploy.evidence.records import record_summary
+    from ztp_deploy.evidence.report.terminal import show_summary
     from ztp_deploy.workflow.make import make_and_load, make_engine
     from ztp_deploy.workflow.steps import check_runnable
 
-    sizes = batch_sizes(batches)
+    sizes = options.listed("batches", batches, int)
     loads = _asked_loads(clients, rate, threads)
-    check_record(record)
-    engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
+    options.check_record(record)
+    options.engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
     if engine:
-        idle = PLAN_OPTIONS | BUILD_OPTIONS | {"images", "fresh"}
-        refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
-        if loads is None:
-            _bench_engines(engine, sizes, seconds, record, as_json)
-        else:
-            _load_engines(engine, loads, sizes, seconds, record, as_json)
+        idle = options.PLAN_OPTIONS | options.BUILD_OPTIONS | {"images", "fresh"}
+        options.refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
+        _bench_engines(engine, loads, sizes, seconds, record, as_json)
         return
-    wanted = asked_plan(context)
-    request = asked_build(context)
+    wanted = options.asked_plan(context)
+    request = options.asked_build(context)
     check_runnable(request)
-    if loads is not None:
-        with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
-            report = make_and_load(
-                wanted,
-                placed,
-                Bars(),
-                loads,
-                images=images,
-                batches=sizes,
-                seconds=seconds,
-                command=command_line(),
-            )
-        _show_load(report, wanted.model, record, as_json)
-        return
+    command = options.command_line()
     with _fresh_roots(request) if fresh else contextlib.nullcontext(request) as placed:
-        result = make_engine(
-            wanted, placed, Bars(), images=images, batches=sizes, seconds=seconds, command=command_line()
-        )
+        if loads is not None:
+            report = make_and_load(
+                wanted, placed, Bars(), loads, images=images, batches=sizes, seconds=seconds, command=command
+            )
+            _show_load(report, wanted.model, record, as_json)
+            return
+        result = make_engine(wanted, placed, Bars(), images=images, batches=sizes, seconds=seconds, command=command)
     if record is not None:
         assert result.latency is not None  # only what runs here is measured
         recorded(record_summary(result.summary, result.latency, record))
-    show_result(result, as_json, kept=not fresh)
+    if as_json:
+        print_json(result.summary.model_dump(mode="json"))
+    else:
+        show_summary(result.summary, kept=not fresh)
 
 
 def _asked_loads(clients: str | None, rate: str | None, threads: int | None) -> list[Load] | None:
@@ -156,11 +118,8 @@ def _asked_loads(clients: str | None, rate: str | None, threads: int | None) -> 
         return None
     from ztp_deploy.evidence.load import asked_loads
 
-    return asked_loads(
-        None if clients is None else integers("clients", clients),
-        None if rate is None else numbers("rate", rate),
-        threads,
-    )
+    numbers, rates = options.listed("clients", clients, int), options.listed("rate", rate, float, "10,20.5")
+    return asked_loads(numbers, rates, threads)
 
 
 @contextlib.contextmanager
@@ -180,48 +139,39 @@ def _fresh_roots(request: BuildRequest) -> Iterator[BuildRequest]:
 
 
 def _bench_engines(
-    engine: list[Path], sizes: list[int] | None, seconds: float, record: Path | None, as_json: bool
-) -> None:
-    """Measures engine folders against the first of them."""
-    from ztp_deploy.backends import find_engine
-    from ztp_deploy.evidence.latency import path_ends
-    from ztp_deploy.evidence.records import record_comparison
-    from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
-    from ztp_deploy.workflow import steps
-    from ztp_deploy.workflow.progress import Clock
-
-    names = path_ends(engine, least=2)  # the folder above names back end, version and device
-    named = {name: find_engine(path) for name, path in zip(names, engine, strict=True)}
-    report = steps.bench(named, sizes, seconds, Clock(Bars()), command_line())
-    if record is not None:
-        recorded(record_comparison(report, next(iter(named.values())).manifest.source.name, record))
-    if as_json:
-        print_json(report.model_dump(mode="json"))
-        return
-    show_rows(comparison_head(report), comparison_rows(report), report)
-
-
-def _load_engines(
     engine: list[Path],
-    loads: list[Load],
+    loads: list[Load] | None,
     sizes: list[int] | None,
     seconds: float,
     record: Path | None,
     as_json: bool,
 ) -> None:
-    """Measures engine folders under load, against the first of them."""
+    """Measures engine folders against the first of them, under load where loads are given."""
     from ztp_deploy.backends import find_engine
     from ztp_deploy.evidence.latency import check_seconds, path_ends
+    from ztp_deploy.evidence.records import record_comparison
+    from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
+    from ztp_deploy.evidence.report.terminal import show_rows
     from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
 
     check_seconds(seconds)
-    names = path_ends(engine, least=2)
+    names = path_ends(engine, least=2)  # the folder above names back end, version and device
     named = {name: find_engine(path) for name, path in zip(names, engine, strict=True)}
-    for one in named.values():
-        check_record(one.evidence)
-    report = steps.bench_load(named, loads, sizes, seconds, Clock(Bars()), command_line())
-    _show_load(report, next(iter(named.values())).manifest.source.name, record, as_json)
+    model = next(iter(named.values())).manifest.source.name
+    clock, command = Clock(Bars()), options.command_line()
+    if loads is not None:
+        for one in named.values():
+            options.check_record(one.evidence)
+        _show_load(steps.bench_load(named, loads, sizes, seconds, clock, command), model, record, as_json)
+        return
+    report = steps.bench(named, sizes, seconds, clock, command)
+    if record is not None:
+        recorded(record_comparison(report, model, record))
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+        return
+    show_rows(comparison_head(report), comparison_rows(report), report)
 
 
 def _show_load(report: LoadReport, model: str, record: Path | None, as_json: bool) -> None:
@@ -234,4 +184,4 @@ def _show_load(report: LoadReport, model: str, record: Path | None, as_json: boo
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    show_load(report, out)
+    show_load(report)

@@ -6,21 +6,22 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import AsJson, EngineDir, ProofImages, SameWeights
-from ztp_deploy.console import Bars, print_json, show_parity
+from ztp_deploy.cli import options
+from ztp_deploy.console import Bars, print_json
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import GateFailed
 
 
 def check(
-    engine: EngineDir,
-    images: ProofImages = None,
+    engine: options.EngineDir,
+    images: options.ProofImages = None,
     count: Annotated[int, typer.Option(help="How many images.")] = CHECK_IMAGES,
-    weights: SameWeights = None,
-    as_json: AsJson = False,
+    weights: options.SameWeights = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
     from ztp_deploy.backends import find_engine, require_runnable
+    from ztp_deploy.evidence.report.terminal import show_parity
     from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
 

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ztp_deploy.cli.options import AsJson, EngineDir
+from ztp_deploy.cli import options
 from ztp_deploy.console import out, print_json, warn
 
 
 def classify(
     images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE…")],
-    engine: EngineDir,
+    engine: options.EngineDir,
     top: Annotated[int, typer.Option(min=1, help="How many classes.")] = 5,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Classify images with an engine: the best classes and their probabilities."""
     import numpy as np

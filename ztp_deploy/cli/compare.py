@@ -7,91 +7,71 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import (
-    AsJson,
-    BackendName,
-    Batch,
-    Batches,
-    DeviceName,
-    FlopShare,
-    Images,
-    ImageSize,
-    Model,
-    NumClasses,
-    Precision,
-    Profile,
-    Ratio,
-    Seconds,
-    Weights,
-    asked_build,
-    batch_sizes,
-    check_record,
-    command_line,
-    plan_request,
-)
-from ztp_deploy.console import Bars, print_json, recorded, show_rows
+from ztp_deploy.cli import options
+from ztp_deploy.console import Bars, print_json, recorded
 from ztp_deploy.defaults import BENCH_SECONDS
 from ztp_deploy.errors import BadRequest
 
 
 def compare(
     context: typer.Context,
-    model: Model,
+    model: options.Model,
     methods: Annotated[
         str, typer.Option(help="Methods to compare, such as zero_tprune,tome.")
     ] = "zero_tprune,tome,ats,evit",
-    ratio: Ratio = None,
-    flops: FlopShare = None,
+    ratio: options.Ratio = None,
+    flops: options.FlopShare = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--option", "-o", help="A method's option as method.name=value (JSON value); repeatable."),
     ] = None,
-    weights: Weights = "auto",
-    num_classes: NumClasses = None,
-    img_size: ImageSize = None,
-    profile: Profile = None,
-    backend: BackendName = None,
-    device: DeviceName = None,
-    precision: Precision = None,
-    batch: Batch = None,
-    batches: Batches = None,
-    seconds: Seconds = BENCH_SECONDS,
-    images: Images = None,
+    weights: options.Weights = "auto",
+    num_classes: options.NumClasses = None,
+    img_size: options.ImageSize = None,
+    profile: options.Profile = None,
+    backend: options.BackendName = None,
+    device: options.DeviceName = None,
+    precision: options.Precision = None,
+    batch: options.Batch = None,
+    batches: options.Batches = None,
+    seconds: options.Seconds = BENCH_SECONDS,
+    images: options.Images = None,
     record: Annotated[Path | None, typer.Option(help="Also write JSON and Markdown into this folder.")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure pruning methods against each other, each with its slice twin, at one ratio or FLOP share."""
     from ztp_deploy.evidence.records import record_methods
     from ztp_deploy.evidence.report.methods import HEAD, methods_rows
+    from ztp_deploy.evidence.report.terminal import show_rows
     from ztp_deploy.workflow.compare import compare_methods
 
-    check_record(record)
+    options.check_record(record)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     _check(names, ratio, flops)
-    options = _options_by_method(option, names)
+    by_method = _options_by_method(option, names)
     wanted = [
-        plan_request(
+        options.plan_request(
             model=model,
             method=name,
             ratio=ratio,
             flops=flops,
-            option=options[name],
+            option=by_method[name],
             weights=weights,
             num_classes=num_classes,
             img_size=img_size,
         )
         for name in names
     ]
-    request = asked_build(context)
+    request = options.asked_build(context)
     report = compare_methods(
         model,
         wanted,
         request,
         Bars(),
         images=images,
-        batches=batch_sizes(batches),
+        batches=options.listed("batches", batches, int),
         seconds=seconds,
-        command=command_line(),
+        command=options.command_line(),
     )
     if record is not None:
         recorded(record_methods(report, record))

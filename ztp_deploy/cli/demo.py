@@ -7,20 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import (
-    AsJson,
-    BackendName,
-    DeviceName,
-    FlopShare,
-    Method,
-    Precision,
-    Profile,
-    Ratio,
-    asked_build,
-    command_line,
-    plan_request,
-)
-from ztp_deploy.console import Bars, out, print_json, show_result
+from ztp_deploy.cli import options
+from ztp_deploy.console import Bars, out, print_json
 from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 
 
@@ -29,26 +17,26 @@ def demo(
     weights: Annotated[
         str, typer.Option(help="pretrained, or the path of weights that the training wrote.")
     ] = "pretrained",
-    profile: Profile = None,
-    backend: BackendName = None,
-    device: DeviceName = None,
-    precision: Precision = None,
-    ratio: Ratio = None,
-    flops: FlopShare = None,
-    method: Method = None,
+    profile: options.Profile = None,
+    backend: options.BackendName = None,
+    device: options.DeviceName = None,
+    precision: options.Precision = None,
+    ratio: options.Ratio = None,
+    flops: options.FlopShare = None,
+    method: options.Method = None,
     count: Annotated[int, typer.Option("--canvases", min=4, help="Test canvases to classify.")] = DEMO_CANVASES,
     directory: Annotated[Path, typer.Option(help="Where canvases and pictures go.")] = PICTURES_ROOT,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """The reference classifier from start to end, offline: its engine, parity, speed-up, accuracy and pictures."""
-    from ztp_deploy.evidence.report.accuracy import show_accuracy
+    from ztp_deploy.evidence.report.terminal import show_accuracy, show_summary
     from ztp_deploy.reference.demo import MODEL, RATIO, demonstrate
 
     if ratio is None and flops is None:
         ratio = RATIO
-    wanted = plan_request(model=MODEL, method=method, ratio=ratio, flops=flops, weights=weights)
-    request = asked_build(context)
-    made = demonstrate(request, Bars(), wanted=wanted, directory=directory, count=count, command=command_line())
+    wanted = options.plan_request(model=MODEL, method=method, ratio=ratio, flops=flops, weights=weights)
+    request = options.asked_build(context)
+    made = demonstrate(request, Bars(), wanted=wanted, directory=directory, count=count, command=options.command_line())
     if as_json:
         print_json(
             {
@@ -58,8 +46,8 @@ def demo(
             }
         )
         return
-    show_result(made.result, False)
-    show_accuracy(made.accuracy, out)
+    show_summary(made.result.summary)
+    show_accuracy(made.accuracy)
     out.print("Pictures of what the engine kept:")
     for one in made.pictures.drawn:
         out.print(str(one.picture), soft_wrap=True)

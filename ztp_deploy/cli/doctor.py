@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ztp_deploy.cli.options import AsJson
+from ztp_deploy.cli import options
 from ztp_deploy.console import out, print_json, warn
 
 
-def doctor(as_json: AsJson = False) -> None:
+def doctor(as_json: options.AsJson = False) -> None:
     """Versions, devices, and what would be used on this machine."""
     from ztp_deploy import backends, environment, extras
 

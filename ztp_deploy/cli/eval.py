@@ -7,24 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import (
-    PLAN_OPTIONS,
-    AsJson,
-    FlopShare,
-    ImageSize,
-    Keep,
-    Method,
-    NumClasses,
-    Option,
-    Ratio,
-    Recipe,
-    Sites,
-    asked_plan,
-    check_record,
-    command_line,
-    engine_or_model,
-    refuse_idle,
-)
+from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, err, out, print_json
 from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
 
@@ -41,12 +24,12 @@ def eval_(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Or a model: pruned against dense, both in eager PyTorch.")
     ] = None,
-    method: Method = None,
-    ratio: Ratio = None,
-    flops: FlopShare = None,
-    keep: Keep = None,
-    sites: Sites = None,
-    option: Option = None,
+    method: options.Method = None,
+    ratio: options.Ratio = None,
+    flops: options.FlopShare = None,
+    keep: options.Keep = None,
+    sites: options.Sites = None,
+    option: options.Option = None,
     weights: Annotated[
         str,
         typer.Option(
@@ -54,9 +37,9 @@ def eval_(
             "with --engine where that of its weights lies now, if it was moved."
         ),
     ] = "auto",
-    num_classes: NumClasses = None,
-    img_size: ImageSize = None,
-    recipe: Recipe = None,
+    num_classes: options.NumClasses = None,
+    img_size: options.ImageSize = None,
+    recipe: options.Recipe = None,
     dense_engine: Annotated[
         Path | None,
         typer.Option(help="With --engine: an engine of the dense model as the reference, instead of eager PyTorch."),
@@ -77,32 +60,32 @@ def eval_(
             help="With --model: write the report, and what an interrupted run goes on from, into this folder."
         ),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """What pruning costs in accuracy, on labelled pictures; interrupted, the same command goes on."""
     from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
-    from ztp_deploy.evidence.report.accuracy import show_accuracy
     from ztp_deploy.evidence.report.html import HTML_FILE
+    from ztp_deploy.evidence.report.terminal import show_accuracy
 
-    engine_or_model(engine, model, recipe, "ztp eval --engine engines/… --data imagenet/val")
+    options.engine_or_model(engine, model, recipe, "ztp eval --engine engines/… --data imagenet/val")
     fix = "Leave one of them out."
     if engine is None:
-        refuse_idle(context, ["dense_engine"], "--model", fix)
+        options.refuse_idle(context, ["dense_engine"], "--model", fix)
     else:
-        refuse_idle(context, PLAN_OPTIONS - {"weights"} | {"record"}, "--engine", fix)
-    check_record(record)
+        options.refuse_idle(context, options.PLAN_OPTIONS - {"weights"} | {"record"}, "--engine", fix)
+    options.check_record(record)
     if no_dense:
-        refuse_idle(context, ["dense_engine"], "--no-dense", fix)
+        options.refuse_idle(context, ["dense_engine"], "--no-dense", fix)
     if engine is not None and (no_dense or dense_engine):
         without = "--no-dense" if no_dense else "--dense-engine"
-        refuse_idle(context, ["device", "weights"], f"{without}: nothing runs in eager PyTorch", fix)
+        options.refuse_idle(context, ["device", "weights"], f"{without}: nothing runs in eager PyTorch", fix)
     moved = None if engine is None or weights == "auto" else weights
-    request = EvalRequest(data, not no_dense, batch, workers, device, moved, command_line())
+    request = EvalRequest(data, not no_dense, batch, workers, device, moved, options.command_line())
     try:
         if engine is not None:
             report = evaluate_engine(engine, request, Bars(), dense_engine=dense_engine)
         else:
-            wanted = asked_plan(context)
+            wanted = options.asked_plan(context)
             report = evaluate_model(wanted, request, Bars(), record=record)
     except KeyboardInterrupt as interrupt:
         if interrupt.args:
@@ -111,6 +94,6 @@ def eval_(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    show_accuracy(report, out)
+    show_accuracy(report)
     if engine is not None:
         out.print(f"Report: {engine}/evidence/{HTML_FILE}", soft_wrap=True)

@@ -7,47 +7,29 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import (
-    AsJson,
-    ExportRoot,
-    FlopShare,
-    GraphPrecision,
-    ImageSize,
-    InputType,
-    Keep,
-    Method,
-    ModelOrRecipe,
-    NumClasses,
-    Option,
-    Ratio,
-    Recipe,
-    Sites,
-    Weights,
-    asked_build,
-    asked_plan,
-)
+from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, out, print_json
 from ztp_deploy.defaults import EXPORT_ROOT
 
 
 def export(
     context: typer.Context,
-    model: ModelOrRecipe = None,
-    method: Method = None,
-    ratio: Ratio = None,
-    flops: FlopShare = None,
-    keep: Keep = None,
-    sites: Sites = None,
-    option: Option = None,
-    weights: Weights = "auto",
-    num_classes: NumClasses = None,
-    img_size: ImageSize = None,
-    recipe: Recipe = None,
+    model: options.ModelOrRecipe = None,
+    method: options.Method = None,
+    ratio: options.Ratio = None,
+    flops: options.FlopShare = None,
+    keep: options.Keep = None,
+    sites: options.Sites = None,
+    option: options.Option = None,
+    weights: options.Weights = "auto",
+    num_classes: options.NumClasses = None,
+    img_size: options.ImageSize = None,
+    recipe: options.Recipe = None,
     format: Annotated[str, typer.Option(help="onnx, torch_export or torchscript.")] = "onnx",
-    precision: GraphPrecision = None,
-    input: InputType = None,
-    directory: ExportRoot = EXPORT_ROOT,
-    as_json: AsJson = False,
+    precision: options.GraphPrecision = None,
+    input: options.InputType = None,
+    directory: options.ExportRoot = EXPORT_ROOT,
+    as_json: options.AsJson = False,
 ) -> None:
     """Export a pruned model to a folder with its graph and manifest."""
     from ztp_deploy import exporters, models
@@ -55,8 +37,8 @@ def export(
     from ztp_deploy.workflow.steps import export_model, load
 
     exporters.get(format)
-    wanted = asked_plan(context)
-    request = asked_build(context, export_root=directory)
+    wanted = options.asked_plan(context)
+    request = options.asked_build(context, export_root=directory)
     exporters.check_precision(format, request.precision)
     models.check_request(wanted.model, wanted.weights, wanted.size)
     wanted.check()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import AsJson, Weights, command_line, integers
+from ztp_deploy.cli import options
 from ztp_deploy.console import err, out, print_json
 from ztp_deploy.defaults import (
     ENGINES_ROOT,
@@ -33,7 +33,7 @@ def gpu_report(
         GPU_PRECISIONS
     ),
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = ",".join(map(str, GPU_BATCHES)),
-    weights: Weights = "auto",
+    weights: options.Weights = "auto",
     minutes: Annotated[
         float, typer.Option(help="Begin nothing that would end later; the next call goes on.")
     ] = GPU_MINUTES,
@@ -47,7 +47,7 @@ def gpu_report(
     ] = None,
     device: Annotated[str, typer.Option(hidden=True, help="cuda, or cpu to try the report out.")] = "cuda",
     directory: Annotated[Path, typer.Option(help="Where reports lie.")] = ENGINES_ROOT / "evidence",
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Measure everything this machine's GPU can run: runtimes × precisions × batches × plans × models, resumable.
 
@@ -72,7 +72,7 @@ def gpu_report(
         models=model or GPU_MODELS,
         runtimes=runtime or RUNTIMES,
         precisions=precisions.replace(" ", "").split(","),
-        batches=integers("batches", batches),
+        batches=options.listed("batches", batches, int),
         device=device,
         weights=weights,
         seconds=seconds,
@@ -86,7 +86,9 @@ def gpu_report(
         return table
 
     try:
-        result = measure_gpu(grid, path, minutes=minutes, retry=retry, command=command_line(), advance=err.print)
+        result = measure_gpu(
+            grid, path, minutes=minutes, retry=retry, command=options.command_line(), advance=err.print
+        )
     except BaseException:  # Ctrl-C, too: the table beside the file shows what the file holds
         with suppress(FileNotFoundError, ValidationError):
             write_table(GpuReport.model_validate_json(path.read_bytes()))

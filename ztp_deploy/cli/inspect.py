@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from ztp_deploy.cli.options import AsJson, EngineDir
+from ztp_deploy.cli import options
 from ztp_deploy.console import out, print_json
 
 
-def inspect(engine: EngineDir, as_json: AsJson = False) -> None:
+def inspect(engine: options.EngineDir, as_json: options.AsJson = False) -> None:
     """What an engine folder holds and whether this machine can open it; its files are verified, nothing is run."""
     from ztp_deploy.evidence.overview import overview
 

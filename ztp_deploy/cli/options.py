@@ -7,9 +7,9 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 
 import typer
 
@@ -18,6 +18,8 @@ from ztp_deploy.errors import BadRequest, write_failed
 
 if TYPE_CHECKING:
     from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
+
+T = TypeVar("T", int, float)
 
 _MODEL = "Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`)"
 Model = Annotated[str, typer.Option("--model", "-m", help=f"{_MODEL}.")]
@@ -134,11 +136,11 @@ def plan_request(
             f"The recipe {recipe} is for {asked['model']}, and --model {model} was given.",
             f"Leave --model out to follow the recipe, or --recipe to plan for {model}.",
         )
-    amounts = {"ratio": ratio, "flops": flops, "keep": _numbers(keep)}
+    amounts = {"ratio": ratio, "flops": flops, "keep": listed("keep", keep, _amount, "137,95,66 or 0.9,0.8,0.7")}
     if any(value is not None for value in amounts.values()):
         asked |= amounts  # one of them replaces whichever the recipe has
     asked["options"] = asked.get("options", {}) | dict(_option(text) for text in option or ())
-    given = {"model": model, "method": method, "sites": None if sites is None else integers("sites", sites)}
+    given = {"model": model, "method": method, "sites": listed("sites", sites, int, "3,6,9")}
     asked |= {name: value for name, value in given.items() if value is not None}
     if not asked.get("model"):
         raise BadRequest("No model was named.", "Give --model, such as --model deit_s, or a --recipe, which names one.")
@@ -155,7 +157,7 @@ def asked_build(
 ) -> BuildRequest:
     """The build that a command with some of `BUILD_OPTIONS` was asked for; a profile fills in what they leave out.
 
-    Raises BadRequest for options that cannot be read.
+    What neither says is not in its `model_fields_set`. Raises BadRequest for options that cannot be read.
     """
     from ztp_deploy import backends
     from ztp_deploy.manifest import BatchRange
@@ -166,7 +168,7 @@ def asked_build(
     profile = given.pop("profile")
     if given["input"] not in (None, "float32", "uint8"):
         raise BadRequest(f"--input {given['input']} is unknown.", "Use float32 or uint8.")
-    asked = dict(read_profile(profile)) if profile else {}
+    asked = read_profile(profile).model_dump(exclude_unset=True) if profile else {}
     asked |= {name: value for name, value in given.items() if value is not None}
     request = BuildRequest(**asked, export_root=export_root, engines_root=engines_root)
     BatchRange.parse(request.batch)
@@ -186,15 +188,6 @@ def engine_or_model(engine: object, model: str | None, recipe: str | None, examp
             "Give either an engine folder (--engine) or a model (--model, or a --recipe, which names one).",
             f"For example: {example}.",
         )
-
-
-def _numbers(text: str | None) -> list[int | float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) if "." in part else int(part) for part in text.replace(" ", "").split(",")]
-    except ValueError as error:
-        raise BadRequest(f"--keep {text!r} is not a list of numbers.", "Write 137,95,66 or 0.9,0.8,0.7.") from error
 
 
 def check_record(folder: Path | None) -> None:
@@ -221,27 +214,30 @@ def refuse_idle(context: typer.Context, names: Iterable[str], beside: str, fix: 
             raise BadRequest(f"{option} makes no sense with {beside}.", fix)
 
 
-def batch_sizes(text: str | None) -> list[int] | None:
-    """What --batches asks for, None for the usual ones."""
-    return None if text is None else integers("batches", text)
+@overload
+def listed(name: str, text: str, kind: Callable[[str], T], example: str = ...) -> list[T]: ...
 
 
-def integers(name: str, text: str) -> list[int]:
-    """Whole numbers with commas between them, given for the option `name`."""
+@overload
+def listed(name: str, text: str | None, kind: Callable[[str], T], example: str = ...) -> list[T] | None: ...
+
+
+def listed(name: str, text: str | None, kind: Callable[[str], T], example: str = "1,8") -> list[T] | None:
+    """Numbers with commas between them, given for the option `name`; None where it was not given. Raises BadRequest."""
+    if text is None:
+        return None
     try:
-        return [int(part) for part in text.replace(" ", "").split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError as error:
+        noun = "whole numbers" if kind is int else "numbers"
         raise BadRequest(
-            f"--{name} {text!r} is not a list of whole numbers.", "Write them with commas: 1,8."
+            f"--{name} {text!r} is not a list of {noun}.", f"Write them with commas: {example}."
         ) from error
 
 
-def numbers(name: str, text: str) -> list[float]:
-    """Numbers with commas between them, given for the option `name`."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise BadRequest(f"--{name} {text!r} is not a list of numbers.", "Write them with commas: 10,20.5.") from error
+def _amount(text: str) -> int | float:
+    """A count or a share."""
+    return float(text) if "." in text else int(text)
 
 
 def _option(text: str) -> tuple[str, Any]:

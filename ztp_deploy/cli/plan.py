@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import typer
-from rich.table import Table
+from rich.table import Column
 
-from ztp_deploy.cli.options import (
-    AsJson,
-    FlopShare,
-    ImageSize,
-    Keep,
-    Method,
-    ModelOrRecipe,
-    Option,
-    Ratio,
-    Recipe,
-    Sites,
-    asked_plan,
-)
-from ztp_deploy.console import out, print_json
+from ztp_deploy.cli import options
+from ztp_deploy.console import out, print_json, titled_table
 
 
 def plan(
     context: typer.Context,
-    model: ModelOrRecipe = None,
-    method: Method = None,
-    ratio: Ratio = None,
-    flops: FlopShare = None,
-    keep: Keep = None,
-    sites: Sites = None,
-    option: Option = None,
-    img_size: ImageSize = None,
-    recipe: Recipe = None,
-    as_json: AsJson = False,
+    model: options.ModelOrRecipe = None,
+    method: options.Method = None,
+    ratio: options.Ratio = None,
+    flops: options.FlopShare = None,
+    keep: options.Keep = None,
+    sites: options.Sites = None,
+    option: options.Option = None,
+    img_size: options.ImageSize = None,
+    recipe: options.Recipe = None,
+    as_json: options.AsJson = False,
 ) -> None:
     """Fix the token count of every stage, and count multiply-accumulates. Nothing is built."""
     from ztp_deploy.evidence.report.markdown import macs_line
 
-    wanted = asked_plan(context)
+    wanted = options.asked_plan(context)
     made = wanted.plan(wanted.model)
     if as_json:
         print_json(json.loads(made.to_json()))
         return
-    table = Table(title=f"{made.model} · {made.label}", title_justify="left", title_style="bold")
-    for name in ("stage", "block", "acts", "tokens in", "tokens out", "fixed numbers"):
-        table.add_column(name, justify="left" if name in ("acts", "fixed numbers") else "right")
+    right = partial(Column, justify="right")
+    numbers = right("stage"), right("block"), "acts", right("tokens in"), right("tokens out")
+    table = titled_table(f"{made.model} · {made.label}", *numbers, "fixed numbers")
     for index, stage in enumerate(made.stages, start=1):
         static = ", ".join(f"{key} {value}" for key, value in stage.static.items())
         table.add_row(

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import AsJson, EngineDir
+from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, out, print_json, warn
 
 
 def report(
-    engine: EngineDir,
+    engine: options.EngineDir,
     pictures: Annotated[
         list[Path] | None,
         typer.Option(
@@ -23,7 +23,7 @@ def report(
         list[Path] | None,
         typer.Option(help="Another engine of these weights to draw with this one, accuracy against speed; repeatable."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Render an engine's HTML report again, from the evidence in its folder; without --pictures with those it has."""
     from ztp_deploy.evidence.report.folder import read_evidence

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ztp_deploy.cli.options import AsJson, EngineDir
+from ztp_deploy.cli import options
 from ztp_deploy.console import out, print_json
 
 
-def selftest(engine: EngineDir, as_json: AsJson = False) -> None:
+def selftest(engine: options.EngineDir, as_json: options.AsJson = False) -> None:
     """Repeat the run recorded in an engine's folder, on this machine; exit code 1 where it differs."""
     from ztp_deploy.backends import load_engine
     from ztp_deploy.evidence.selftest import repeat_selftest

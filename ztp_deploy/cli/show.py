@@ -7,23 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import (
-    PLAN_OPTIONS,
-    AsJson,
-    FlopShare,
-    ImageSize,
-    Keep,
-    Method,
-    NumClasses,
-    Option,
-    Ratio,
-    Recipe,
-    Sites,
-    Weights,
-    asked_plan,
-    engine_or_model,
-    refuse_idle,
-)
+from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, out, print_json
 from ztp_deploy.defaults import PICTURES_ROOT
 
@@ -37,30 +21,30 @@ def show(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Or a model, pruned as the options say, in eager PyTorch.")
     ] = None,
-    method: Method = None,
-    ratio: Ratio = None,
-    flops: FlopShare = None,
-    keep: Keep = None,
-    sites: Sites = None,
-    option: Option = None,
-    weights: Weights = "auto",
-    num_classes: NumClasses = None,
-    img_size: ImageSize = None,
-    recipe: Recipe = None,
+    method: options.Method = None,
+    ratio: options.Ratio = None,
+    flops: options.FlopShare = None,
+    keep: options.Keep = None,
+    sites: options.Sites = None,
+    option: options.Option = None,
+    weights: options.Weights = "auto",
+    num_classes: options.NumClasses = None,
+    img_size: options.ImageSize = None,
+    recipe: options.Recipe = None,
     directory: Annotated[Path, typer.Option(help="Where pictures go.")] = PICTURES_ROOT,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Draw what pruning did: per image one picture with the patches each stage dropped, why, and the scores behind it."""
     from ztp_deploy.show.draw import show_engine, show_model
     from ztp_deploy.workflow.progress import Clock
 
-    engine_or_model(engine, model, recipe, "ztp show photo.jpg --model deit_s --ratio 0.7")
+    options.engine_or_model(engine, model, recipe, "ztp show photo.jpg --model deit_s --ratio 0.7")
     clock = Clock(Bars())
     if engine:
-        refuse_idle(context, PLAN_OPTIONS, "--engine", "The engine has its plan; or give --model.")
+        options.refuse_idle(context, options.PLAN_OPTIONS, "--engine", "The engine has its plan; or give --model.")
         shown = show_engine(images, directory, clock, engine)
     else:
-        shown = show_model(images, directory, clock, asked_plan(context))
+        shown = show_model(images, directory, clock, options.asked_plan(context))
     if as_json:
         print_json(shown.to_json())
         return

@@ -7,43 +7,27 @@ from typing import Annotated
 
 import typer
 
-from ztp_deploy.cli.options import (
-    BUILD_OPTIONS,
-    AsJson,
-    BackendName,
-    DeviceName,
-    ImageSize,
-    Method,
-    Model,
-    NumClasses,
-    Precision,
-    Profile,
-    TrainedWeights,
-    asked_build,
-    asked_plan,
-    command_line,
-    refuse_idle,
-)
-from ztp_deploy.console import Bars, out, print_json
+from ztp_deploy.cli import options
+from ztp_deploy.console import Bars, print_json
 from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
 from ztp_deploy.errors import GateFailed
 
 
 def tune(
     context: typer.Context,
-    model: Model,
+    model: options.Model,
     budget: Annotated[
         str, typer.Option(help="flops=0.65 (share of dense), or latency=12ms@batch8 (time of one run of 8 images).")
     ],
     images: Annotated[Path, typer.Option(help="Folder of your own pictures; no labels are needed.")],
-    method: Method = None,
-    weights: TrainedWeights = "auto",
-    num_classes: NumClasses = None,
-    img_size: ImageSize = None,
-    profile: Profile = None,
-    backend: BackendName = None,
-    device: DeviceName = None,
-    precision: Precision = None,
+    method: options.Method = None,
+    weights: options.TrainedWeights = "auto",
+    num_classes: options.NumClasses = None,
+    img_size: options.ImageSize = None,
+    profile: options.Profile = None,
+    backend: options.BackendName = None,
+    device: options.DeviceName = None,
+    precision: options.Precision = None,
     trials: Annotated[
         int, typer.Option(help="Plans to try; a larger number goes on where a smaller one ended.")
     ] = TUNE_TRIALS,
@@ -53,7 +37,7 @@ def tune(
     directory: Annotated[
         Path | None, typer.Option(help="Where the search and its outcome go.  \\[default: tuned/model--method--budget]")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Search for the plan that changes predictions least within a budget, on pictures without labels; resumable."""
     from ztp_deploy.tune.report import show_tune
@@ -61,9 +45,9 @@ def tune(
     from ztp_deploy.tune.run import tune as search
 
     if budget.startswith("flops"):
-        refuse_idle(
+        options.refuse_idle(
             context,
-            BUILD_OPTIONS - {"device"} | {"seconds"},  # the device is where eager PyTorch runs, too
+            options.BUILD_OPTIONS - {"device"} | {"seconds"},  # the device is where eager PyTorch runs, too
             f"--budget {budget}: multiply-accumulates are counted, nothing is built",
             "Leave it out, or give a latency budget.",
         )
@@ -73,20 +57,20 @@ def tune(
         budget=budget,
         method=method or METHOD,
         weights=weights,
-        size=asked_plan(context).size,
-        build=asked_build(context),
+        size=options.asked_plan(context).size,
+        build=options.asked_build(context),
         trials=trials,
         count=count,
         seed=seed,
         seconds=seconds,
         device=device or "auto",
         directory=directory,
-        command=command_line(),
+        command=options.command_line(),
     )
     report = search(request, Bars())
     if as_json:
         print_json(report.model_dump(mode="json"))
         missed = report.verdict == "misses the budget"
         raise typer.Exit(GateFailed.exit_code if missed else 0)  # a refusal would be a second object
-    show_tune(report, request.folder, out)
+    show_tune(report, request.folder)
     report.require()

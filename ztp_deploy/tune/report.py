@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from rich.console import Console
 from rich.table import Table
 
+from ztp_deploy.console import out
 from ztp_deploy.errors import GateFailed
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.plan import Plan
@@ -170,7 +170,7 @@ def picture(report: TuneReport) -> bytes:
     return data.getvalue()
 
 
-def show_tune(report: TuneReport, directory: Path, out: Console) -> None:
+def show_tune(report: TuneReport, directory: Path) -> None:
     """What was found, for a reader who has read nothing else."""
     tried = len(report.trials) - report.infeasible
     if report.trials:
