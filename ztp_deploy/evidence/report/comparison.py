@@ -6,13 +6,12 @@ from collections.abc import Iterable
 
 from ztp_deploy.backends import name_tags
 from ztp_deploy.evidence.latency import LatencyReport
-from ztp_deploy.evidence.report.markdown import machine_line, speedup_text
+from ztp_deploy.evidence.report.markdown import machine_line, markdown_table, speedup_text
 
 
 def render_comparison(report: LatencyReport) -> str:
     """A line an engine and batch, with its speed over the first engine's; then the machine."""
-    lines = [f"| {' | '.join(comparison_head(report))} |", "|---:|---|---:|---:|---:|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in comparison_rows(report)]
+    lines = markdown_table(comparison_head(report), comparison_rows(report), right=(0, 2, 3, 4))
     first = report.samples[0].role
     if any(ratio.verdict == "inconclusive" for ratio in report.ratios if ratio.reference == first):
         lines += [

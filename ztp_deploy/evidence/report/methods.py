@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, twin_role
-from ztp_deploy.evidence.report.markdown import machine_line, percent, speedup_text
+from ztp_deploy.evidence.report.markdown import machine_line, markdown_table, percent, speedup_text
 
 HEAD = (
     "batch",
@@ -19,9 +19,8 @@ HEAD = (
 
 def render_methods(report: MethodsReport) -> str:
     """A line a method and batch: shares of multiply-accumulates, speed over dense, and what selection costs."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---:|---|---:|---:|---:|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in methods_rows(report)]
-    lines += [
+    lines = [
+        *markdown_table(HEAD, methods_rows(report), right=(0, 2, 3, 4)),
         "",
         f'- {report.model} in {report.backend}, {report.precision}. Brackets hold 95 % intervals. "Selection costs" is '
         "the share of a method's time by which its slice twin is faster, which has the same counts and merely cuts tokens off.",
