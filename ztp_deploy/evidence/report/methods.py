@@ -46,7 +46,6 @@ def methods_rows(report: MethodsReport) -> list[list[str]]:
         rows.append([str(batch), DENSE, "100.0 %", "100.0 %", f"{dense.median / batch:.2f}", "", "", ""])
         best = report.fastest(batch)
         for row in report.methods:
-            ratio = report.over_dense(row.method, batch)
             rows.append(
                 [
                     str(batch),
@@ -54,7 +53,7 @@ def methods_rows(report: MethodsReport) -> list[list[str]]:
                     percent(row.planned_share),
                     percent(row.executed_share),
                     f"{report.latency.sample(row.method, batch).median / batch:.2f}",
-                    speedup_text(ratio),
+                    speedup_text(report.latency.ratio(row.method, DENSE, batch)),
                     "fastest" if row.method == best else _interval(report.behind(row.method, best, batch)),
                     _interval(report.behind(row.method, twin_role(row.method), batch)),
                 ]
