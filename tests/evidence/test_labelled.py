@@ -103,6 +103,13 @@ def test_a_folder_with_a_sub_folder_a_class(tmp_path):
     assert read_labelled(tmp_path, 3, None).sha256 != data.sha256
 
 
+def test_what_a_system_leaves_in_folders_is_passed_over_at_every_level(tmp_path):
+    picture(tmp_path / "0" / "a.png")
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "0/Thumbs.db", "0/Desktop.ini"):
+        (tmp_path / name).write_text("the system's")
+    assert read_labelled(tmp_path, 2, None).names == ("0/a.png",)
+
+
 def test_the_hash_is_of_the_data_and_not_of_its_place(tmp_path):
     for root in ("a", "b"):
         picture(tmp_path / root / "0" / "x.png")

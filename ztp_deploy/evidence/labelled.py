@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy.errors import BadRequest, nearest
-from ztp_deploy.evidence.images import first_of, listed_files
+from ztp_deploy.evidence.images import first_of, is_hidden, listed_files
 from ztp_deploy.preprocessing import Transform, open_image
 
 HEADER = ["file", "label"]
@@ -83,7 +83,7 @@ def _name(file: Path, root: Path) -> str:
 
 
 def _from_folder(root: Path) -> tuple[list[Path], list[str]]:
-    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    entries = sorted(path for path in root.iterdir() if not is_hidden(path.relative_to(root)))
     loose = [path for path in entries if not path.is_dir()]
     if loose:
         raise BadRequest(
