@@ -154,6 +154,19 @@ def test_an_interrupted_evaluation_goes_on(engines, pictures, monkeypatch):
     assert "interrupted" in " ".join(accuracy_lines(again))
 
 
+def test_a_truncated_picture_ends_an_evaluation_before_it_begins(engines, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "predict", lambda *given, **more: pytest.fail("ran"))
+    data = tmp_path / "pictures"
+    shutil.copytree(pictures, data)
+    for number in (10, 16):
+        file = data / "3" / f"{number}.png"
+        file.write_bytes(file.read_bytes()[:-1000])
+        which = "3/10.png cannot be read" if number == 10 else "2 of 22 pictures cannot be read: .*3/10.png, .*3/16.png"
+        with pytest.raises(BadRequest, match=which):
+            evaluate_engine(engines["pruned"].directory, EvalRequest(data), Silent())
+    assert not list(engines["pruned"].evidence.glob("*.npz"))
+
+
 def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_trained", lambda name, weights, clock, size: trained)
     monkeypatch.setattr(evaluate.models, "check_request", lambda name, weights, size: None)

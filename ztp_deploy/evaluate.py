@@ -23,7 +23,7 @@ from ztp_deploy.backends.batches import filled
 from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, Speed, accuracy, class_rows, compare
-from ztp_deploy.evidence.labelled import Labelled, read_labelled
+from ztp_deploy.evidence.labelled import Labelled, check_readable, read_labelled
 from ztp_deploy.evidence.parity import proof_of
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
 from ztp_deploy.evidence.report.html import write_report
@@ -215,6 +215,9 @@ def _read(request: EvalRequest, classes: int, source: Source, clock: Clock) -> L
         data = read_labelled(request.data, classes, source.labels)
     if "sorted order" in data.mapping:
         clock.warn(data.mapping)
+    count = len(data.files)
+    with clock.step(f"check that {count} images can be read", float(count)) as advance:
+        check_readable(data, request.threads, advance)
     return data
 
 

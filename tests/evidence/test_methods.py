@@ -54,7 +54,6 @@ def test_the_fastest_method_and_the_distance_to_it(report):
     assert report.behind("tome", "evit", 1)[0] == pytest.approx(0.25 / 12.5)
     assert report.behind("evit", "tome", 1)[0] == pytest.approx(1 - 12.5 / 12.25)
     assert report.behind("tome", twin_role("tome"), 1)[0] == pytest.approx(0.04)
-    assert report.over_dense("tome", 1).speedup == pytest.approx(1.6)
 
 
 def test_the_table_says_it_line_by_line(report):
