@@ -514,7 +514,6 @@ def test_bad_files_for_an_engine(made, ztp, tmp_path):
     Path("good.png").write_bytes(b"")
     one_sentence(*ztp("classify", "good.png", "--engine", engine), 2, "good.png")
     one_sentence(*ztp("classify", "missing.png", "--engine", engine), 2, "missing.png")
-    one_sentence(*ztp("classify", ".", "--engine", engine), 2, "not a file")
     copy = tmp_path / "copy"
     shutil.copytree(engine, copy)
     manifest = (copy / "manifest.json").read_text()
@@ -525,6 +524,42 @@ def test_bad_files_for_an_engine(made, ztp, tmp_path):
     graph = copy / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:1000])
     one_sentence(*ztp("classify", "good.png", "--engine", copy), 2, "1000 bytes")
+
+
+def test_a_folder_is_classified_and_what_cannot_be_read_is_named(shared_engine, ztp):
+    """In several batches, since this engine takes 8 images at most."""
+    Path("photos/deep").mkdir(parents=True)
+    crops = list(photograph_crops(10).values())
+    names = [f"photos/{index}.png" for index in range(9)] + ["photos/deep/9.png"]
+    for name, crop in zip(names, crops, strict=True):
+        crop.save(name)
+    Path("photos/notes.txt").write_text("nothing to see")
+    engine = shared_engine.directory
+    code, out, err = ztp("classify", "photos", "--engine", engine, "--top", 1, "--json")
+    assert (code, err) == (0, "")
+    good = {entry["image"]: entry["top"] for entry in json.loads(out)["images"]}
+    assert sorted(good) == sorted(names)
+    broken = Path("photos/5.png")
+    broken.write_bytes(broken.read_bytes()[:5000])
+    code, out, err = ztp("classify", "photos", "--engine", engine, "--top", 1, "--json")
+    assert (code, err) == (2, "")
+    found = {entry.pop("image"): entry for entry in json.loads(out)["images"]}
+    assert "photos/5.png" in found.pop("photos/5.png")["error"]
+    assert {name: entry["top"][0]["class"] for name, entry in found.items()} == {
+        name: top[0]["class"] for name, top in good.items() if name != "photos/5.png"
+    }
+    code, out, err = ztp("classify", "photos", "--engine", engine, "--top", 1)
+    assert code == 2
+    assert out.count("%") == 9
+    assert "photos/5.png" in err
+    assert "1 of 10 images could not be read" in err
+    one_sentence(*ztp("classify", "photos/5.png", "--engine", engine), 2, "photos/5.png")
+    Path("empty").mkdir()
+    one_sentence(*ztp("classify", "empty", "--engine", engine), 2, "The folder empty holds no images")
+
+
+def test_words_between_colons_are_printed_as_they_are(ztp):
+    one_sentence(*ztp("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:x:3"), 2, "batch='1:x:3' is not a range")
 
 
 def test_recipes_and_profiles(ztp):

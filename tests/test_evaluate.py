@@ -20,7 +20,7 @@ from tests.pictures import write_pictures
 from tests.runs import Listening
 from ztp_deploy import entrypoint, evaluate
 from ztp_deploy.backends import Engine
-from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.errors import BadRequest, MissingSoftware, WriteFailed
 from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
 from ztp_deploy.evidence import accuracy, predictions
 from ztp_deploy.evidence.accuracy import AccuracyReport, compare
@@ -107,6 +107,31 @@ def test_the_manifest_is_named_and_the_last_batch_may_be_smaller_than_the_engine
     assert report.comparison is None
     assert report.per_class[0].dense is None
     assert [row[0] for row in accuracy_rows(report)] == ["pruned"]
+
+
+def test_a_comparison_is_replaced_by_a_comparison_alone(trained, pictures, tmp_path):
+    """A run without the dense model is printed and leaves the evidence that compares with it."""
+    engine = built(trained, ztp.make_plan(trained, "slice", ratio=0.7), tmp_path / "engine", (1, 4, 8))
+    written = engine.evidence / "accuracy.json"
+    alone = EvalRequest(pictures, dense=False)
+    evaluate_engine(engine.directory, alone, Silent())
+    assert AccuracyReport.model_validate_json(written.read_bytes()).comparison is None
+    compared = evaluate_engine(engine.directory, EvalRequest(pictures), Silent())
+    assert AccuracyReport.model_validate_json(written.read_bytes()) == compared
+    monitor = Listening()
+    assert evaluate_engine(engine.directory, alone, monitor).comparison is None
+    assert AccuracyReport.model_validate_json(written.read_bytes()) == compared
+    [note] = [line for line in monitor.said if "stays as it is" in line]
+    assert "on 22 images" in note
+
+
+def test_the_verdict_is_not_computed_where_it_cannot_be_kept(engines, pictures, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("evidence"))
+    engine = engines["dense"]
+    engine.evidence.mkdir(exist_ok=True)
+    monkeypatch.setattr(evaluate, "load_engine", lambda directory: pytest.fail("opened"))
+    with pytest.raises(WriteFailed, match="could not be written"):
+        evaluate_engine(engine.directory, EvalRequest(pictures), Silent())
 
 
 def test_a_dense_engine_as_the_reference(engines, pictures):

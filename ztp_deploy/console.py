@@ -28,8 +28,9 @@ class _Console(Console):
         raise SystemExit(reader_gone())
 
 
-out = _Console(highlight=False, markup=False)  # square brackets are part of many a path
-err = _Console(stderr=True, highlight=False, markup=False)
+# Square brackets and words between colons are part of many a path.
+out = _Console(highlight=False, markup=False, emoji=False)
+err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 class Bars:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ztp_deploy import environment, methods, models
-from ztp_deploy.atomic import write_text
+from ztp_deploy.atomic import check_writable, write_text
 from ztp_deploy.backends import Engine, find_engine, load_engine, require_runnable, torch_device
 from ztp_deploy.backends.base import Device, Session
 from ztp_deploy.backends.batches import filled
@@ -27,6 +27,7 @@ from ztp_deploy.evidence.labelled import Labelled, check_readable, read_labelled
 from ztp_deploy.evidence.parity import proof_of
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
 from ztp_deploy.evidence.report.html import write_report
+from ztp_deploy.evidence.schema import stored
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.preprocessing import transform_for
@@ -103,6 +104,7 @@ def evaluate_engine(
     manifest = engine.manifest
     refuse_meaningless(manifest.source, manifest.plan)
     require_runnable(engine)
+    check_writable(engine.evidence)
     other = None if dense_engine is None else _dense_engine(dense_engine, engine)
     if other is None and request.dense and manifest.source.weights.kind == "given" and not request.weights:
         raise BadRequest(
@@ -130,8 +132,21 @@ def evaluate_engine(
                 reference = _Reference(dense.runs, sha256, runs.logits(dense))
         logits = runs.logits(_engine_predictor(session, engine, "pruned", request.batch))
     report = _report(subject, runs, logits, reference, _notes(engine, other, request.dense))
-    write_text(engine.evidence / ACCURACY_FILE, report.to_json())
-    write_report(engine.directory)
+    path = engine.evidence / ACCURACY_FILE
+    earlier = stored(path, AccuracyReport)
+    if (
+        report.comparison is None
+        and earlier
+        and earlier.comparison
+        and earlier.manifest_sha256 == report.manifest_sha256
+    ):
+        clock.warn(
+            f"{path} stays as it is: it compares with the dense model, on {earlier.images} images of {earlier.data}. "
+            "A run without --no-dense replaces it."
+        )
+    else:
+        write_text(path, report.to_json())
+        write_report(engine.directory)
     runs.forget()
     return report
 
@@ -257,8 +272,8 @@ def _notes(engine: Engine, dense_engine: Engine | None, compared: bool) -> list[
     """What a reader of an engine's accuracy must know besides."""
     precision, notes = engine.manifest.precision, []
     if proof_of(engine) is None:
-        name = shlex.quote(engine.directory.name)
-        notes.append(f"The parity gate has not passed this engine: ztp check --engine {name}.")
+        folder = shlex.quote(str(engine.directory))
+        notes.append(f"The parity gate has not passed this engine: ztp check --engine {folder}.")
     if precision != "fp32" and compared and (dense_engine is None or dense_engine.manifest.precision == "fp32"):
         notes.append(f"The dense model ran in fp32: the difference holds what {precision} costs besides.")
     return notes

@@ -210,6 +210,8 @@ def test_refusals(shared_engine):
         ztp.measure_latency([shared_engine], batches=())
     with pytest.raises(BadRequest, match="Batch 9 was asked for, but engine takes 1 to 8"):
         ztp.measure_latency([shared_engine], batches=(9,), seconds=0.1)
+    with pytest.raises(BadRequest, match="Batch 4 was asked for twice"):
+        ztp.measure_latency([shared_engine], batches=(4, 1, 4))
     with pytest.raises(BadRequest, match="seconds"):
         ztp.measure_latency([shared_engine], seconds=0)
     with pytest.raises(BadRequest, match="No engine"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ztp_deploy.atomic import check_writable
 from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, print_json, recorded, warn
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
@@ -84,7 +85,7 @@ def bench(
 
     sizes = options.listed("batches", batches, int)
     loads = _asked_loads(clients, rate, threads)
-    options.check_record(record)
+    check_writable(record)
     options.engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
     if engine:
         idle = options.PLAN_OPTIONS | options.BUILD_OPTIONS | {"images", "fresh"}
@@ -162,7 +163,7 @@ def _bench_engines(
     clock, command = Clock(Bars()), options.command_line()
     if loads is not None:
         for one in named.values():
-            options.check_record(one.evidence)
+            check_writable(one.evidence)
         _show_load(steps.bench_load(named, loads, sizes, seconds, clock, command), model, record, as_json)
         return
     report = steps.bench(named, sizes, seconds, clock, command)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ztp_deploy.atomic import check_writable
 from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, print_json
 from ztp_deploy.defaults import CHECK_IMAGES
@@ -27,6 +28,7 @@ def check(
 
     found = find_engine(engine)
     require_runnable(found)
+    check_writable(found.evidence)
     clock = Clock(Bars())
     model = steps.reload(found.manifest.source, weights, clock)
     report = steps.check(found, model, images, clock, count)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ztp_deploy.atomic import check_writable
 from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, print_json, recorded
 from ztp_deploy.defaults import BENCH_SECONDS
@@ -45,7 +46,7 @@ def compare(
     from ztp_deploy.evidence.report.terminal import show_rows
     from ztp_deploy.workflow.compare import compare_methods
 
-    options.check_record(record)
+    check_writable(record)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     _check(names, ratio, flops)
     by_method = _options_by_method(option, names)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ztp_deploy.atomic import check_writable
 from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, err, out, print_json
 from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
@@ -73,7 +74,7 @@ def eval_(
         options.refuse_idle(context, ["dense_engine"], "--model", fix)
     else:
         options.refuse_idle(context, options.PLAN_OPTIONS - {"weights"} | {"record"}, "--engine", fix)
-    options.check_record(record)
+    check_writable(record)
     if no_dense:
         options.refuse_idle(context, ["dense_engine"], "--no-dense", fix)
     if engine is not None and (no_dense or dense_engine):

@@ -144,7 +144,9 @@ def asked_batches(spans: Mapping[str, BatchRange], asked: Sequence[int] | None) 
         return usual_batches(list(spans.values()))
     if not asked:
         raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
-    for batch in asked:
+    for index, batch in enumerate(asked):
+        if batch in asked[:index]:
+            raise BadRequest(f"Batch {batch} was asked for twice.", "Give each batch size once.")
         for name, span in spans.items():
             if not span.min <= batch <= span.max:
                 raise BadRequest(
