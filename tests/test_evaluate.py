@@ -121,7 +121,7 @@ def test_a_comparison_is_replaced_by_a_comparison_alone(trained, pictures, tmp_p
     monitor = Listening()
     assert evaluate_engine(engine.directory, alone, monitor).comparison is None
     assert AccuracyReport.model_validate_json(written.read_bytes()) == compared
-    [note] = [line for line in monitor.said if "stays as it is" in line]
+    [note] = [line for line in monitor.warned if "stays as it is" in line]
     assert "on 22 images" in note
 
 
