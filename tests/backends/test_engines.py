@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -374,6 +375,14 @@ def test_a_gpu_that_is_not_there_is_not_replaced(backend, monkeypatch):
     with pytest.raises(MissingSoftware, match="cuda") as refusal:
         module.resolve_device("cuda")
     assert "install onnxruntime" not in str(refusal.value)  # that brings no GPU
+
+
+def test_a_torch_that_cannot_be_loaded_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    status, reason = backends.here("torchscript")
+    assert (status, reason.partition(": ")[0]) == ("missing", "PyTorch is installed but cannot be loaded")
+    with pytest.raises(MissingSoftware, match=r"PyTorch is installed .* pip install --force-reinstall torch$"):
+        backends.resolve("aotinductor")
 
 
 def test_a_silent_fall_back_of_the_provider_is_an_error(shared_engine, monkeypatch):

@@ -153,9 +153,9 @@ def here(name: str) -> tuple[str, str]:
         return "missing", f"pip install {missing}"
     try:
         device = module.resolve_device("auto")
-    except MissingSoftware as error:  # a library that is here and a device that is not
+        place = f"{module.version()} on {device.slug}"
+    except MissingSoftware as error:  # a library that is here, and cannot be loaded or lacks its device
         return "missing", error.problem
-    place = f"{module.version()} on {device.slug}"
     return ("builds only", f"{place}: {reason}") if (reason := module.unrunnable(device)) else ("OK", place)
 
 

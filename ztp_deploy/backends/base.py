@@ -6,7 +6,8 @@ import math
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy import environment
-from ztp_deploy.errors import BadRequest, GateFailed
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, EngineManifest, ImageInput
 from ztp_deploy.preprocessing import open_image, transform_for
@@ -156,6 +157,18 @@ def as_exported(precision: str) -> str:
 def needs_its_gpu(device: Device) -> str | None:
     """`Backend.unrunnable` of back ends that run on any CPU, and on any GPU that is here."""
     return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
+
+
+@contextmanager
+def loading(title: str, package: str) -> Iterator[None]:
+    """Around the import of a library that is installed. Raises MissingSoftware with the reason where that fails."""
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        raise MissingSoftware(
+            f"{title} is installed but cannot be loaded: {first_line(error)}.",
+            f"Install it whole: pip install --force-reinstall {package}",
+        ) from error
 
 
 # --- the session -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, loading, needs_its_gpu
 from ztp_deploy.backends.cuda_graph import Turns
 from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
@@ -70,9 +70,16 @@ def missing() -> str | None:
 
 def version() -> str:
     """ONNX Runtime's version."""
-    import onnxruntime
+    return str(_library().__version__)
 
-    return str(onnxruntime.__version__)
+
+def _library() -> Any:
+    """The imported module. Raises MissingSoftware with the reason."""
+    package = "onnxruntime-gpu" if environment.installed("onnxruntime-gpu") else "onnxruntime"
+    with loading("ONNX Runtime", package):
+        import onnxruntime
+
+    return onnxruntime
 
 
 def instructions(settings: dict[str, Any]) -> list[str]:
@@ -87,16 +94,14 @@ def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
 
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where both a GPU and the CUDA provider are here, else the CPU."""
-    import onnxruntime
-
+    providers = _library().get_available_providers()
     cpu = Device("cpu", "cpu", CPU)
     if device == "cpu":
         return cpu
     if device not in ("auto", "cuda"):
         raise BadRequest(f"ONNX Runtime knows no device {device!r}.", "Use auto, cpu or cuda.")
     found = environment.gpus()
-    has_provider = CUDA in onnxruntime.get_available_providers()
-    if found and has_provider:
+    if found and CUDA in providers:
         return Device("cuda", f"cuda-{found[0].slug}", CUDA)
     if device == "cuda":
         lacks = "no NVIDIA GPU was found" if not found else "this onnxruntime has no CUDA provider"
@@ -315,8 +320,7 @@ class OnnxRuntimeRunner:
         return bytes(model.SerializeToString())
 
     def _open(self, graph: str | bytes, *, recording: bool) -> Any:
-        import onnxruntime as ort
-
+        ort = _library()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._settings.threads
         options.log_severity_level = _LOG_ERRORS_ONLY
