@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from ztp_deploy import environment
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
@@ -110,6 +111,10 @@ class Backend(Protocol):
     GPU_REPORT: OnGpu | None
     """None where the GPU report leaves it out."""
 
+    @property
+    def Settings(self) -> type[BaseModel]:
+        """What a user may decide about an engine; a property, since modules have narrower types."""
+
     def missing(self) -> str | None:
         """The pip package to install, None when the software is here."""
 
@@ -125,9 +130,6 @@ class Backend(Protocol):
     def resolve_device(self, device: str) -> Device:
         """`auto`, `cpu` or `cuda` → the device; raises BadRequest and MissingSoftware."""
 
-    def parse_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings with defaults filled in; raises BadRequest for unknown or wrong ones."""
-
     def graph_precision(self, precision: str) -> str:
         """The precision of the artifact that an engine of this precision is built from."""
 
@@ -139,8 +141,8 @@ class Backend(Protocol):
         MissingSoftware.
         """
 
-    def unrunnable(self, device: Device) -> str | None:
-        """Why this machine cannot open an engine of that device, as a sentence; None when it can."""
+    def unrunnable(self, device: str) -> str | None:
+        """Why this machine cannot open an engine for `cpu` or `cuda`, as a sentence; None when it can."""
 
     def open_runner(self, directory: Path, manifest: EngineManifest) -> EngineRunner:
         """Opens the files of an engine folder; raises DamagedFiles and MissingSoftware."""
@@ -154,9 +156,19 @@ def as_exported(precision: str) -> str:
     return precision
 
 
-def needs_its_gpu(device: Device) -> str | None:
+def no_instructions(settings: dict[str, Any]) -> list[str]:
+    """`Backend.instructions` of back ends that choose their kernels when they open, or build for GPUs."""
+    return []
+
+
+def no_tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """`Backend.tools` of back ends whose engines are the artifact's graph, whose versions are recorded."""
+    return {}
+
+
+def needs_its_gpu(device: str) -> str | None:
     """`Backend.unrunnable` of back ends that run on any CPU, and on any GPU that is here."""
-    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
+    return "no NVIDIA GPU was found" if device == "cuda" and not environment.gpus() else None
 
 
 @contextmanager

@@ -14,11 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, loading, needs_its_gpu
+from ztp_deploy.backends.base import (
+    BuildJob,
+    Device,
+    OnGpu,
+    as_exported,
+    loading,
+    needs_its_gpu,
+    no_instructions,
+    no_tools,
+)
 from ztp_deploy.backends.cuda_graph import Turns
 from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
-from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
 from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest, listed
@@ -39,6 +47,8 @@ _PRECISIONS_OF = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 # Left to itself, CUDA computes float32 matrix products in TF32, which is not what was checked.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
 
+instructions = no_instructions
+tools = no_tools
 graph_precision = as_exported
 unrunnable = needs_its_gpu
 
@@ -82,16 +92,6 @@ def _library() -> Any:
     return onnxruntime
 
 
-def instructions(settings: dict[str, Any]) -> list[str]:
-    """None: ONNX Runtime chooses its kernels when it opens."""
-    return []
-
-
-def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
-    """None: the graph is the artifact's, whose versions are recorded."""
-    return {}
-
-
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where both a GPU and the CUDA provider are here, else the CPU."""
     providers = _library().get_available_providers()
@@ -108,11 +108,6 @@ def resolve_device(device: str) -> Device:
         fix = "Use device=cpu, or install onnxruntime-gpu." if found else "Use device=cpu."
         raise MissingSoftware(f"device=cuda was asked for, but {lacks}.", fix)
     return cpu
-
-
-def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """See `Settings`."""
-    return parse(Settings, settings, "onnxruntime")
 
 
 def build(job: BuildJob) -> dict[str, Any]:
