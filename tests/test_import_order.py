@@ -21,7 +21,7 @@ ORDER = (
     "evidence",
     "workflow",
     "gpu_report",
-    "show evaluate",
+    "show",
     "tune",
     "console entrypoint",
     "reference",
