@@ -304,6 +304,22 @@ def test_missing_software_is_named_with_its_command(ztp, monkeypatch):
     one_sentence(code, out, err, 3, "pip install onnxruntime-gpu")
 
 
+@pytest.mark.parametrize("module, title", [("onnxruntime", "ONNX Runtime"), ("tensorrt_rtx", "TensorRT-RTX")])
+def test_a_library_that_cannot_be_loaded_is_named_beside_the_others(ztp, tmp_path, monkeypatch, module, title):
+    (tmp_path / f"{module}.py").write_text("raise ImportError('libmine.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    reason = f"missing: {title} is installed but cannot be loaded: libmine.so.1: cannot open shared object file."
+    code, out, err = ztp("doctor", "--json")
+    uses = json.loads(out)["would use"]
+    assert (code, err, uses[module]) == (0, "", reason)
+    assert uses["openvino"].endswith(" on cpu")
+    assert set(uses) == set(backends.BACKENDS)
+    code, out, _ = ztp("list", "--json")
+    statuses = {entry["name"]: entry["status"] for entry in json.loads(out)["backends"]}
+    assert (code, statuses[module], statuses["openvino"]) == (0, reason, "OK")
+
+
 def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
     monkeypatch.setattr("ztp_deploy.environment.gpus", lambda: ())
     one_sentence(*ztp("gpu-report"), 3, "needs an NVIDIA GPU", "ztp doctor")

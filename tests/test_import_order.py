@@ -22,7 +22,7 @@ ORDER = (
     "evidence",
     "workflow",
     "gpu_report",
-    "show evaluate",
+    "show",
     "tune",
     "entrypoint",
     "reference",

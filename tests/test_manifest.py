@@ -45,6 +45,9 @@ def test_folders_of_the_wrong_kind_are_named(engine, artifact, tmp_path):
         read_manifest(tmp_path, EngineManifest)
     with pytest.raises(BadRequest, match="an exported artifact, no engine"):
         read_manifest(artifact.directory, EngineManifest)
+    edit(engine.directory, lambda manifest: manifest.pop("batch"))
+    with pytest.raises(BadRequest, match="an engine, no exported artifact"):  # and a damaged one at that
+        read_manifest(engine.directory, ArtifactManifest)
     (engine.directory / "manifest.json").write_bytes(b"\xff\xfe not json")
     with pytest.raises(DamagedFiles, match="not a valid"):
         read_manifest(engine.directory, EngineManifest)

@@ -375,7 +375,7 @@ def test_profiles_are_valid(path):
 
     profile = read_profile(str(path))
     assert isinstance(profile, Profile)
-    backends.get(backends.choose(profile.backend)).parse_settings(dict(profile.settings))
+    backends.get(backends.choose(profile.backend)).Settings(**profile.settings)
 
 
 def test_recipes_and_profiles_are_found_from_everywhere(tmp_path, monkeypatch):

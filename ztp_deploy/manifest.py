@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,7 +47,14 @@ def folder_tags(source: Source, dtype: str) -> list[str]:
 
 
 class _Manifest(BaseModel):
+    """What both kinds hold; the capitals are how refusals speak of a kind, `INSTEAD` where `folder` is of the other."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    NOUN: ClassVar[str]
+    TITLE: ClassVar[str]
+    COMMAND: ClassVar[str]
+    INSTEAD: ClassVar[str]
 
     source: Source
     plan: Plan
@@ -77,6 +84,11 @@ class _Manifest(BaseModel):
 
 class ArtifactManifest(_Manifest):
     """What an export wrote. `audit` names the score tensors of the stages; `fingerprint` hashes all that decided it."""
+
+    NOUN = "artifact"
+    TITLE = "exported artifact"
+    COMMAND = "ztp export …"
+    INSTEAD = "Give the artifact's folder; `ztp export …` makes one."
 
     schema_: Literal["ztp.artifact/1"] = Field(default="ztp.artifact/1", alias="schema")
     format: str
@@ -118,6 +130,10 @@ class EngineManifest(_Manifest):
     `built` holds what the back end has to say of the build, `unproved` why the engine was not opened on the
     machine that built it (None: it was).
     """
+
+    NOUN = TITLE = "engine"
+    COMMAND = "ztp engine …"
+    INSTEAD = "Build one from it: `ztp build --artifact {folder}`."
 
     schema_: Literal["ztp.engine/1"] = Field(default="ztp.engine/1", alias="schema")
     backend: str
@@ -189,42 +205,37 @@ def write_manifest(manifest: M, directory: Path) -> M:
 def read_manifest(directory: Path, kind: type[M]) -> M:
     """Reads a folder's manifest. Raises BadRequest (not such a folder) and DamagedFiles (unreadable, edited)."""
     path = directory / MANIFEST
-    noun = "engine" if kind is EngineManifest else "artifact"
-    verb = "engine" if kind is EngineManifest else "export"
     if not path.is_file():
         why = f"it has no {MANIFEST}" if directory.exists() else "it does not exist"
-        raise BadRequest(f"{directory} is not an {noun} folder: {why}.", f"Make one with `ztp {verb} …`.")
+        raise BadRequest(f"{directory} is not an {kind.NOUN} folder: {why}.", f"Make one with `{kind.COMMAND}`.")
     try:
         manifest = kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
+        found = _kind_of(path)
+        if found not in (None, kind):
+            raise BadRequest(
+                f"{directory} is an {found.TITLE}, no {kind.TITLE}.",
+                kind.INSTEAD.format(folder=shlex.quote(str(directory))),
+            ) from error
         where, why = first_fault(error, "the file")
-        if kind is EngineManifest and _is_valid(path, ArtifactManifest):
-            raise BadRequest(
-                f"{directory} is an exported artifact, no engine.",
-                f"Build one from it: `ztp build --artifact {shlex.quote(str(directory))}`.",
-            ) from error
-        if kind is ArtifactManifest and _is_valid(path, EngineManifest):
-            raise BadRequest(
-                f"{directory} is an engine, no exported artifact.",
-                "Give the artifact's folder; `ztp export …` makes one.",
-            ) from error
         raise DamagedFiles(
-            f"{path} is not a valid {noun} manifest: {where}: {why}.", f"Run `ztp {verb} …` again."
+            f"{path} is not a valid {kind.NOUN} manifest: {where}: {why}.", f"Run `{kind.COMMAND}` again."
         ) from error
     if manifest.seal != manifest.sealed():
         raise DamagedFiles(
             f"{path} was edited after it was written: its seal does not match.",
-            f"Run `ztp {verb} …` again with what you want to change.",
+            f"Run `{kind.COMMAND}` again with what you want to change.",
         )
     return manifest
 
 
-def _is_valid(path: Path, kind: type[_Manifest]) -> bool:
+def _kind_of(path: Path) -> type[_Manifest] | None:
+    """The kind of manifest that a file says it is, be it damaged or of another version; None for any other file."""
     try:
-        kind.model_validate_json(path.read_bytes())
-    except ValidationError:
-        return False
-    return True
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return next((kind for kind in (ArtifactManifest, EngineManifest) if f'"schema": "ztp.{kind.NOUN}/' in text), None)
 
 
 def verify_files(directory: Path, manifest: _Manifest) -> None:
@@ -257,18 +268,13 @@ def listed(directory: Path, manifest: ArtifactManifest | EngineManifest, name: s
 
 def check_replaceable(directory: Path, kind: type[_Manifest]) -> None:
     """Refuses to write where anything stands but an empty folder or an earlier folder of the same kind."""
-    noun = "engine" if kind is EngineManifest else "artifact"
     try:
         if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
             return
     except OSError as error:  # a name too long, a folder that may not be looked into
         raise write_failed(str(directory), error) from error
-    try:
-        ours = f'"schema": "ztp.{noun}/' in (directory / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        ours = False
-    if not ours:
+    if _kind_of(directory / MANIFEST) is not kind:
         raise BadRequest(
-            f"{directory} is in the way: it is not an {noun} folder, and nothing of yours is overwritten.",
+            f"{directory} is in the way: it is not an {kind.NOUN} folder, and nothing of yours is overwritten.",
             "Choose another folder, or move it away.",
         )

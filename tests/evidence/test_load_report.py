@@ -286,12 +286,12 @@ def test_markdown_reports_that_stand_join_in(folder, shared_engine):
     made = {"command": "c", "steps": [], "peak_gib": 1.0, "machine": environment.snapshot(), "manifest_sha256": sha}
     summary = summarise(read_manifest(folder, EngineManifest), folder, None, None, **made)
     engine = steps.Engine(folder, engine.manifest)
-    steps.write_summary(engine, summary)
+    steps.write_reports(engine, summary)
     path = folder / "evidence" / "report.md"
     assert "Under load" not in path.read_text()
     report = made_up(shared_engine)
     (folder / "evidence" / "load.json").write_text(report.to_json())
-    steps.write_summary(engine, summary)
+    steps.write_reports(engine, summary)
     assert path.read_text().endswith(f"\n\n## Under load\n\n{render_load(report)}")
 
 

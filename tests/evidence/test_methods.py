@@ -12,7 +12,7 @@ from ztp_deploy.evidence.methods import MethodRow, MethodsReport, twin_role
 from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.planning import make_plan
-from ztp_deploy.workflow import compare, make, steps
+from ztp_deploy.workflow import steps
 from ztp_deploy.workflow.compare import compare_methods
 from ztp_deploy.workflow.make import make_engine
 from ztp_deploy.workflow.progress import Silent
@@ -81,8 +81,7 @@ def build(tmp_path, monkeypatch):
     from tests import tiny
     from ztp_deploy import models
 
-    for program in (make, compare):
-        monkeypatch.setattr(program, "load", lambda name, weights, clock, size: tiny.model())
+    monkeypatch.setattr(steps, "load", lambda name, weights, clock, size: tiny.model())
     monkeypatch.setattr(PlanRequest, "plan", lambda self, model: make_plan(tiny.model(), "zero_tprune", ratio=0.6))
     assert models.source_of(tiny.model()).name == "deit_t"
     return BuildRequest(
@@ -126,7 +125,7 @@ def test_yardsticks_are_proved_once_and_again_when_they_changed(build, monkeypat
         weight.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weight), weight.name))
 
     monkeypatch.setattr(steps, "check_parity", check_parity)
-    monkeypatch.setattr(make, "bench", lambda *others: pytest.fail(f"measured by {others[-1]}"))
+    monkeypatch.setattr(steps, "bench", lambda *others: pytest.fail(f"measured by {others[-1]}"))
     fail = pytest.raises(pytest.fail.Exception, match=r"measured by ztp_deploy\.workflow\.make\.make_engine")
     with fail:
         make_engine(WANTED, build, Silent())

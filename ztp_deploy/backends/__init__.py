@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ztp_deploy import environment, exporters
 from ztp_deploy.atomic import new_directory, sweep
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session, check_images
+from ztp_deploy.backends.settings import parse
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
 from ztp_deploy.errors import BadRequest, BuildFailed, DamagedFiles, MissingSoftware, ZtpError, suggestion
 from ztp_deploy.exporters import Artifact, load_artifact
@@ -117,7 +118,7 @@ class Target:
     @property
     def unrunnable(self) -> str | None:
         """Why this machine can build the engine and not run it; None where it can."""
-        return self.backend.unrunnable(self.device)
+        return self.backend.unrunnable(self.device.name)
 
 
 def resolve(
@@ -142,7 +143,7 @@ def resolve(
         graph_precision=module.graph_precision(precision),
         device=module.resolve_device(device),
         batch=span,
-        settings=module.parse_settings(dict(settings or {})),
+        settings=parse(module.Settings, dict(settings or {}), name),
     )
 
 
@@ -153,10 +154,10 @@ def here(name: str) -> tuple[str, str]:
         return "missing", f"pip install {missing}"
     try:
         device = module.resolve_device("auto")
-    except MissingSoftware as error:  # a library that is here and a device that is not
+        place = f"{module.version()} on {device.slug}"
+    except MissingSoftware as error:  # a library that is here, and cannot be loaded or lacks its device
         return "missing", error.problem
-    place = f"{module.version()} on {device.slug}"
-    return ("builds only", f"{place}: {reason}") if (reason := module.unrunnable(device)) else ("OK", place)
+    return ("builds only", f"{place}: {reason}") if (reason := module.unrunnable(device.name)) else ("OK", place)
 
 
 def engine_directory(
@@ -170,7 +171,7 @@ def engine_directory(
     """
     machine = f"{target.name}-{target.backend.version()}-{target.device.slug}"
     parts = [artifact.source.name, artifact.plan.label, target.precision, f"b{target.batch}", *artifact.tags]
-    if target.settings != target.backend.parse_settings({}):
+    if target.settings != parse(target.backend.Settings, {}, target.name):
         parts.append(f"s{hash_of(settings=target.settings)[:6]}")
     if images := _fitted_to(target, calibration):
         parts.append(f"c{images[:6]}")
@@ -368,7 +369,7 @@ def require_runnable(engine: Engine) -> Backend:
     """The engine's back end. Raises MissingSoftware where its library or its device is not here."""
     manifest = engine.manifest
     module = usable(manifest.backend)
-    reason = module.unrunnable(Device(manifest.device, "", manifest.provider))
+    reason = module.unrunnable(manifest.device)
     if reason:
         raise MissingSoftware(
             f"{engine.directory} runs on {manifest.device}, but {reason}.",

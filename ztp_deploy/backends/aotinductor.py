@@ -25,7 +25,6 @@ from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.cuda_graph import Recorder
-from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, BuildFailed, DamagedFiles, MissingSoftware, first_line
 from ztp_deploy.manifest import EngineManifest, listed
 from ztp_deploy.quiet import quiet
@@ -82,11 +81,6 @@ def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
     return torch_device.resolve(device, "AOTInductor")
-
-
-def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """See `Settings`."""
-    return parse(Settings, settings, "aotinductor")
 
 
 def build(job: BuildJob) -> dict[str, Any]:

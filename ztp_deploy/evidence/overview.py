@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ztp_deploy import backends, environment
 from ztp_deploy.backends import PARITY_FILE, evidence_of_this_build, find_engine
-from ztp_deploy.backends.base import Backend, Device
+from ztp_deploy.backends.base import Backend
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.evidence.schema import SUMMARY_FILE
 from ztp_deploy.evidence.selftest import has_selftest
@@ -66,7 +66,7 @@ def overview(directory: Path | str) -> Overview:
 
 def _unusable(backend: Backend, manifest: EngineManifest) -> str | None:
     """What can be said without opening it: the device, and the instructions that it was compiled for."""
-    reason = backend.unrunnable(Device(manifest.device, "", manifest.provider))
+    reason = backend.unrunnable(manifest.device)
     if reason is None:
         try:
             environment.require_instructions(manifest.built.get("cpu_flags", ()))

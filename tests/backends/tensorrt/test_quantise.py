@@ -415,7 +415,7 @@ def test_fp8_needs_a_gpu_that_has_it(shared_engine, artifact, calibration, tmp_p
         backend.graph_precision("fp8")  # what is asked before a model is loaded
     with pytest.raises(MissingSoftware, match=refusal):
         ztp.build(artifact, "tensorrt", precision="fp8", calibration=calibration, directory=tmp_path / "e")
-    settings = backend.parse_settings({})
+    settings = backend.Settings().model_dump()
     changes = {"backend_version": "11.4", "settings": settings, "built": {}, "precision": "fp8"}
     manifest = shared_engine.manifest.model_copy(update=changes)
     with pytest.raises(MissingSoftware, match=r"Use int8 or fp16"):

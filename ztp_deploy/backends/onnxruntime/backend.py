@@ -14,11 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
+from ztp_deploy.backends.base import (
+    BuildJob,
+    Device,
+    OnGpu,
+    as_exported,
+    loading,
+    needs_its_gpu,
+    no_instructions,
+    no_tools,
+)
 from ztp_deploy.backends.cuda_graph import Turns
 from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
-from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
 from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest, listed
@@ -39,6 +47,8 @@ _PRECISIONS_OF = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 # Left to itself, CUDA computes float32 matrix products in TF32, which is not what was checked.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
 
+instructions = no_instructions
+tools = no_tools
 graph_precision = as_exported
 unrunnable = needs_its_gpu
 
@@ -70,44 +80,34 @@ def missing() -> str | None:
 
 def version() -> str:
     """ONNX Runtime's version."""
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
+    return str(_library().__version__)
 
 
-def instructions(settings: dict[str, Any]) -> list[str]:
-    """None: ONNX Runtime chooses its kernels when it opens."""
-    return []
+def _library() -> Any:
+    """The imported module. Raises MissingSoftware with the reason."""
+    package = "onnxruntime-gpu" if environment.installed("onnxruntime-gpu") else "onnxruntime"
+    with loading("ONNX Runtime", package):
+        import onnxruntime
 
-
-def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
-    """None: the graph is the artifact's, whose versions are recorded."""
-    return {}
+    return onnxruntime
 
 
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where both a GPU and the CUDA provider are here, else the CPU."""
-    import onnxruntime
-
+    providers = _library().get_available_providers()
     cpu = Device("cpu", "cpu", CPU)
     if device == "cpu":
         return cpu
     if device not in ("auto", "cuda"):
         raise BadRequest(f"ONNX Runtime knows no device {device!r}.", "Use auto, cpu or cuda.")
     found = environment.gpus()
-    has_provider = CUDA in onnxruntime.get_available_providers()
-    if found and has_provider:
+    if found and CUDA in providers:
         return Device("cuda", f"cuda-{found[0].slug}", CUDA)
     if device == "cuda":
         lacks = "no NVIDIA GPU was found" if not found else "this onnxruntime has no CUDA provider"
         fix = "Use device=cpu, or install onnxruntime-gpu." if found else "Use device=cpu."
         raise MissingSoftware(f"device=cuda was asked for, but {lacks}.", fix)
     return cpu
-
-
-def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """See `Settings`."""
-    return parse(Settings, settings, "onnxruntime")
 
 
 def build(job: BuildJob) -> dict[str, Any]:
@@ -315,8 +315,7 @@ class OnnxRuntimeRunner:
         return bytes(model.SerializeToString())
 
     def _open(self, graph: str | bytes, *, recording: bool) -> Any:
-        import onnxruntime as ort
-
+        ort = _library()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._settings.threads
         options.log_severity_level = _LOG_ERRORS_ONLY

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu
-from ztp_deploy.backends.settings import parse
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu, no_instructions
 from ztp_deploy.backends.tensorrt import timing_cache
 from ztp_deploy.backends.tensorrt.home import check_gpu, check_home
 from ztp_deploy.backends.tensorrt.library import Library
@@ -35,6 +34,9 @@ class TensorRT:
     DEVICES: tuple[str, ...] = ("cuda",)
     CALIBRATED: tuple[str, ...] = ("int8", "fp8")
     PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", *CALIBRATED)
+    Settings = Settings
+
+    instructions = staticmethod(no_instructions)
 
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
@@ -51,10 +53,6 @@ class TensorRT:
     def version(self) -> str:
         """The library's version."""
         return str(self.library.load().__version__)
-
-    def instructions(self, settings: dict[str, Any]) -> list[str]:
-        """None: plans are for GPUs."""
-        return []
 
     def tools(self, precision: str, settings: dict[str, Any]) -> dict[str, str]:
         """ModelOpt, which calibrates."""
@@ -77,10 +75,6 @@ class TensorRT:
                 "Use BACKEND=tensorrt_rtx, which builds without one, or BACKEND=onnxruntime.",
             )
         return Device("cuda", found[0].slug, title)
-
-    def parse_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """See `Settings`."""
-        return parse(Settings, settings, self.library.module)
 
     def graph_precision(self, precision: str) -> str:
         """Networks are strongly typed: the graph carries the precision; int8 and fp8 are calibrated here.
@@ -161,7 +155,7 @@ class TensorRT:
             built["gpu"] = {"name": here[0].name, "compute_capability": here[0].compute_capability}
         return built | {"notes": notes}
 
-    def unrunnable(self, device: Device) -> str | None:
+    def unrunnable(self, device: str) -> str | None:
         """Plans run on NVIDIA GPUs only."""
         return None if environment.gpus() else "no NVIDIA GPU was found"
 

@@ -18,10 +18,9 @@ from tests import tiny
 from tests.commands import typed
 from tests.pictures import write_pictures
 from tests.runs import Listening
-from ztp_deploy import entrypoint, evaluate
+from ztp_deploy import entrypoint
 from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest, MissingSoftware, WriteFailed
-from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
 from ztp_deploy.evidence import accuracy, predictions
 from ztp_deploy.evidence.accuracy import AccuracyReport, compare
 from ztp_deploy.evidence.labelled import read_labelled
@@ -29,6 +28,8 @@ from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.models import weights as weights_module
 from ztp_deploy.preprocessing import open_image, transform_for
+from ztp_deploy.workflow import evaluate
+from ztp_deploy.workflow.evaluate import EvalRequest, evaluate_engine, evaluate_model
 from ztp_deploy.workflow.progress import Silent
 from ztp_deploy.workflow.requests import PlanRequest
 
@@ -103,7 +104,7 @@ def test_the_manifest_is_named_and_the_last_batch_may_be_smaller_than_the_engine
     engine = engines["pruned"]
     report = evaluate_engine(engine.directory, EvalRequest(pictures, dense=False, batch=7), Silent())
     assert report.manifest_sha256 == manifest_sha256(engine.directory)
-    assert report.command == "ztp_deploy.evaluate"
+    assert report.command == "ztp_deploy.workflow.evaluate"
     assert report.comparison is None
     assert report.per_class[0].dense is None
     assert [row[0] for row in accuracy_rows(report)] == ["pruned"]

@@ -54,7 +54,7 @@ class EvalRequest:
     workers: int | None = None
     device: str = "auto"
     weights: str | None = None
-    command: str = "ztp_deploy.evaluate"
+    command: str = "ztp_deploy.workflow.evaluate"
 
     def check(self) -> None:
         """Raises BadRequest for numbers that are none, and for data that is not there."""
