@@ -219,7 +219,6 @@ def _geometry(model: Any) -> Geometry:
         mlp_macs_per_token=block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel(),
         num_classes=model.num_classes,
         embed_macs=model.patch_embed.macs(model.img_size, model.patch_tokens),
-        # `aux_head` runs on every patch token that is left. It is counted on all of them whatever the plan, so that this
-        # stays a constant of the model: 1 to 2 % of the dense count, and a pruned model's true count is lower by less.
-        head_macs=(1 + model.patch_tokens) * dim * model.num_classes,
+        head_macs=dim * model.num_classes,
+        head_macs_per_token=dim * model.num_classes,
     )
