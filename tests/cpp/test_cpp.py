@@ -239,7 +239,8 @@ def reseal_files(directory, manifest, files):
 DAMAGES = {
     "no folder": lambda folder: shutil.rmtree(folder),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
-    "another schema": lambda folder: edit(folder, lambda manifest: manifest.update(schema="ztp.engine/2")),
+    "an earlier schema": lambda folder: edit(folder, lambda manifest: manifest.update(schema="ztp.engine/1")),
+    "another schema": lambda folder: edit(folder, lambda manifest: manifest.update(schema="another")),
     "a key gone": lambda folder: edit(folder, lambda manifest: manifest.pop("precision")),
     "another batch range": lambda folder: edit(folder, lambda manifest: manifest["batch"].update(max=9)),
     "an empty batch": lambda folder: edit(folder, lambda manifest: manifest["batch"].update(min=0)),
@@ -489,15 +490,32 @@ def test_what_onnxruntime_cannot_open_is_named(runtime, shared_engine, tmp_path)
         assert code == 3
 
 
-def test_seals_hold_for_anything_json_can_say(runtime, openvino_engine, tmp_path):
-    """The C++ side writes JSON anew to check the seal; unknown keys are sealed and otherwise left alone."""
-    engine = tmp_path / "engine"
-    shutil.copytree(openvino_engine, engine)
-    odd = [0.1, 1e-05, 1e16, 1e22, 123456789012345.6, 1.0, -0.0, 5e-324, 3, -7, None, True, [], {}]
-    reseal(engine, later={"numbers": odd, "é\U0001f600": 'tab\t quote" back\\ del\x7f \u2028', "B": 1, "a": 2})
-    assert runtime.consume(engine, tiny.images(1), tmp_path).returncode == 0
-    edit(engine, lambda manifest: manifest["later"].update(B=2))
-    assert "was edited after it was written" in runtime.consume(engine, tiny.images(1), tmp_path).stderr
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text + "\n",
+        lambda text: text.replace("\n", "\r\n", 1),
+        lambda text: text.replace('"seal": "', '"seal":"'),
+        lambda text: re.sub('("seal": ").*?"', r'\1"', text),
+        lambda text: re.sub('("seal": ".*?",)', r"\1 \1", text),
+        lambda text: text.replace('"provider": "', '"seal": "", "provider": "', 1),
+    ],
+    ids=["a line", "a line's end", "a blank less", "an empty seal", "the seal twice", "two seals"],
+)
+def test_a_changed_byte_of_the_manifest_is_found_in_pythons_words(runtime, damaged, change):
+    path = damaged / "manifest.json"
+    path.write_text(change(whole := path.read_text(encoding="utf-8")), encoding="utf-8", newline="")
+    assert path.read_text(encoding="utf-8") != whole or path.read_bytes() != whole.encode()
+    found = refusal(runtime.run(damaged, "--selftest", "--json"))
+    assert found == python_refusal(damaged)
+    assert found == (f"{path} was edited after it was written: its seal does not match.", 2)
+
+
+def test_keys_that_are_not_known_are_sealed_and_otherwise_left_alone(runtime, damaged):
+    reseal(damaged, later={"é\U0001f600": 'tab\t quote" back\\ del\x7f \u2028', "seal": "", "number": 1e-05})
+    assert "carries no self-test" in refusal(runtime.run(damaged, "--selftest", "--json"))[0]
+    edit(damaged, lambda manifest: manifest["later"].update(number=2))
+    assert "was edited after it was written" in refusal(runtime.run(damaged, "--selftest", "--json"))[0]
 
 
 # --- warnings ----------------------------------------------------------------------------------
