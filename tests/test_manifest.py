@@ -30,7 +30,11 @@ def edit(directory, change):
         (lambda m: m["files"]["model.onnx"].update(sha256="0" * 64), "edited"),
         (lambda m: m.update(precision="fp16"), "edited"),
         (lambda m: m.pop("backend"), "backend"),
-        (lambda m: m.update(schema="ztp.engine/9"), "schema"),
+        (
+            lambda m: m.update(schema="ztp.engine/1"),
+            r"another version of ztp_deploy: its schema is ztp\.engine/1, not ",
+        ),
+        (lambda m: m.update(schema="another"), "schema: Input should be"),
         (lambda m: m.update(more=1), "more"),
     ],
 )
@@ -55,7 +59,23 @@ def test_folders_of_the_wrong_kind_are_named(engine, artifact, tmp_path):
 
 def test_manifest_round_trip(artifact):
     assert read_manifest(artifact.directory, ArtifactManifest) == artifact.manifest
-    assert artifact.manifest.seal == artifact.manifest.sealed()
+
+
+def test_a_changed_byte_anywhere_is_found(artifact, tmp_path):
+    whole = (artifact.directory / "manifest.json").read_bytes()
+    for at in range(0, len(whole), 7):
+        (tmp_path / "manifest.json").write_bytes(whole[:at] + b" " + whole[at + (whole[at] != ord(" ")) :])
+        with pytest.raises(DamagedFiles):
+            read_manifest(tmp_path, ArtifactManifest)
+
+
+@pytest.mark.parametrize("stated", ['"seal": ""', '"seal": "{seal}", "seal": "{seal}"', '"seal":  "{seal}"'])
+def test_a_seal_stands_exactly_once_as_it_is_written(artifact, tmp_path, stated):
+    seal = artifact.manifest.seal
+    whole = (artifact.directory / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(whole.replace(f'"seal": "{seal}"', stated.replace("{seal}", seal)))
+    with pytest.raises(DamagedFiles, match="edited"):
+        read_manifest(tmp_path, ArtifactManifest)
 
 
 def test_files_are_verified_by_size_and_hash(engine):

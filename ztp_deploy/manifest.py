@@ -67,10 +67,6 @@ class _Manifest(BaseModel):
     files: dict[str, FileRecord]
     seal: str = ""
 
-    def sealed(self) -> str:
-        """sha256 over everything but the seal: shows an edit; it is not a signature."""
-        return hash_of(manifest=self.model_dump(mode="json", by_alias=True, exclude={"seal"}))
-
     @property
     def tags(self) -> list[str]:
         """What folder names add to model, plan and precision."""
@@ -90,7 +86,7 @@ class ArtifactManifest(_Manifest):
     COMMAND = "ztp export …"
     INSTEAD = "Give the artifact's folder; `ztp export …` makes one."
 
-    schema_: Literal["ztp.artifact/1"] = Field(default="ztp.artifact/1", alias="schema")
+    schema_: Literal["ztp.artifact/2"] = Field(default="ztp.artifact/2", alias="schema")
     format: str
     opset: int | None = None
 
@@ -135,7 +131,7 @@ class EngineManifest(_Manifest):
     COMMAND = "ztp engine …"
     INSTEAD = "Build one from it: `ztp build --artifact {folder}`."
 
-    schema_: Literal["ztp.engine/1"] = Field(default="ztp.engine/1", alias="schema")
+    schema_: Literal["ztp.engine/2"] = Field(default="ztp.engine/2", alias="schema")
     backend: str
     backend_version: str
     device: str
@@ -196,10 +192,22 @@ def manifest_sha256(directory: Path) -> str:
 
 def write_manifest(manifest: M, directory: Path) -> M:
     """Seals the manifest, writes `manifest.json` into a folder that is still being made, and returns it sealed."""
-    manifest = manifest.model_copy(update={"seal": manifest.sealed()})
-    text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return manifest
+    data, seal = sealed(manifest.model_dump(mode="json", by_alias=True))
+    (directory / MANIFEST).write_bytes(data)
+    return manifest.model_copy(update={"seal": seal})
+
+
+def sealed(fields: dict[str, Any]) -> tuple[bytes, str]:
+    """A manifest's file and its seal, the sha256 of the file with an empty seal: shows an edit; it is not a signature."""
+    text = json.dumps(fields | {"seal": ""}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    # By its indentation it is the manifest's own, whatever settings are called.
+    return text.replace('\n  "seal": ""', f'\n  "seal": "{seal}"').encode(), seal
+
+
+def _seal_fits(data: bytes, seal: str) -> bool:
+    stated = f'"seal": "{seal}"'.encode()
+    return data.count(stated) == 1 and hashlib.sha256(data.replace(stated, b'"seal": ""')).hexdigest() == seal
 
 
 def read_manifest(directory: Path, kind: type[M]) -> M:
@@ -208,8 +216,9 @@ def read_manifest(directory: Path, kind: type[M]) -> M:
     if not path.is_file():
         why = f"it has no {MANIFEST}" if directory.exists() else "it does not exist"
         raise BadRequest(f"{directory} is not an {kind.NOUN} folder: {why}.", f"Make one with `{kind.COMMAND}`.")
+    data = path.read_bytes()
     try:
-        manifest = kind.model_validate_json(path.read_bytes())
+        manifest = kind.model_validate_json(data)
     except ValidationError as error:
         found = _kind_of(path)
         if found not in (None, kind):
@@ -218,10 +227,17 @@ def read_manifest(directory: Path, kind: type[M]) -> M:
                 kind.INSTEAD.format(folder=shlex.quote(str(directory))),
             ) from error
         where, why = first_fault(error, "the file")
+        schema = next((fault["input"] for fault in error.errors() if fault["loc"] == ("schema",)), None)
+        if found is kind and isinstance(schema, str):
+            ours = kind.model_fields["schema_"].default
+            raise DamagedFiles(
+                f"{path} was made by another version of ztp_deploy: its schema is {schema}, not {ours}.",
+                f"Make it again: `{kind.COMMAND}`.",
+            ) from error
         raise DamagedFiles(
             f"{path} is not a valid {kind.NOUN} manifest: {where}: {why}.", f"Run `{kind.COMMAND}` again."
         ) from error
-    if manifest.seal != manifest.sealed():
+    if not _seal_fits(data, manifest.seal):
         raise DamagedFiles(
             f"{path} was edited after it was written: its seal does not match.",
             f"Run `{kind.COMMAND}` again with what you want to change.",

@@ -463,7 +463,7 @@ def test_uint8_engines_take_pixels(pruned, tmp_path):
 def test_batch_range_is_in_the_manifest(shared_engine):
     assert shared_engine.manifest.batch == BatchRange(min=1, opt=4, max=8)
     fields = json.loads((shared_engine.directory / "manifest.json").read_text())
-    assert fields["schema"] == "ztp.engine/1"
+    assert fields["schema"] == "ztp.engine/2"
     assert fields["provider"] == "CPUExecutionProvider"
     assert fields["files"]["model.onnx"]["sha256"]
 

@@ -116,5 +116,5 @@ def test_the_command_line(engine, monkeypatch, capsys):
     assert lines["speed-up"].startswith("speed-up 1.50 × dense at batch 8 (inconclusive) on")
     code, printed, _ = typed(monkeypatch, capsys, "inspect", "--engine", engine.directory, "--json")
     found = json.loads(printed)
-    assert (code, found["parity"], found["manifest"]["schema"]) == (0, "not checked", "ztp.engine/1")
+    assert (code, found["parity"], found["manifest"]["schema"]) == (0, "not checked", "ztp.engine/2")
     assert found["speedups"] == [{"batch": 8, "times": 1.5, "verdict": "inconclusive"}]

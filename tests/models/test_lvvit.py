@@ -255,6 +255,15 @@ def test_the_maximum_is_over_the_survivors(model):
     assert np.abs(logits - by_hand(pruned.model, last[0][:, :-1])).max() > 1e-2
 
 
+def test_patches_that_were_dropped_cost_no_logits():
+    """Multiply-accumulates as torch counts them on the pruned module, whose selection has none."""
+    model = ztp.load_model("lvvit_t", weights="random")
+    plan = ztp.make_plan(model, "slice", ratio=0.5)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        ztp.prune(model, plan)(golden.images("lvvit_t")[:1])
+    assert 2 * plan.flops.executed == counter.get_total_flops()
+
+
 def test_masked_slots_have_no_vote(walk):
     host, tokens, state = walk
     kept = torch.stack([torch.arange(0, 120, 2), torch.arange(15, 195, 3)])

@@ -157,7 +157,7 @@ def convert(artifact: Artifact, precision: str, directory: Path | str) -> Artifa
     verify_files(artifact.directory, source)
     with new_directory(final) as scratch:
         get(source.format).convert(artifact.directory, source.plan, scratch, precision)  # type: ignore[attr-defined]
-        changes = {"precision": precision, "fingerprint": fingerprint, "files": hash_files(scratch), "seal": ""}
+        changes = {"precision": precision, "fingerprint": fingerprint, "files": hash_files(scratch)}
         manifest = write_manifest(source.model_copy(update=changes), scratch)
     return Artifact(final, manifest)
 

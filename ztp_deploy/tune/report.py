@@ -19,7 +19,7 @@ from ztp_deploy.plan import Plan
 from ztp_deploy.recipes import Recipe
 from ztp_deploy.tune.cost import BlockTimes, Budget, Timing
 from ztp_deploy.tune.damage import Damage, HeldOut
-from ztp_deploy.tune.rounds import StageRounds
+from ztp_deploy.tune.rounds import MOST, SHARE, StageRounds
 
 TUNE_FILE, PLAN_FILE, RECIPE_FILE, PICTURE_FILE = "tune.json", "plan.json", "recipe.toml", "pareto.png"
 
@@ -204,8 +204,8 @@ def show_tune(report: TuneReport, directory: Path) -> None:
         )
     for stage in report.rounds:
         out.print(
-            f"Voting at block {stage.block}: {stage.rounds} {'round' if stage.rounds == 1 else 'rounds'} planned; from {stage.enough} on, {stage.share:.0%} of "
-            f"the kept tokens are those of {stage.most} rounds.",
+            f"Voting at block {stage.block}: {stage.rounds} {'round' if stage.rounds == 1 else 'rounds'} planned; from {stage.enough} on, {SHARE:.0%} of "
+            f"the kept tokens are those of {MOST} rounds.",
             soft_wrap=True,
         )
     out.print(f"Verdict: {report.verdict}. {report.because}", style="bold", soft_wrap=True)
