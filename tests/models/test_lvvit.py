@@ -177,7 +177,8 @@ def test_the_source_says_what_the_model_is(model):
 
 def test_pretrained_weights_are_refused_with_the_place_where_they_are():
     with pytest.raises(
-        MissingSoftware, match=r"lvvit_s-26M-224-83\.3.*GitHub release page of zihangJiang/TokenLabeling.*WEIGHTS=path"
+        MissingSoftware,
+        match=r"lvvit_s-26M-224-83\.3.*GitHub release page of zihangJiang/TokenLabeling.*--weights path",
     ):
         ztp.load_model("lvvit_s", weights="pretrained")
     with pytest.warns(models.RandomWeightsWarning, match="TokenLabeling"):

@@ -9,7 +9,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -62,7 +62,7 @@ class Engine:
     """A built engine's folder and its manifest."""
 
     directory: Path
-    manifest: EngineManifest
+    manifest: EngineManifest = field(repr=False)
 
     @property
     def evidence(self) -> Path:
@@ -136,7 +136,7 @@ def resolve(
     span = BatchRange.parse(batch)
     if not isinstance(settings or {}, Mapping):
         raise BadRequest(f"settings={settings!r} are not settings.", "Give a dict, such as {'threads': 1}.")
-    return Target(
+    target = Target(
         name=name,
         backend=module,
         precision=precision,
@@ -145,6 +145,8 @@ def resolve(
         batch=span,
         settings=parse(module.Settings, dict(settings or {}), name),
     )
+    module.check_target(target.device.name, precision, target.settings)
+    return target
 
 
 def here(name: str) -> tuple[str, str]:

@@ -133,6 +133,9 @@ class Backend(Protocol):
     def graph_precision(self, precision: str) -> str:
         """The precision of the artifact that an engine of this precision is built from."""
 
+    def check_target(self, device: str, precision: str, settings: dict[str, Any]) -> None:
+        """Raises BadRequest and MissingSoftware for what cannot be built for that device: before anything is loaded for it."""
+
     def build(self, job: BuildJob) -> dict[str, Any]:
         """Writes the engine's files and returns what the manifest should say of them (`built`).
 
@@ -154,6 +157,10 @@ class Backend(Protocol):
 def as_exported(precision: str) -> str:
     """`Backend.graph_precision` of back ends that run the graph in the precision it has."""
     return precision
+
+
+def any_target(device: str, precision: str, settings: dict[str, Any]) -> None:
+    """`Backend.check_target` of back ends that build all they list for every device."""
 
 
 def no_instructions(settings: dict[str, Any]) -> list[str]:
@@ -311,7 +318,7 @@ class Session:
         if not span.min <= count <= span.max:
             raise BadRequest(
                 f"A batch of {count} is outside this engine's range {span.min} to {span.max}.",
-                f"Split it, or build with BATCH={min(span.min, count)}:{span.opt}:{max(span.max, count)}.",
+                f"Split it, or build with --batch {min(span.min, count)}:{span.opt}:{max(span.max, count)}.",
             )
 
 

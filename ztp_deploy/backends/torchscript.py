@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu, no_instructions, no_tools
+from ztp_deploy.backends.base import (
+    BuildJob,
+    Device,
+    OnGpu,
+    any_target,
+    as_exported,
+    needs_its_gpu,
+    no_instructions,
+    no_tools,
+)
 from ztp_deploy.errors import DamagedFiles, first_line
 from ztp_deploy.manifest import EngineManifest, listed
 
@@ -29,6 +38,7 @@ version = torch_device.version
 instructions = no_instructions
 tools = no_tools
 graph_precision = as_exported
+check_target = any_target
 unrunnable = needs_its_gpu
 
 

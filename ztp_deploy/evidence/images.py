@@ -99,12 +99,12 @@ def image_files(root: Path) -> list[Path]:
     Raises BadRequest for a missing or empty folder and for a file whose name is not an image's.
     """
     if not root.is_dir():
-        raise BadRequest(f"IMAGES={str(root)!r} is not a folder.", "Give a folder of photographs.")
+        raise BadRequest(f"images={str(root)!r} is not a folder.", "Give a folder of photographs.")
     files, strange = listed_files(root)
     if strange:
-        raise BadRequest(f"{first_of(strange)} in IMAGES is not an image.", "Keep only photographs in the folder.")
+        raise BadRequest(f"{first_of(strange)} is not an image.", "Keep only photographs in the folder.")
     if not files:
-        raise BadRequest(f"IMAGES={str(root)!r} holds no images.", "Give a folder of photographs.")
+        raise BadRequest(f"images={str(root)!r} holds no images.", "Give a folder of photographs.")
     return files
 
 

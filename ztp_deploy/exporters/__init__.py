@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +54,7 @@ class Artifact:
     """An exported folder and its manifest."""
 
     directory: Path
-    manifest: ArtifactManifest
+    manifest: ArtifactManifest = field(repr=False)
 
 
 def get(name: str) -> Exporter:

@@ -110,23 +110,37 @@ def resolve_device(device: str) -> Device:
     return cpu
 
 
-def build(job: BuildJob) -> dict[str, Any]:
-    """The engine is a graph. Raises BadRequest for precisions and settings that the device does not have."""
-    settings = Settings(**job.settings)
-    if settings.cuda_graph and (job.device.name != "cuda" or settings.provider != "auto"):
-        where = "the CPU" if job.device.name != "cuda" else f"provider={settings.provider}"
+def check_target(device: str, precision: str, settings: dict[str, Any]) -> None:
+    """Refuses precisions and settings that the device does not have."""
+    asked = Settings(**settings)
+    if asked.cuda_graph and (device != "cuda" or asked.provider != "auto"):
+        where = "the CPU" if device != "cuda" else f"provider={asked.provider}"
         raise BadRequest(
             f"cuda_graph=true was asked for on {where}.", "Leave it out, or build with device=cuda and provider=auto."
         )
-    if settings.provider == "tensorrt_rtx":
-        return _build_for_rtx(job)
-    known = _PRECISIONS_OF[job.device.name]
-    if job.precision not in known:
+    if asked.provider == "tensorrt_rtx":
+        rtx.device()
+        if device != "cuda" or precision not in rtx.PRECISIONS:
+            raise BadRequest(
+                f"provider=tensorrt_rtx computes in {' or '.join(rtx.PRECISIONS)} on cuda (its fp32 may be TF32); "
+                f"{precision} on {device} was asked for.",
+                f"Use device=cuda and precision={rtx.PRECISIONS[0]}.",
+            )
+        return
+    known = _PRECISIONS_OF[device]
+    if precision not in known:
         raise BadRequest(
-            f"ONNX Runtime has no {job.precision} kernels for the {job.device.name}: it would compute in fp32 all the same.",
-            f"Use precision={known[0]}, or on a CPU BACKEND=openvino, which has bf16 and int8.",
+            f"ONNX Runtime has no {precision} kernels for the {device}: it would compute in fp32 all the same.",
+            f"Use precision {known[0]}, or on a CPU the back end openvino, which has bf16 and int8.",
         )
+
+
+def build(job: BuildJob) -> dict[str, Any]:
+    """The engine is a graph."""
+    settings = Settings(**job.settings)
     job.copy_graph()
+    if settings.provider == "tensorrt_rtx":
+        return {"provider": rtx.PROVIDER}
     # On CUDA its float32 may be TF32 whatever is asked, and its bf16 is younger than the releases that are supported.
     if settings.operators == "exported" or job.precision != {"cpu": "fp32", "cuda": "fp16"}[job.device.name]:
         return {}
@@ -134,18 +148,6 @@ def build(job: BuildJob) -> dict[str, Any]:
         return cuda.fit(job.directory / GRAPH_FILE)
     fused, unread = fuse_attention(job.directory / GRAPH_FILE)
     return {"attention_fused": fused, "attention_expected": unread}
-
-
-def _build_for_rtx(job: BuildJob) -> dict[str, Any]:
-    rtx.device()
-    if job.device.name != "cuda" or job.precision not in rtx.PRECISIONS:
-        raise BadRequest(
-            f"provider=tensorrt_rtx computes in {' or '.join(rtx.PRECISIONS)} on cuda (its fp32 may be TF32); "
-            f"{job.precision} on {job.device.name} was asked for.",
-            f"Use device=cuda and precision={rtx.PRECISIONS[0]}.",
-        )
-    job.copy_graph()
-    return {"provider": rtx.PROVIDER}
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:

@@ -110,17 +110,21 @@ def unrunnable(device: str) -> str | None:
     return None
 
 
+def check_target(device: str, precision: str, settings: dict[str, Any]) -> None:
+    """Refuses what a compiled stage does not go with, and a precision that the processor has no instructions for."""
+    asked = Settings(**settings)
+    _check_stage(precision, asked)
+    _check_processor(precision, asked)
+
+
 def build(job: BuildJob) -> dict[str, Any]:
     """Writes the model as OpenVINO's own files, its scores marked to stay in float32.
 
-    Raises MissingSoftware where the processor has no instructions for the precision, BuildFailed, and GateFailed where
-    the compiled model computes in another one.
+    Raises BuildFailed, and GateFailed where the compiled model computes in another precision.
     """
     import openvino as ov
 
     settings = Settings(**job.settings)
-    _check_stage(job.precision, settings)
-    _check_processor(job.precision, settings)
     core = ov.Core()
     try:
         model = core.read_model(str(job.artifact.directory / GRAPH_FILE))

@@ -72,22 +72,32 @@ class TensorRT:
         if not found:
             raise MissingSoftware(
                 f"{title} builds on the very GPU that is to run the engine (device=cuda), and none was found.",
-                "Use BACKEND=tensorrt_rtx, which builds without one, or BACKEND=onnxruntime.",
+                "Use the back end tensorrt_rtx, which builds without one, or onnxruntime.",
             )
         return Device("cuda", found[0].slug, title)
 
     def graph_precision(self, precision: str) -> str:
-        """Networks are strongly typed: the graph carries the precision; int8 and fp8 are calibrated here.
+        """Networks are strongly typed: the graph carries the precision; int8 and fp8 are calibrated here."""
+        return "fp32" if precision in self.CALIBRATED else precision
 
-        Raises MissingSoftware where they are asked for without ModelOpt, or fp8 beside a GPU that has none.
-        """
+    def check_target(self, device: str, precision: str, settings: dict[str, Any]) -> None:
+        """Refuses int8 and fp8 without ModelOpt, fp8 beside a GPU that has none, and what a portable engine cannot be."""
         check_gpu(precision)
+        asked = Settings(**settings)
+        limits = {
+            "version_compatible": asked.version_compatible,
+            "hardware_compatible": asked.hardware_compatible != "none",
+        }
+        for name, given in limits.items():
+            if given and self.library.portable:
+                raise BadRequest(
+                    f"{self.library.title} takes no {name}: its engines are portable between GPUs and bound to its version.",
+                    "Leave the setting out, or use the back end tensorrt.",
+                )
         if precision in self.CALIBRATED:
             from ztp_deploy.backends.tensorrt import quantise
 
             quantise.require()
-            return "fp32"
-        return precision
 
     def build(self, job: BuildJob) -> dict[str, Any]:
         """Writes `model.plan` and, with `audit`, `audit.plan`; says what fused and what runs in the precision.
