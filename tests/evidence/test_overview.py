@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.commands import typed
-from ztp_deploy.errors import BadRequest, DamagedFiles
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence.overview import overview
 from ztp_deploy.evidence.selftest import write_selftest
 from ztp_deploy.manifest import manifest_sha256
@@ -67,6 +67,15 @@ def test_what_is_missing_here_is_named(engine, monkeypatch):
     monkeypatch.setattr("ztp_deploy.backends.onnxruntime.backend.missing", lambda: "onnxruntime-gpu")
     found = overview(engine.directory)
     assert (found.library, found.unusable) == (None, "onnxruntime-gpu is not installed (pip install onnxruntime-gpu)")
+
+
+def test_a_library_that_cannot_be_loaded_is_named(engine, monkeypatch):
+    def version():
+        raise MissingSoftware("ONNX Runtime is installed and cannot be loaded: no such symbol.", "Install it again.")
+
+    monkeypatch.setattr("ztp_deploy.backends.onnxruntime.backend.version", version)
+    found = overview(engine.directory)
+    assert (found.library, found.unusable) == (None, "ONNX Runtime is installed and cannot be loaded: no such symbol.")
 
 
 def test_engines_for_a_gpu_that_is_not_here(engine, monkeypatch):

@@ -91,7 +91,8 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     whole = Column(no_wrap=True), Column(no_wrap=True)
     table = titled_table(title, *whole, Column(), show_header=False, box=None)
     for row in rows:
-        table.add_row(row["name"], row.get("status", ""), row["about"])
+        status, _, why = row.get("status", "").partition(": ")
+        table.add_row(row["name"], status, f"{row['about']} ({why})" if why else row["about"])
     out.print(table)
     out.print()
 
