@@ -65,7 +65,9 @@ def edge_name(edge: Edge) -> str:
 def tolerance_line(tolerance: Tolerance) -> str:
     """The bounds of the gate as a sentence."""
     top1 = "top-1 must be equal" if tolerance.top1 else "top-1 may differ"
+    share = percent(tolerance.near_ties, 0)
+    where = "" if tolerance.near_ties >= 1 else f", on at most {share} of the images, or on one where they are few"
     return (
         f"Logits within {tolerance.logits:g} σ of the image's own; tokens may differ by near-ties, a relative score gap "
-        f"of at most {tolerance.gap:g}, on at most {percent(tolerance.near_ties, 0)} of the images; {top1}."
+        f"of at most {tolerance.gap:g}{where}; {top1}."
     )
