@@ -252,6 +252,13 @@ def test_an_engine_of_other_weights_is_no_reference(engines, model, pictures, tm
         evaluate_engine(engines["pruned"].directory, EvalRequest(pictures), Silent(), dense_engine=other.directory)
 
 
+def test_an_engine_that_prepares_pictures_otherwise_is_no_reference(engines, trained, pictures, tmp_path):
+    model = ztp.load_model(trained, preprocessing={"crop_pct": 1.0})
+    other = built(model, ztp.make_plan(model, "dense"), tmp_path / "other", (1, 4, 8)).directory
+    with pytest.raises(BadRequest, match="prepare pictures differently"):
+        evaluate_engine(engines["pruned"].directory, EvalRequest(pictures), Silent(), dense_engine=other)
+
+
 @pytest.fixture(scope="module")
 def report(engines, pictures) -> AccuracyReport:
     """An evaluation to show."""

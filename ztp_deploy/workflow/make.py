@@ -127,7 +127,7 @@ def _made(
 ) -> tuple[dict[str, Engine], ParityReport | None]:
     """The engine as "pruned", with `yardsticks` dense and slice twin around it; all of them proved where they run."""
     check_wanted([wanted], build, images)
-    model = load(wanted.model, wanted.weights, clock, wanted.size)
+    model = load(wanted.backbone, clock)
     plan = wanted.plan(model)
     plans: dict[str, Plan] = {"pruned": plan}
     if yardsticks and plan.stages:
