@@ -155,8 +155,8 @@ def test_an_interrupted_evaluation_goes_on(engines, pictures, monkeypatch):
 
 
 def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_trained", lambda name, weights, clock, size: trained)
-    monkeypatch.setattr(evaluate.models, "check_request", lambda name, weights, size: None)
+    monkeypatch.setattr(evaluate, "load_trained", lambda wanted, clock: trained)
+    monkeypatch.setattr(evaluate.models, "check_request", lambda *wanted: None)
     weights = trained.source.weights.origin
     wanted = PlanRequest(model="deit_t", ratio=0.7, options={"rounds": 2}, weights=weights)
     report = evaluate_model(wanted, EvalRequest(pictures, device="cpu"), Silent(), record=tmp_path)

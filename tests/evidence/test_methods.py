@@ -83,7 +83,7 @@ def build(tmp_path, monkeypatch):
     from ztp_deploy import models
 
     for program in (make, compare):
-        monkeypatch.setattr(program, "load", lambda name, weights, clock, size: tiny.model())
+        monkeypatch.setattr(program, "load", lambda wanted, clock: tiny.model())
     monkeypatch.setattr(PlanRequest, "plan", lambda self, model: make_plan(tiny.model(), "zero_tprune", ratio=0.6))
     assert models.source_of(tiny.model()).name == "deit_t"
     return BuildRequest(
