@@ -15,19 +15,19 @@ comma := ,
 
 # Every variable and the option of `ztp` that it becomes; then what each target takes.
 OPTIONS := MODEL/model METHOD/method RATIO/ratio FLOPS/flops KEEP/keep SITES/sites RECIPE/recipe WEIGHTS/weights \
-           NUM_CLASSES/num-classes IMG_SIZE/img-size \
+           NUM_CLASSES/num-classes IMG_SIZE/img-size LABELS/labels \
            PROFILE/profile BACKEND/backend PRECISION/precision BATCH/batch IMAGES/images METHODS/methods \
            ENGINE/engine DATA/data BUDGET/budget TRIALS/trials BESIDE/beside CLIENTS/clients RATE/rate THREADS/threads
-PLAN    := MODEL METHOD RATIO FLOPS KEEP SITES RECIPE WEIGHTS NUM_CLASSES IMG_SIZE
+PLAN    := MODEL METHOD RATIO FLOPS KEEP SITES RECIPE WEIGHTS NUM_CLASSES IMG_SIZE LABELS
 BUILD   := PROFILE BACKEND PRECISION BATCH
 TAKES_engine     := $(PLAN) $(BUILD) IMAGES
 TAKES_bench      := $(PLAN) $(BUILD) IMAGES CLIENTS RATE THREADS
 TAKES_demo       := METHOD RATIO FLOPS WEIGHTS PROFILE BACKEND PRECISION
 TAKES_export     := $(PLAN) PRECISION
 TAKES_check      := ENGINE IMAGES WEIGHTS
-TAKES_compare    := MODEL RATIO FLOPS WEIGHTS NUM_CLASSES IMG_SIZE $(BUILD) IMAGES METHODS
+TAKES_compare    := MODEL RATIO FLOPS WEIGHTS NUM_CLASSES IMG_SIZE LABELS $(BUILD) IMAGES METHODS
 TAKES_eval        = DATA $(if $(ENGINE),ENGINE WEIGHTS,$(PLAN))
-TAKES_tune        = MODEL METHOD WEIGHTS NUM_CLASSES IMG_SIZE IMAGES BUDGET TRIALS $(if $(filter latency%,$(BUDGET)),PROFILE BACKEND PRECISION)
+TAKES_tune        = MODEL METHOD WEIGHTS NUM_CLASSES IMG_SIZE LABELS IMAGES BUDGET TRIALS $(if $(filter latency%,$(BUDGET)),PROFILE BACKEND PRECISION)
 TAKES_gpu-report := MODEL WEIGHTS PRECISION
 TAKES_classify   := ENGINE IMAGES
 TAKES_show        = IMAGES $(if $(ENGINE),ENGINE,$(PLAN))
@@ -60,7 +60,7 @@ help:  ## Show the targets and variables
 	@echo "  MODEL=$(MODEL) RATIO=$(RATIO) METHOD=$(or $(METHOD),zero_tprune) BACKEND=$(or $(BACKEND),auto)"
 	@echo "  PRECISION=$(or $(PRECISION),fp32) BATCH=$(or $(BATCH),1:8:64) WEIGHTS=$(or $(WEIGHTS),auto)"
 	@echo "  FLOPS=share KEEP=counts SITES=blocks RECIPE=name PROFILE=name METHODS=names ENGINE=folder BESIDE=folders"
-	@echo "  NUM_CLASSES=count IMG_SIZE=pixels, where a checkpoint's are others than the model's"
+	@echo "  NUM_CLASSES=count IMG_SIZE=pixels LABELS=file, where a checkpoint's are others than the model's"
 	@echo "  DATA=folder or CSV file, BUDGET=flops=0.65 or latency=12ms@batch8, TRIALS=60"
 	@echo "  CLIENTS=1,2,4 or RATE=requests a second (THREADS=count serve them): bench measures under load"
 	@echo "  CMAKE_ARGS=-DORT_ROOT=… for cpp"

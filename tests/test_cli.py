@@ -219,6 +219,96 @@ def test_a_checkpoint_with_another_head_and_other_images(ztp, tmp_path):
     one_sentence(*ztp("plan", "-m", "deit_t", "-r", 0.7, "--img-size", 0), 2, "--img-size")
 
 
+def test_a_model_with_names_and_preprocessing_of_its_own(ztp, tmp_path):
+    """From the checkpoint to the names that `ztp classify` prints; other names make another engine."""
+    from ztp_deploy import models
+    from ztp_deploy.backends import find_engine
+
+    model = models.load_model("vit_digits", "random")
+    torch.save({"state_dict": {f"model.{key}": value for key, value in model.state_dict().items()}}, "mine.ckpt")
+    names = [f"digit {number} ✓" for number in range(10)]
+    Path("names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    Path("turned.txt").write_text("\n".join(reversed(names)) + "\n", encoding="utf-8")
+    Path("few.txt").write_text("\n".join(names[:9]) + "\n", encoding="utf-8")
+    (tmp_path / "val" / "digit_3_✓").mkdir(parents=True)
+    Image.new("RGB", (130, 120), "red").save(tmp_path / "val" / "digit_3_✓" / "a.png")
+    how = ("--preprocess", "mean=0.5,0.25,0.5", "--preprocess", "crop_pct=0.9", "--preprocess", "crop_mode=squash")
+    mine = ("-m", "vit_digits", "--weights", "mine.ckpt", "--method", "slice", "--keep", "0.5", "--sites", "4")
+    built = ("--backend", "torchscript", "--batch", 1, "--input", "uint8", "--images", "val", "--no-bench")
+
+    def engine(*more: object) -> Path:
+        before = set(Path("engines").glob("*/*"))
+        code, _, err = ztp("engine", *mine, *built, *more)
+        assert code == 0, err
+        [made] = set(Path("engines").glob("*/*")) - before
+        return made
+
+    folders = [engine("--labels", "names.txt", *how), engine("--labels", "turned.txt", *how), engine(*how), engine()]
+    sources = [find_engine(folder).manifest.source for folder in folders]
+    assert [source.labels for source in sources] == [tuple(names), tuple(reversed(names)), *2 * [model.source.labels]]
+    usual = model.source.preprocessing
+    changed = usual.model_copy(update={"mean": (0.5, 0.25, 0.5), "crop_pct": 0.9, "crop_mode": "squash"})
+    assert [source.preprocessing for source in sources] == [changed, changed, changed, usual]
+    top = [json.loads(ztp("classify", "val/digit_3_✓/a.png", "-e", folder, "--json")[1]) for folder in folders]
+    first, turned = (found["images"][0]["top"][0] for found in top[:2])
+    assert first["name"] == names[first["class"]]
+    assert (turned["class"], turned["name"]) == (first["class"], names[9 - first["class"]])
+    assert names[first["class"]] in ztp("classify", "val/digit_3_✓/a.png", "-e", folders[0])[1]
+    code, out, err = ztp("check", "-e", folders[0], "--images", "val", "--count", 1, "--json")
+    assert code == 0, err
+    code, out, err = ztp("eval", "-e", folders[1], "--data", "val", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["mapping"] == "Labels were matched to the model's class names."
+    assert [(row["label"], row["name"]) for row in found["per_class"]] == [(6, "digit 3 ✓")]
+    eager = ("eval", *mine, "--labels", "names.txt", *how, "--data", "val", "--device", "cpu", "--json")
+    assert [row["label"] for row in json.loads(ztp(*eager)[1])["per_class"]] == [3]
+    dense = ("--dense-engine", folders[3])
+    one_sentence(*ztp("eval", "-e", folders[0], *dense, "--data", "val"), 2, "the reference must be dense")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (("--labels", "few.txt"), ("2 class names were given, and the model tells 10 classes apart", "--num-classes")),
+        (("--labels", "none.txt"), ("--labels 'none.txt' cannot be read: No such file or directory",)),
+        (("--preprocess", "crop"), ("--preprocess 'crop' has no value", "crop_pct=1.0")),
+        (("--preprocess", "crop_pct=1", "--preprocess", "crop_pct=1"), ("--preprocess gives crop_pct twice",)),
+        (("--preprocess", "crop=1"), ("Preprocessing has no 'crop'. Did you mean: crop_pct",)),
+        (("--preprocess", "std=0.5"), ("Preprocessing has no std='0.5'",)),
+        (("--preprocess", "interpolation=sharp"), ("interpolation='sharp'. Known are: nearest",)),
+        (("--preprocess", "input_size=3,112,112"), ("which is not its to say",)),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "-r", 0.7),
+        ("engine", "-r", 0.7),
+        ("bench", "-r", 0.7),
+        ("compare", "-r", 0.7),
+        ("eval", "-r", 0.7, "--data", "."),
+        ("show", "a.png", "-r", 0.7),
+        ("tune", "--images", ".", "--budget", "flops=0.6"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_names_and_preprocessing_that_do_not_fit_are_refused_before_anything_is_loaded(
+    command, more, words, ztp, monkeypatch
+):
+    from ztp_deploy import models
+
+    monkeypatch.setattr(models, "_give_weights", None)
+    Path("few.txt").write_text("a\nb\n", encoding="utf-8")
+    one_sentence(*ztp(*command, "-m", "vit_digits", *more), 2, *words)
+
+
+@pytest.mark.parametrize("option", [("--labels", "a.txt"), ("--preprocess", "crop_pct=1")])
+def test_an_engine_has_its_names_and_preprocessing(ztp, option):
+    for command in (("bench",), ("eval", "--data", "."), ("show", "a.png")):
+        one_sentence(*ztp(*command, "-e", "e", *option), 2, f"{option[0]} makes no sense with --engine")
+
+
 def test_bench_of_engine_folders(made, ztp):
     folder, _ = made
     engines = sorted(folder.glob("engines/*/deit_t*"))

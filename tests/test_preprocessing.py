@@ -10,7 +10,7 @@ from timm.data import create_transform
 
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.preprocessing import open_image, transform_for
+from ztp_deploy.preprocessing import adapted, open_image, transform_for
 from ztp_deploy.source import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -100,9 +100,58 @@ def test_pictures_of_other_kinds_are_prepared_as_timm_does(mode):
         ({"crop_pct": 0.0}, "cannot be prepared with crop_pct=0.0"),
         ({"crop_pct": float("nan")}, "cannot be prepared with crop_pct=nan"),
         ({"std": (0.2, 0.0, 0.2)}, r"std=\[0.2, 0.0, 0.2\]. All of these are numbers above zero."),
+        ({"std": (0.2, float("inf"), 0.2)}, r"std=\[0.2, inf, 0.2\]. All of these are numbers above zero."),
+        ({"mean": (0.5, float("nan"), 0.5)}, r"mean=\[0.5, nan, 0.5\]. All of these are numbers."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_is_not_known_is_refused(changes, sentence):
     with pytest.raises(BadRequest, match=sentence):
         transform_for(preprocessing(**changes), "float32")
+
+
+# --- what a user knows better -----------------------------------------------------------------------
+
+
+def test_what_differs_takes_the_place_of_the_usual():
+    usual = preprocessing()
+    found = adapted(usual, {"mean": [0.5, 0.25, 0.125], "crop_pct": "0.5", "crop_mode": "squash"})
+    assert found == preprocessing(mean=(0.5, 0.25, 0.125), crop_pct=0.5, crop_mode="squash")
+    assert adapted(usual, {}) == adapted(usual, usual) == usual
+    whole = preprocessing(interpolation="bilinear")
+    assert adapted(usual, whole) == whole
+    pixel = transform_for(adapted(usual, {"mean": [0.0] * 3, "std": [0.5] * 3}), "float32")(
+        Image.new("RGB", (32, 32), "white")
+    )
+    assert (pixel == 2.0).all()
+
+
+@pytest.mark.parametrize(
+    "wanted, sentence",
+    [
+        ({"means": [0.5] * 3}, "Preprocessing has no 'means'. Did you mean: mean?"),
+        ({"mean": [0.5] * 2}, r"no mean=\[0.5, 0.5\]: .*Means and standard deviations are three numbers"),
+        ({"mean": "0.5"}, "no mean='0.5': Input should be a valid tuple"),
+        ({"mean": ["a", "0.5", "0.5"]}, r"no mean=\['a', '0.5', '0.5'\]: Input should be a valid number"),
+        ({"crop_pct": "all"}, "no crop_pct='all': Input should be a valid number"),
+        ({"crop_pct": 0}, "crop_pct=0.0 and"),
+        ({"interpolation": "random"}, "cannot be resized by interpolation='random'"),
+        ({"crop_mode": "corner"}, "cannot be cropped by crop_mode='corner'"),
+        (
+            {"mean": [123.675, 116.28, 103.53]},
+            r"mean=\[123.675, 116.28, 103.53\] is no mean .* from 0 to 1. Divide by 255",
+        ),
+        (
+            {"input_size": [3, 32, 32]},
+            r"input_size=\[3, 32, 32\], which is not its to say: the model takes \(3, 32, 32\).",
+        ),
+        (
+            preprocessing(input_size=(3, 48, 48)),
+            r"input_size=\(3, 48, 48\), .* the model takes \(3, 32, 32\).*--img-size",
+        ),
+        (["mean"], r"preprocessing=\['mean'\] is no preprocessing"),
+    ],
+)
+def test_what_no_picture_can_be_prepared_by_is_refused(wanted, sentence):
+    with pytest.raises(BadRequest, match=sentence):
+        adapted(preprocessing(), wanted)

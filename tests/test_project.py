@@ -403,7 +403,7 @@ def make(*arguments, cwd=ROOT):
 VARIABLES = (
     *("MODEL", "METHOD", "RATIO", "FLOPS", "KEEP", "SITES", "RECIPE", "WEIGHTS", "PROFILE", "BACKEND", "PRECISION"),
     *("BATCH", "IMAGES", "METHODS", "ENGINE", "DATA", "BUDGET", "TRIALS", "BESIDE", "NUM_CLASSES", "IMG_SIZE"),
-    *("CLIENTS", "RATE", "THREADS"),
+    *("LABELS", "CLIENTS", "RATE", "THREADS"),
 )
 
 

@@ -41,9 +41,14 @@ class ImageInput(BaseModel):
 
 
 def folder_tags(source: Source, dtype: str) -> list[str]:
-    """`uint8` for pixel input, `random` for random weights, `w` and six digits for weights of the user's own."""
+    """`uint8` for pixel input, `random` for random weights, and for what is the user's own a letter and six digits.
+
+    `w`: weights; `l`: labels, the class names; `p`: preprocessing.
+    """
     weights = {"random": ["random"], "pretrained": []}.get(source.weights.kind, [f"w{source.weights.sha256[:6]}"])
-    return (["uint8"] if dtype == "uint8" else []) + weights
+    said = source.model_dump(mode="json")
+    own = [f"{name[0]}{hash_of(**{name: said[name]})[:6]}" for name in source.own]
+    return (["uint8"] if dtype == "uint8" else []) + weights + own
 
 
 class _Manifest(BaseModel):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import ValidationError
 
-from ztp_deploy.errors import BadRequest
+from ztp_deploy.errors import BadRequest, first_fault, suggestion
 from ztp_deploy.source import Preprocessing
 
 Transform = Callable[[Image.Image], NDArray[Any]]
@@ -56,12 +57,55 @@ def _known(preprocessing: Preprocessing) -> tuple[Image.Resampling, Fitted]:
         raise BadRequest(
             f"Pictures cannot be cropped by crop_mode={preprocessing.crop_mode!r}.", f"Known are: {', '.join(_CROPS)}."
         )
-    if not 0 < preprocessing.crop_pct < math.inf or not all(value > 0 for value in preprocessing.std):
+    if not all(0 < value < math.inf for value in (preprocessing.crop_pct, *preprocessing.std)):
         raise BadRequest(
             f"Pictures cannot be prepared with crop_pct={preprocessing.crop_pct} and std={list(preprocessing.std)}.",
             "All of these are numbers above zero.",
         )
+    if not all(map(math.isfinite, preprocessing.mean)):
+        raise BadRequest(
+            f"Pictures cannot be prepared with mean={list(preprocessing.mean)}.", "All of these are numbers."
+        )
     return resample, fitted
+
+
+def adapted(usual: Preprocessing, wanted: Preprocessing | Mapping[str, Any]) -> Preprocessing:
+    """A model's preprocessing with what its user knows better: the fields that differ, or all of them.
+
+    Raises BadRequest for a field that there is not, for what `transform_for` refuses, for a mean of pixels from 0 to 255
+    and for another size of the input, which is the model's.
+    """
+    if not isinstance(wanted, (Preprocessing, Mapping)):
+        raise BadRequest(
+            f"preprocessing={wanted!r} is no preprocessing.",
+            "Give a Preprocessing, or its fields that differ in a dict, such as {'crop_pct': 1.0}.",
+        )
+    known = [name for name in Preprocessing.model_fields if name != "input_size"]
+    fields = dict(wanted)
+    for name in fields:
+        if name not in Preprocessing.model_fields:
+            raise BadRequest(f"Preprocessing has no {name!r}.", suggestion(name, known))
+    try:
+        found = Preprocessing(**{**dict(usual), **fields})
+    except ValidationError as error:
+        where, why = first_fault(error, "preprocessing", depth=1)
+        raise BadRequest(
+            f"Preprocessing has no {where}={fields.get(where)!r}: {why}.",
+            "Means and standard deviations are three numbers, crop_pct is one, interpolation and crop_mode are names.",
+        ) from error
+    if found.input_size != usual.input_size or ("input_size" in fields and isinstance(wanted, Mapping)):
+        raise BadRequest(
+            f"The preprocessing says input_size={fields['input_size']}, which is not its to say: the model takes "
+            f"{usual.input_size}.",
+            "Leave it out; --img-size, in Python overrides={'img_size': …}, changes the model's.",
+        )
+    _known(found)
+    if max(found.mean) > 1 or min(found.mean) < 0:
+        raise BadRequest(
+            f"mean={list(found.mean)} is no mean of pixels from 0 to 1.",
+            "Divide by 255, means and standard deviations alike, where yours are of pixels from 0 to 255.",
+        )
+    return found
 
 
 def _center(image: Image.Image, preprocessing: Preprocessing, resample: Image.Resampling) -> Image.Image:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from ztp_deploy.errors import BadRequest
 
 
 class ModelSize(BaseModel):
@@ -56,7 +59,10 @@ class Weights(BaseModel):
 
 
 class Source(BaseModel):
-    """What a model is: its name here, its timm architecture, weights, preprocessing, class names."""
+    """What a model is: its name here, its timm architecture, weights, preprocessing, class names.
+
+    `own`: what of these last two its user gave and the model would not have by itself.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -67,3 +73,44 @@ class Source(BaseModel):
     weights: Weights
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None = None
+    own: tuple[Literal["labels", "preprocessing"], ...] = ()
+
+
+def check_labels(labels: Sequence[str], classes: int) -> tuple[str, ...]:
+    """The class names. Raises BadRequest unless there is one for each of the classes, each its own, in one line of text."""
+    if isinstance(labels, str) or not isinstance(labels, Sequence):
+        raise BadRequest(f"labels={labels!r} are not class names.", "Give a list of names, in the order of classes.")
+    first: dict[str, int] = {}
+    for number, name in enumerate(labels, 1):
+        if not isinstance(name, str) or name != name.strip() or len(name.splitlines()) != 1:
+            raise BadRequest(
+                f"Class name {number} is {name!r}, which is not one line of text without spaces around it.",
+                "Give every class a name; in a file one a line, without empty lines between them.",
+            )
+        if name in first:
+            raise BadRequest(
+                f"Class names {first[name]} and {number} are both {name!r}.", "Give every class a name of its own."
+            )
+        first[name] = number
+    if len(labels) != classes:
+        raise BadRequest(
+            f"{len(labels)} class names were given, and the model tells {classes} classes apart.",
+            f"Give {classes} names, in the order of classes, or say how many classes your checkpoint has: --num-classes, "
+            "in Python overrides={'num_classes': …}.",
+        )
+    return tuple(labels)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The lines of a text file in UTF-8, without blank ones at its end. Raises BadRequest where it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
+        raise BadRequest(
+            f"--labels {str(path)!r} cannot be read: {why}.",
+            "Give a text file in UTF-8 with one class name a line, in the order of classes.",
+        ) from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return tuple(lines)

@@ -927,7 +927,7 @@ def test_labels_and_small_batches(runtime, openvino_engine, tmp_path):
     engine = tmp_path / "engine"
     shutil.copytree(openvino_engine, engine)
     source = json.loads((engine / "manifest.json").read_text())["source"]
-    source["labels"] = [f"clé {index}" for index in range(10)]
+    source |= {"labels": [f"clé {index}" for index in range(10)], "own": ["labels"]}
     reseal(engine, source=source, batch={"min": 4, "opt": 4, "max": 4})
     images = tiny.images(5)
     images.tofile(tmp_path / "five.f32")

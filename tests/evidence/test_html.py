@@ -623,6 +623,17 @@ def test_accuracy_stands_against_speed(folder, tmp_path, ztp_command):
     assert ztp_command("report", "--engine", folder, "--beside", other)[0] == 0
     page = (folder / "evidence" / "report.html").read_text()
     assert page.count('class="dot other"') == len(read_evidence(folder).summary.gains)
+    manifest = read_manifest(other, EngineManifest)
+    prepared = manifest.source.preprocessing.model_copy(update={"crop_pct": 0.5})
+    tiny.reseal(other, source=manifest.source.model_copy(update={"preprocessing": prepared}))
+    for path in (other / "evidence").glob("*.json"):  # as evidence of this other build
+        path.write_text(path.read_text().replace(sha, manifest_sha256(other)))
+    code, said = ztp_command("report", "--engine", folder, "--beside", other)[0::2]
+    assert code == 2
+    assert "other preprocessing than this engine" in said
+    assert "crop_pct 0.5" in said
+    tiny.reseal(other, source=manifest.source)
+    shutil.copytree(folder / "evidence", other / "evidence", dirs_exist_ok=True)
     other_data = evaluated(sha).model_copy(update={"data_sha256": "f" * 64})
     (other / "evidence" / "accuracy.json").write_text(other_data.to_json())
     code, said = ztp_command("report", "--engine", folder, "--beside", other)[0::2]

@@ -50,6 +50,17 @@ def test_labels_become_indices(names, classes, labels, expected, words):
     assert words in mapping
 
 
+def test_classes_that_are_called_by_numbers_are_meant_by_their_names():
+    """A file of names in the order of `ImageFolder`, which sorts texts."""
+    called = sorted(map(str, range(12)))
+    index, mapping = class_indices(called, 12, called)
+    assert (index["10"], index["2"]) == (2, 4)
+    assert mapping == "Labels were matched to the model's class names."
+    in_order = [str(number) for number in range(12)]
+    assert class_indices(in_order, 12, in_order)[1] == "Labels are class indices."
+    assert class_indices(["0", "3"], 12, ["3", "cat", *map(str, range(20, 30))])[0] == {"0": 0, "3": 3}
+
+
 @pytest.mark.parametrize(
     "names, classes, labels, words",
     [

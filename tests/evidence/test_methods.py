@@ -81,7 +81,7 @@ def build(tmp_path, monkeypatch):
     from tests import tiny
     from ztp_deploy import models
 
-    monkeypatch.setattr(steps, "load", lambda name, weights, clock, size: tiny.model())
+    monkeypatch.setattr(steps, "load", lambda wanted, clock: tiny.model())
     monkeypatch.setattr(PlanRequest, "plan", lambda self, model: make_plan(tiny.model(), "zero_tprune", ratio=0.6))
     assert models.source_of(tiny.model()).name == "deit_t"
     return BuildRequest(

@@ -13,6 +13,8 @@ import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy import models
 from ztp_deploy.errors import BadRequest, MissingSoftware
+from ztp_deploy.models import swag
+from ztp_deploy.models.layouts import HUGGING_FACE
 from ztp_deploy.models.timm_vit import NAMES
 from ztp_deploy.pruning.tokens import initial_state
 from ztp_deploy.source import ModelSize, Weights
@@ -76,6 +78,134 @@ def test_official_layouts_load(container, tmp_path):
     assert by_dict.source.weights.kind == "given"
     assert by_file.source.weights.kind == "file"
     assert by_file.source.weights.sha256 == by_dict.source.weights.sha256 == tiny.model().source.weights.sha256
+
+
+def under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "net.", "backbone.", "_orig_mod.", "module.model.", "module._orig_mod.model.vit."]
+)
+@pytest.mark.parametrize("container", [None, "state_dict"])
+def test_what_wrappers_put_before_every_key_is_taken_off(prefix, container):
+    state = under(prefix, tiny.model().state_dict())
+    loaded = ztp.load_model("deit_t", {container: state, "epoch": 3} if container else state, tiny.SIZE)
+    assert loaded.source.weights.sha256 == tiny.model().source.weights.sha256
+
+
+def test_a_prefix_is_taken_off_publishers_layouts_and_weights_of_methods_too():
+    state = tiny.model().state_dict()
+    torch.manual_seed(0)
+    carried = {"score_predictor.0.in_conv.1.bias": torch.randn(3)}
+    model = ztp.load_model("deit_t", under("module.model.", state | carried), tiny.SIZE)
+    assert list(models.method_weights_of(model, "dynamicvit")) == list(carried)
+    official = HUGGING_FACE[0].write(state)
+    loaded = ztp.load_model("deit_t", under("model.", official), tiny.SIZE)
+    assert loaded.source.weights.sha256 == tiny.model().source.weights.sha256
+
+
+def test_what_the_model_itself_begins_with_is_no_prefix():
+    """All keys begin with `blocks`, as some of the model's do."""
+    blocks = {name: value for name, value in tiny.model().state_dict().items() if name.startswith("blocks.")}
+    with pytest.raises(BadRequest, match=r"missing: cls_token, head\.bias, .*, norm\.weight and 3 more\.") as refusal:
+        ztp.load_model("deit_t", blocks, tiny.SIZE)
+    assert "unexpected" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            lambda state: {**under("model.", state), "criterion.weight": torch.ones(10)},
+            "56 of 57 keys .*'model.*criterion.w",
+        ),
+        (
+            lambda state: under("student.", state) | under("teacher.", state),
+            "56 of 112 keys .*'student.*such as teacher",
+        ),
+        (
+            lambda state: {**under("module.", dict(list(state.items())[:2])), **dict(list(state.items())[2:])},
+            "2 of 56 ",
+        ),
+        (
+            lambda state: under("module.", under("model.vit.", state) | {"loss.w": torch.ones(1)}),
+            "'model.vit.'.* loss.w",
+        ),
+    ],
+    ids=["loss", "two models", "two keys", "below another"],
+)
+def test_a_prefix_of_some_keys_is_not_guessed(change, words):
+    with pytest.raises(BadRequest, match=words) as refusal:
+        ztp.load_model("deit_t", change(tiny.model().state_dict()), tiny.SIZE)
+    assert "Save the state dict of the model alone" in refusal.value.fix
+
+
+def test_a_few_keys_of_another_model_are_no_prefix():
+    state = {"trunk.norm.weight": torch.ones(48), "trunk.layer.weight": torch.ones(48), "fc.bias": torch.ones(10)}
+    with pytest.raises(BadRequest, match=r"unexpected: fc.bias, trunk.layer.weight, trunk.norm.weight\."):
+        ztp.load_model("deit_t", state, tiny.SIZE)
+
+
+def test_of_keys_that_do_not_fit_the_first_few_are_listed():
+    state = tiny.model().state_dict()
+    strange = {name.replace("blocks", "layers"): value for name, value in state.items()}
+    with pytest.raises(BadRequest) as refusal:
+        ztp.load_model("deit_t", strange, tiny.SIZE)
+    more = sum(name.startswith("blocks") for name in state) - 5
+    for kind, room in (("missing", "blocks"), ("unexpected", "layers")):
+        first = [f"{room}.0.attn.{part}" for part in ("proj.bias", "proj.weight", "qkv.bias", "qkv.weight")]
+        assert f"{kind}: {', '.join(first)}, {room}.0.mlp.fc1.bias and {more} more" in refusal.value.problem
+    kept = {name: value for name, value in state.items() if name not in sorted(state)[:5]}
+    with pytest.raises(BadRequest) as refusal:
+        ztp.load_model("deit_t", kept, tiny.SIZE)
+    assert refusal.value.problem.endswith(f"missing: {', '.join(sorted(state)[:5])}.")
+
+
+@pytest.mark.parametrize(
+    "name, layout, key, count",
+    [
+        ("deit_t", None, "pos_embed", 1),
+        ("deit_t_distilled", None, "pos_embed", 2),
+        ("deit_t", HUGGING_FACE[0], "vit.embeddings.position_embeddings", 1),
+        ("swag_vit_b16", swag.LAYOUTS[-1], "encoder.pos_embedding", 1),
+    ],
+)
+def test_positions_of_other_images_are_said_to_be_so(name, layout, key, count):
+    """128 pixels are 8 rows of 8 patches; the model's 96 are 6 of 6."""
+    larger = tiny.model(name, tiny.SIZE.model_copy(update={"img_size": 128, "num_classes": 7})).state_dict()
+    state = layout.write(larger) if layout else larger
+    with pytest.raises(BadRequest) as refusal:
+        ztp.load_model(name, state, tiny.SIZE)
+    shape = state[key].shape
+    assert (
+        f"{key} {tuple(shape)} instead of {tuple(36 + count if side == 64 + count else side for side in shape)}"
+        in str(refusal.value)
+    )
+    assert "It is for images of 128 pixels: positions are not resampled here." in refusal.value.problem
+    assert "--img-size 128" in refusal.value.fix
+    assert "resample the positions when fine-tuning" in refusal.value.fix
+    assert layout or "--num-classes 7 --img-size 128, " in refusal.value.fix
+    size = tiny.SIZE.model_copy(update={"img_size": 128, "num_classes": 7})
+    assert models.host_of(ztp.load_model(name, state, size)).geometry.image_size == 128
+
+
+@pytest.mark.parametrize("tokens", [51, 12])
+def test_positions_that_make_no_square_name_no_size(tokens):
+    state = {**tiny.model().state_dict(), "pos_embed": torch.zeros(1, tokens, 48)}
+    with pytest.raises(
+        BadRequest, match="It is for images of another size: positions are not resampled here"
+    ) as refusal:
+        ztp.load_model("deit_t", state, tiny.SIZE)
+    assert "--img-size, in Python" in refusal.value.fix
+
+
+def test_patches_of_another_size_are_not_taken_for_images_of_another():
+    """48 pixels in patches of 4 have as many positions as 192 pixels in patches of 16."""
+    state = tiny.model("deit_t", tiny.SIZE.model_copy(update={"patch_size": 8})).state_dict()
+    with pytest.raises(BadRequest, match="images of another size") as refusal:
+        ztp.load_model("deit_t", state, tiny.SIZE)
+    assert "192" not in str(refusal.value)
 
 
 def test_of_several_sets_of_weights_one_is_chosen(tmp_path):

@@ -18,6 +18,7 @@ from ztp_deploy.pruning.tokens import TokenState, initial_state
 from ztp_deploy.source import ModelSize
 from ztp_deploy.workflow import steps
 from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.requests import ModelRequest
 
 GOLDEN_SIZE = ModelSize(embed_dim=96, depth=6, num_heads=3, num_classes=100)
 CASES = ["mae_tiny_gap", "mae_tiny_gap_eps"]
@@ -179,11 +180,11 @@ def test_a_file_carries_the_licence_and_says_so(mae, tmp_path):
     own = tmp_path / "own.pth"
     torch.save(tiny.model("deit_t").state_dict(), own)
     monitor = Listening()
-    model = steps.load("mae_vit_b", str(path), Clock(monitor), tiny.SIZE)
+    model = steps.load(ModelRequest("mae_vit_b", str(path), tiny.SIZE), Clock(monitor))
     assert model.source.weights.licence == "CC-BY-NC-4.0"
     assert monitor.warned == ["The weights of mae_vit_b are licensed CC-BY-NC-4.0: no commercial use."]
     monitor = Listening()
-    model = steps.load("deit_t", str(own), Clock(monitor), tiny.SIZE)
+    model = steps.load(ModelRequest("deit_t", str(own), tiny.SIZE), Clock(monitor))
     assert model.source.weights.licence is None  # a file of one's own; the hub's licence says nothing about it
     assert monitor.warned == []
 

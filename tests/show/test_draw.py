@@ -24,7 +24,9 @@ def ztp(monkeypatch, capsys, tmp_path):
     # Small models, so that the command takes no time.
     load_model, describe = models.load_model, models.describe
     monkeypatch.setattr(
-        models, "load_model", lambda name, weights="auto", size=None: load_model(name, weights, size or tiny.SIZE)
+        models,
+        "load_model",
+        lambda name, weights="auto", size=None, *more: load_model(name, weights, size or tiny.SIZE, *more),
     )
     monkeypatch.setattr(models, "describe", lambda name, size=None: describe(name, size or tiny.SIZE if isinstance(name, str) else None))  # fmt: skip
     for name, crop in zip(("one.png", "two.jpg"), photograph_crops(2).values(), strict=True):

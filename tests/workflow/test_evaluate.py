@@ -194,8 +194,8 @@ def test_a_truncated_picture_ends_an_evaluation_before_it_begins(engines, pictur
 
 
 def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load_trained", lambda name, weights, clock, size: trained)
-    monkeypatch.setattr(evaluate.models, "check_request", lambda name, weights, size: None)
+    monkeypatch.setattr(evaluate, "load_trained", lambda wanted, clock: trained)
+    monkeypatch.setattr(evaluate.models, "check_request", lambda *wanted: None)
     weights = trained.source.weights.origin
     wanted = PlanRequest(model="deit_t", ratio=0.7, options={"rounds": 2}, weights=weights)
     report = evaluate_model(wanted, EvalRequest(pictures, device="cpu"), Silent(), record=tmp_path)
@@ -289,6 +289,13 @@ def test_an_engine_of_other_weights_is_no_reference(engines, model, pictures, tm
         update={"weights": other.manifest.source.weights.model_copy(update={"sha256": "0" * 64})}))  # fmt: skip
     with pytest.raises(BadRequest, match="have different weights"):
         evaluate_engine(engines["pruned"].directory, EvalRequest(pictures), Silent(), dense_engine=other.directory)
+
+
+def test_an_engine_that_prepares_pictures_otherwise_is_no_reference(engines, trained, pictures, tmp_path):
+    model = ztp.load_model(trained, preprocessing={"crop_pct": 1.0})
+    other = built(model, ztp.make_plan(model, "dense"), tmp_path / "other", (1, 4, 8)).directory
+    with pytest.raises(BadRequest, match="prepare pictures differently"):
+        evaluate_engine(engines["pruned"].directory, EvalRequest(pictures), Silent(), dense_engine=other)
 
 
 @pytest.fixture(scope="module")

@@ -167,9 +167,10 @@ def engine_directory(
 ) -> Path:
     """`root/<backend>-<version>-<device>/<model>--<method>-<ratio>--<precision>--b<min>-<opt>-<max>[--tag…]`.
 
-    Tags: `uint8` input, `random` weights or the first digits of weights of your own, `s` and a hash of settings
-    that are not the back end's own choice, `c` and a hash of the images that a precision is fitted to:
-    engines that differ never share a folder. `calibration`: those images, [M, 3, H, W].
+    Tags: `uint8` input, `random` weights or the first digits of weights of your own, `l` and `p` with a hash of class
+    names and of preprocessing of your own, `s` and a hash of settings that are not the back end's own choice, `c` and
+    a hash of the images that a precision is fitted to: engines that differ never share a folder.
+    `calibration`: those images, [M, 3, H, W].
     """
     machine = f"{target.name}-{target.backend.version()}-{target.device.slug}"
     parts = [artifact.source.name, artifact.plan.label, target.precision, f"b{target.batch}", *artifact.tags]

@@ -41,6 +41,8 @@ def bench(
     weights: options.Weights = "auto",
     num_classes: options.NumClasses = None,
     img_size: options.ImageSize = None,
+    labels: options.Labels = None,
+    preprocess: options.Preprocess = None,
     recipe: options.Recipe = None,
     profile: options.Profile = None,
     backend: options.BackendName = None,

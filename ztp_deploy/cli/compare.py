@@ -29,6 +29,8 @@ def compare(
     weights: options.Weights = "auto",
     num_classes: options.NumClasses = None,
     img_size: options.ImageSize = None,
+    labels: options.Labels = None,
+    preprocess: options.Preprocess = None,
     profile: options.Profile = None,
     backend: options.BackendName = None,
     device: options.DeviceName = None,
@@ -60,6 +62,8 @@ def compare(
             weights=weights,
             num_classes=num_classes,
             img_size=img_size,
+            labels=labels,
+            preprocess=preprocess,
         )
         for name in names
     ]

@@ -40,6 +40,8 @@ def eval_(
     ] = "auto",
     num_classes: options.NumClasses = None,
     img_size: options.ImageSize = None,
+    labels: options.Labels = None,
+    preprocess: options.Preprocess = None,
     recipe: options.Recipe = None,
     dense_engine: Annotated[
         Path | None,

@@ -24,6 +24,8 @@ def export(
     weights: options.Weights = "auto",
     num_classes: options.NumClasses = None,
     img_size: options.ImageSize = None,
+    labels: options.Labels = None,
+    preprocess: options.Preprocess = None,
     recipe: options.Recipe = None,
     format: Annotated[str, typer.Option(help="onnx, torch_export or torchscript.")] = "onnx",
     precision: options.GraphPrecision = None,
@@ -32,7 +34,7 @@ def export(
     as_json: options.AsJson = False,
 ) -> None:
     """Export a pruned model to a folder with its graph and manifest."""
-    from ztp_deploy import exporters, models
+    from ztp_deploy import exporters
     from ztp_deploy.workflow.progress import Clock
     from ztp_deploy.workflow.steps import export_model, load
 
@@ -40,10 +42,10 @@ def export(
     wanted = options.asked_plan(context)
     request = options.asked_build(context, export_root=directory)
     exporters.check_precision(format, request.precision)
-    models.check_request(wanted.model, wanted.weights, wanted.size)
+    wanted.backbone.check()
     wanted.check()
     clock = Clock(Bars())
-    module = load(wanted.model, wanted.weights, clock, wanted.size)
+    module = load(wanted.backbone, clock)
     artifact = export_model(module, wanted.plan(module), request, format, request.precision, clock)
     if as_json:
         print_json(

@@ -47,6 +47,16 @@ NumClasses = Annotated[
 ImageSize = Annotated[
     int | None, typer.Option("--img-size", min=1, help="Side of the model's images in pixels, where it is another.")
 ]
+Labels = Annotated[
+    Path | None, typer.Option(help="Text file with the names of your classes, one a line, in the order of classes.")
+]
+Preprocess = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="How your checkpoint's pictures were prepared, where it differs: mean=0.5,0.5,0.5, std=…, crop_pct=1.0, "
+        "interpolation=bicubic or crop_mode=squash; repeatable."
+    ),
+]
 TrainedWeights = Annotated[
     str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
 ]
@@ -101,7 +111,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and 
 
 
 PLAN_OPTIONS = frozenset(
-    {"method", "ratio", "flops", "keep", "sites", "option", "weights", "recipe", "num_classes", "img_size"}
+    {"method", "ratio", "flops", "keep", "sites", "option", "weights", "recipe"}
+    | {"num_classes", "img_size", "labels", "preprocess"}
 )
 BUILD_OPTIONS = frozenset({"profile", "backend", "device", "precision", "batch", "input"})
 """Parameters of commands that decide a plan, and those that decide a build: what stands already heeds neither."""
@@ -120,12 +131,15 @@ def plan_request(
     recipe: str | None = None,
     num_classes: int | None = None,
     img_size: int | None = None,
+    labels: Path | None = None,
+    preprocess: list[str] | None = None,
 ) -> PlanRequest:
     """The plan that these options ask for; a recipe fills in what they leave out, the model too.
 
     Raises BadRequest for options that cannot be read, for no model, and for another model than the recipe's.
     """
     from ztp_deploy.recipes import read_recipe
+    from ztp_deploy.source import read_labels
     from ztp_deploy.workflow.requests import PlanRequest
 
     asked = dict(read_recipe(recipe)) if recipe else {}
@@ -142,7 +156,14 @@ def plan_request(
     asked |= {name: value for name, value in given.items() if value is not None}
     if not asked.get("model"):
         raise BadRequest("No model was named.", "Give --model, such as --model deit_s, or a --recipe, which names one.")
-    return PlanRequest(**asked, weights=weights, num_classes=num_classes, img_size=img_size)
+    return PlanRequest(
+        **asked,
+        weights=weights,
+        num_classes=num_classes,
+        img_size=img_size,
+        labels=None if labels is None else read_labels(labels),
+        preprocessing=_preprocessing(preprocess or []) or None,
+    )
 
 
 def asked_plan(context: typer.Context) -> PlanRequest:
@@ -235,3 +256,16 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def _preprocessing(texts: Iterable[str]) -> dict[str, Any]:
+    """Fields and values of `Preprocessing`, lists where there are commas; what they may be is the model's to say."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise BadRequest(f"--preprocess {text!r} has no value.", "Write name=value, such as crop_pct=1.0.")
+        if name in found:
+            raise BadRequest(f"--preprocess gives {name} twice.", "Leave one of them out.")
+        found[name] = value.split(",") if "," in value else value
+    return found

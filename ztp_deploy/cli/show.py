@@ -30,6 +30,8 @@ def show(
     weights: options.Weights = "auto",
     num_classes: options.NumClasses = None,
     img_size: options.ImageSize = None,
+    labels: options.Labels = None,
+    preprocess: options.Preprocess = None,
     recipe: options.Recipe = None,
     directory: Annotated[Path, typer.Option(help="Where pictures go.")] = PICTURES_ROOT,
     as_json: options.AsJson = False,

@@ -24,6 +24,8 @@ def tune(
     weights: options.TrainedWeights = "auto",
     num_classes: options.NumClasses = None,
     img_size: options.ImageSize = None,
+    labels: options.Labels = None,
+    preprocess: options.Preprocess = None,
     profile: options.Profile = None,
     backend: options.BackendName = None,
     device: options.DeviceName = None,
@@ -51,13 +53,16 @@ def tune(
             f"--budget {budget}: multiply-accumulates are counted, nothing is built",
             "Leave it out, or give a latency budget.",
         )
+    wanted = options.asked_plan(context)
     request = TuneRequest(
         model=model,
         images=images,
         budget=budget,
         method=method or METHOD,
         weights=weights,
-        size=options.asked_plan(context).size,
+        size=wanted.size,
+        labels=wanted.labels,
+        preprocessing=wanted.preprocessing,
         build=options.asked_build(context),
         trials=trials,
         count=count,

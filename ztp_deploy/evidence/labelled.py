@@ -147,8 +147,8 @@ def _from_csv(path: Path) -> tuple[list[Path], list[str]]:
 def class_indices(names: Sequence[str], classes: int, labels: Sequence[str] | None) -> tuple[dict[str, int], str]:
     """Labels as they were given → class indices, and a sentence on how that was decided.
 
-    The first of these that fits decides, and it must fit every name: whole numbers are the indices themselves;
-    the model's own labels, whole or by their first synonym, in any case and with `_` for a space; WordNet ids
+    The first of these that fits decides, and it must fit every name: whole numbers are the indices themselves,
+    unless they all are names of the model's classes and those of others; the model's own labels, whole or by their first synonym, in any case and with `_` for a space; WordNet ids
     (n01440764) where the model has ImageNet's classes; sorted order, where there are exactly as many names as
     classes. Raises BadRequest where a name fits by halves, by two classes, or not at all.
     """
@@ -170,10 +170,12 @@ def class_indices(names: Sequence[str], classes: int, labels: Sequence[str] | No
 def _reading(names: Sequence[str], classes: int, labels: Sequence[str] | None) -> tuple[dict[str, list[int]], str, str]:
     """What the names may mean: the classes of each that it fits; a sentence on how, and a hint for those it does not."""
     numbers = [name for name in names if re.fullmatch(r"[0-9]+", name)]
-    if numbers:
+    ours = _by_label(labels or ())
+    # Classes that are called 0, 1, 10, 2 … are in no order of numbers.
+    renamed = all(_plain(name) in ours for name in names) and any(ours[_plain(name)] != [int(name)] for name in numbers)
+    if numbers and not renamed:
         hint = "Class indices are whole numbers, counted from 0"
         return {name: [int(name)] for name in numbers}, "Labels are class indices.", hint
-    ours = _by_label(labels or ())
     known = [name for name in names if _plain(name) in ours]
     if known:
         hint = f"Nearest: {_nearest(names, known, ours)}"

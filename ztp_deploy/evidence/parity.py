@@ -233,6 +233,11 @@ def _check_belonging(engine: Engine, pruned: PrunedModel, pictures: ImageSet) ->
         raise BadRequest(
             f"This model is not the one {engine.directory} was built from.", "Give the same weights and the same plan."
         )
+    if wanted.dtype == "uint8" and pruned.source.preprocessing != manifest.source.preprocessing:
+        raise BadRequest(
+            f"This model normalises pixels otherwise than {engine.directory}, which does so in its graph.",
+            "Load the model with the preprocessing that the engine's manifest has.",
+        )
 
 
 # --- what the sides did ------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -17,7 +17,8 @@ from ztp_deploy.errors import BadRequest, MissingSoftware, first_fault, nearest
 from ztp_deploy.models import weights as weights_module
 from ztp_deploy.models.base import Host
 from ztp_deploy.plan import Geometry
-from ztp_deploy.source import ModelSize, Preprocessing, Source, Weights
+from ztp_deploy.preprocessing import adapted
+from ztp_deploy.source import ModelSize, Preprocessing, Source, Weights, check_labels
 
 FAMILIES: dict[str, str] = {
     "timm_vit": "ztp_deploy.models.timm_vit",
@@ -82,9 +83,7 @@ def host_of(model: nn.Module) -> Host:
 def describe(model_or_name: nn.Module | str, overrides: ModelSize | None = None) -> tuple[str, Geometry]:
     """Name and geometry of a model; a name is built without memory for its weights."""
     if isinstance(model_or_name, str):
-        key, architecture = _resolve(model_or_name)
-        skeleton = family(key).build(architecture, _size(overrides), device="meta")
-        return model_or_name, family(key).host(skeleton).geometry
+        return model_or_name, host_of(_skeleton(model_or_name, overrides)).geometry
     source = getattr(model_or_name, "source", None)
     name = source.name if isinstance(source, Source) else type(model_or_name).__name__
     return name, host_of(model_or_name).geometry
@@ -94,6 +93,8 @@ def load_model(
     name_or_module: str | nn.Module,
     weights: str | Path | Mapping[str, Any] = "auto",
     overrides: ModelSize | Mapping[str, Any] | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A model in evaluation mode with a frozen `.source`.
 
@@ -101,8 +102,11 @@ def load_model(
     its weights). `weights`: "auto" (pre-trained where they can be had, else random with a
     RandomWeightsWarning), "pretrained" (refuses otherwise), "random" (seeded), the path of a
     checkpoint (with `:state_dict_ema` behind it where it holds several), or a state dict with
-    official keys. `overrides` change sizes: a `ModelSize`, or its fields in a dict.
-    Raises BadRequest (unknown name, weights that do not fit) and MissingSoftware (no pre-trained weights).
+    official keys. `overrides` change sizes: a `ModelSize`, or its fields in a dict. `labels`: the names of
+    its classes, in their order. `preprocessing`: how a picture becomes its input where that is not as the
+    model was first trained, a `Preprocessing`, or its fields that differ in a dict.
+    Raises BadRequest (unknown name, weights, labels or preprocessing that do not fit) and MissingSoftware (no
+    pre-trained weights).
     """
     if not isinstance(name_or_module, (str, nn.Module)):
         raise BadRequest(
@@ -113,7 +117,7 @@ def load_model(
             raise BadRequest(
                 "A module of your own comes with its weights and sizes.", "Leave weights and overrides out."
             )
-        return _own_module(name_or_module)
+        return _own_module(name_or_module, labels, preprocessing)
     key, architecture = _resolve(name_or_module)
     if not isinstance(weights, (str, Path, Mapping)):
         raise BadRequest(
@@ -122,20 +126,40 @@ def load_model(
         )
     size = _size(overrides)
     model = family(key).build(architecture, size)
-    host_of(model)
+    brought = _brought(model, _usual(model, size), labels, preprocessing)  # refused before weights are looked for
     record = _give_weights(model, key, architecture, size, weights)
-    preprocessing = _preprocessing(model)
-    labels = None if size.num_classes else _labels(model)
     model.source = Source(  # type: ignore[assignment]
-        name=name_or_module,
-        family=key,
-        architecture=architecture,
-        size=size,
-        weights=record,
-        preprocessing=preprocessing,
-        labels=labels,
+        name=name_or_module, family=key, architecture=architecture, size=size, weights=record, **brought
     )
     return model
+
+
+def _usual(model: nn.Module, size: ModelSize) -> dict[str, Any]:
+    """What a source says of a model whose user says nothing: its preprocessing and its class names."""
+    labels = None if size.num_classes else _labels(model)
+    return {"preprocessing": _preprocessing(model), "labels": labels, "own": ()}
+
+
+def _brought(
+    model: nn.Module,
+    usual: Mapping[str, Any],
+    labels: Sequence[str] | None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The same with what the user gave in its place. Raises BadRequest for what does not fit the model."""
+    found = dict(usual)
+    if labels is not None:
+        found["labels"] = check_labels(labels, host_of(model).geometry.num_classes)
+    if preprocessing is not None:
+        found["preprocessing"] = adapted(usual["preprocessing"], preprocessing)
+    changed = {name for name in ("labels", "preprocessing") if found[name] != usual[name]}
+    return found | {"own": tuple(sorted(changed | set(usual["own"])))}
+
+
+def _skeleton(name: str, overrides: ModelSize | None) -> nn.Module:
+    """The model of that name without memory for its weights."""
+    key, architecture = _resolve(name)
+    return family(key).build(architecture, _size(overrides), device="meta")
 
 
 def _size(overrides: object) -> ModelSize:
@@ -154,15 +178,22 @@ def _size(overrides: object) -> ModelSize:
         ) from error
 
 
-def check_request(name: str, weights: str, overrides: ModelSize | None = None) -> None:
-    """Refuses, before anything is loaded, a name that nobody carries and a checkpoint that is not there."""
-    describe(name, overrides)
+def check_request(
+    name: str,
+    weights: str,
+    overrides: ModelSize | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None,
+) -> None:
+    """Refuses, before anything is loaded, what `load_model` refuses of these, and a checkpoint that is not there."""
+    skeleton = _skeleton(name, overrides)
+    _brought(skeleton, _usual(skeleton, _size(overrides)), labels, preprocessing)
     if weights not in NAMED_WEIGHTS:
         weights_module.check_file(weights_module.user_path(weights)[0])
 
 
 def reload_model(source: Source) -> nn.Module:
-    """The model a manifest's source describes, with the very same weights.
+    """The model a manifest's source describes, with the very same weights, class names and preprocessing.
 
     Raises BadRequest where they cannot be had again (a state dict or module given in Python) or differ.
     """
@@ -173,12 +204,14 @@ def reload_model(source: Source) -> nn.Module:
             "Check from Python: ztp.check_parity(engine, model, images).",
         )
     model = load_model(source.name, source.weights.origin if kind == "file" else kind, source.size)
-    found = source_of(model).weights.sha256
-    if found != source.weights.sha256:
+    found = source_of(model)
+    if found.weights.sha256 != source.weights.sha256:
         raise BadRequest(
             f"The weights of {source.name} ({source.weights.origin}) are not the ones this was built from.",
             "Rebuild, or put the old weights back.",
         )
+    kept = {name: getattr(source, name) for name in ("preprocessing", "labels", "own")}
+    model.source = found.model_copy(update=kept)  # type: ignore[assignment]
     return model
 
 
@@ -203,10 +236,15 @@ def method_weights_of(model: nn.Module, method: str) -> Mapping[str, Tensor]:
     return own.get(method, {})
 
 
-def _own_module(module: nn.Module) -> nn.Module:
+def _own_module(
+    module: nn.Module, labels: Sequence[str] | None, preprocessing: Preprocessing | Mapping[str, Any] | None
+) -> nn.Module:
     host_of(module)
+    source = source_of(module)
+    usual = {name: getattr(source, name) for name in ("preprocessing", "labels", "own")}
+    brought = _brought(module, usual, labels, preprocessing)
     model = copy.deepcopy(module).eval()
-    model.source = source_of(module)  # type: ignore[assignment]
+    model.source = source.model_copy(update=brought)  # type: ignore[assignment]
     return model
 
 

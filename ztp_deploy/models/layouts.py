@@ -65,7 +65,7 @@ def translate(model: nn.Module, state: dict[str, Tensor], layouts: Iterable[Layo
     for layout in layouts:
         if layout.matches(state):
             expected = model.state_dict()
-            check_keys(layout.write(expected), state, f"A checkpoint in the layout of {layout.publisher}")
+            check_keys(model, layout.write(expected), state, f"A checkpoint in the layout of {layout.publisher}")
             return layout.read(state, expected)
     return state
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ RANDOM_SEED = 0
 HUB_TIMEOUT_SECONDS = 5.0
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _CONTAINERS = ("model", "model_ema", "module", "state_dict", "state_dict_ema")
+_LISTED = 5
+_POSITIONS = re.compile(r"pos(ition)?_embed(ding)?s?$")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -89,8 +93,9 @@ def load_given(
 ) -> None:
     """Loads a state dict in an official layout: flat, or under the one of `_CONTAINERS` that is there, or `container`.
 
-    `module.` prefixes are stripped; weights that belong to a pruning method go to `model.method_weights`.
-    Raises BadRequest that lists missing, unexpected and misshapen keys, or the containers to choose from.
+    What wrappers put before every key (`module.`, `model.`, `_orig_mod.`) is taken off; weights that belong to a pruning
+    method go to `model.method_weights`. Raises BadRequest that lists missing, unexpected and misshapen keys, the
+    containers to choose from, or a prefix that only some keys have.
     """
     nested = [str(name) for name, value in state.items() if isinstance(value, Mapping)]
     chosen = [name for name in nested if name in _CONTAINERS] if container is None else [container]
@@ -112,28 +117,100 @@ def load_given(
         )
     for name in chosen:
         state = state[name]
-    found = {str(name).removeprefix("module."): _tensor(name, value, origin) for name, value in state.items()}
+    expected = model.state_dict()
+    found = _unwrapped({str(name): _tensor(name, value, origin) for name, value in state.items()}, expected, origin)
     found, model.method_weights = _split(found)  # type: ignore[assignment]
     found = translate(model, found)
-    check_keys(model.state_dict(), found, origin)
+    check_keys(model, expected, found, origin)
     model.load_state_dict(found)
 
 
-def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
-    """Raises BadRequest that lists missing, unexpected and misshapen keys."""
-    if problems := misfits(expected, found):
-        others = [
-            len(found[name])
-            for name in sorted(expected.keys() & found.keys())
-            if re.fullmatch(r"(aux_)?head\w*\.bias", name) and found[name].shape != expected[name].shape
-        ]
-        given = f"--num-classes {others[0]}" if others else "--num-classes or --img-size"
-        fix = f"Check the model name, or say what sizes it has: {given}, in Python overrides=ModelSize(…)."
-        raise BadRequest(f"{origin} does not fit the model. {problems}.", fix)
+def _unwrapped(found: dict[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """The weights without the first components that all their keys share and none of the model's begins with.
+
+    Raises BadRequest where the model's weights lie under a prefix that other keys do not have.
+    """
+    own = {name.partition(".")[0] for name in expected}
+    while True:
+        parts = [name.partition(".") for name in found]
+        firsts = {first for first, _, _ in parts}
+        if len(firsts) != 1 or firsts & own or not all(rest for _, _, rest in parts):
+            break
+        found = {rest: found[first + dot + rest] for first, dot, rest in parts}
+    prefixes = Counter(name.removesuffix(rest) for name in found for rest in _inner(name) if rest in expected)
+    for prefix, count in prefixes.most_common(1):
+        others = [name for name in found if not name.startswith(prefix)]
+        whole = expected.keys() <= {name.removeprefix(prefix) for name in found}
+        # A few keys that look like it may belong to another model: that is told by listing what does not fit.
+        if others and prefix.partition(".")[0] not in own and (whole or 2 * count >= len(expected)):
+            raise BadRequest(
+                f"In {origin} {len(found) - len(others)} of {len(found)} keys begin with {prefix!r}, and the others, "
+                f"such as {others[0]}, do not: what belongs to the model is not guessed.",
+                "Save the state dict of the model alone; a prefix that all keys have is taken off.",
+            )
+    return found
+
+
+def _inner(name: str) -> list[str]:
+    """What is left of a key without its first component, without its first two, and so on."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def check_keys(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
+    """Raises BadRequest that lists missing, unexpected and misshapen keys, and names the sizes they tell of.
+
+    `expected` and `found` are in one layout, the module's own or a publisher's.
+    """
+    problems = misfits(expected, found)
+    if not problems:
+        return
+    others = [name for name in sorted(expected.keys() & found.keys()) if found[name].shape != expected[name].shape]
+    heads = [name for name in others if re.fullmatch(r"(aux_)?head\w*\.bias", name)]
+    sizes = [f"--num-classes {len(found[heads[0]])}"] if heads else []
+    positions = [name for name in others if _other_positions(expected[name], found[name]) and _POSITIONS.search(name)]
+    said, more = "", ""
+    if positions:
+        name = positions[0]
+        # Patches of another size change the number of positions, too: then it tells nothing of the images.
+        alone = all(other in positions or "head" in other or "classifier" in other for other in others)
+        side = _image_side(model, expected[name], found[name]) if alone else None
+        if side:
+            sizes.append(f"--img-size {side}")
+            said = f" It is for images of {side} pixels: positions are not resampled here."
+        else:
+            sizes.append("--img-size")
+            said = " It is for images of another size: positions are not resampled here."
+        more = " Or resample the positions when fine-tuning."
+    given = " ".join(sizes) or "--num-classes or --img-size"
+    raise BadRequest(
+        f"{origin} does not fit the model. {problems}.{said}",
+        f"Check the model name, or say what sizes it has: {given}, in Python overrides=ModelSize(…).{more}",
+    )
+
+
+def _other_positions(expected: Tensor, found: Tensor) -> bool:
+    """Whether two position embeddings differ in how many they are, and in nothing else."""
+    return (
+        expected.dim() == found.dim()
+        and sum(map(int.__ne__, expected.shape, found.shape)) == 1
+        and (expected.shape[-1] == found.shape[-1])
+    )
+
+
+def _image_side(model: nn.Module, expected: Tensor, found: Tensor) -> int | None:
+    """The side in pixels of the images that a checkpoint's positions are for; None where these make no square."""
+    from ztp_deploy.models import host_of
+
+    geometry = host_of(model).geometry
+    tokens, theirs = (math.prod(value.shape[:-1]) for value in (expected, found))
+    rows, own = math.isqrt(max(0, theirs - tokens + geometry.patch_tokens)), math.isqrt(geometry.patch_tokens)
+    fits = rows**2 == theirs - tokens + geometry.patch_tokens and own**2 == geometry.patch_tokens
+    return rows * geometry.image_size // own if rows and fits and geometry.image_size % own == 0 else None
 
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """Missing, unexpected and misshapen keys, listed; empty where there are none."""
+    """Missing, unexpected and misshapen keys, of each kind the first five and how many more; empty where there are none."""
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
@@ -143,7 +220,12 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
             if found[name].shape != expected[name].shape
         ],
     }
-    return "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+    return "; ".join(f"{kind}: {_first_few(keys)}" for kind, keys in problems.items() if keys)
+
+
+def _first_few(keys: Sequence[str]) -> str:
+    more = len(keys) - _LISTED
+    return ", ".join(keys[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:

@@ -123,11 +123,11 @@ def show_engine(images: Sequence[Path], directory: Path, clock: Clock, engine: P
 
 def show_model(images: Sequence[Path], directory: Path, clock: Clock, wanted: PlanRequest) -> Shown:
     """Draws what eager PyTorch does with images by a plan. Raises as `show_engine`."""
-    models.check_request(wanted.model, wanted.weights, wanted.size)
+    wanted.backbone.check()
     wanted.check()
     plan = wanted.plan(wanted.model)
     paths = _checked_paths(plan, images, directory)
-    model = load(wanted.model, wanted.weights, clock, wanted.size)
+    model = load(wanted.backbone, clock)
     pruned = prune(model, wanted.plan(model))
     source, origin = pruned.source, "eager PyTorch"
     with clock.step(_running(plan, images)):

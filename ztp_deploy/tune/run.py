@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from ztp_deploy.tune.search import Trial, finalists, open_study, run_trials
 from ztp_deploy.tune.space import Cost, Space
 from ztp_deploy.workflow.evaluate import refuse_meaningless
 from ztp_deploy.workflow.progress import Clock, Monitor
-from ztp_deploy.workflow.requests import BuildRequest
+from ztp_deploy.workflow.requests import BuildRequest, ModelRequest
 from ztp_deploy.workflow.steps import check_runnable, load_trained
 
 ATTEMPTS = 3
@@ -59,7 +59,7 @@ ATTEMPTS = 3
 class TuneRequest:
     """What was asked of a search.
 
-    `size` holds the sizes that differ from the named model's; `images` is a folder without labels, of which `count` are
+    `size`, `labels` and `preprocessing` hold what differs from the named model's; `images` is a folder without labels, of which `count` are
     used; `build` says what engines a latency budget is
     measured in, each for `seconds`; `device` is where eager PyTorch runs.
     """
@@ -70,6 +70,8 @@ class TuneRequest:
     method: str = METHOD
     weights: str = "auto"
     size: ModelSize | None = None
+    labels: tuple[str, ...] | None = None
+    preprocessing: Mapping[str, Any] | None = None
     build: BuildRequest = field(default_factory=BuildRequest)
     trials: int = TUNE_TRIALS
     count: int = TUNE_IMAGES
@@ -94,12 +96,17 @@ class TuneRequest:
             )
         split(self.count)
         check_seconds(self.seconds)
-        models.check_request(self.model, self.weights, self.size)
+        self.backbone.check()
         make_plan(self.model, self.method, ratio=0.5, overrides=self.size)
         image_files(Path(self.images))
         if budget.kind == "latency":
             check_runnable(self.build)
         return budget
+
+    @property
+    def backbone(self) -> ModelRequest:
+        """The model that is searched for."""
+        return ModelRequest(self.model, self.weights, self.size, self.labels, self.preprocessing)
 
     @property
     def folder(self) -> Path:
@@ -185,7 +192,7 @@ def _prepare(request: TuneRequest, monitor: Monitor) -> _Job:
     device = torch_device.resolve(request.device, "Eager PyTorch")
     torch_device.prepare(device.provider)
     clock = Clock(monitor)
-    model = load_trained(request.model, request.weights, clock, request.size)
+    model = load_trained(request.backbone, clock)
     source = models.source_of(model)
     refuse_meaningless(source, make_plan(model, request.method, ratio=0.5))
     with clock.step(f"prepare the images of {Path(request.images).name}"):

@@ -37,7 +37,7 @@ def compare_methods(
     check_seconds(seconds)
     steps.check_runnable(build)
     steps.check_wanted(wanted, build, images)
-    model = steps.load(model_name, wanted[0].weights, clock, wanted[0].size)
+    model = steps.load(wanted[0].backbone, clock)
     plans: dict[str, Plan] = {DENSE: make_plan(model, "dense")}
     for request in wanted:
         plan = request.plan(model)

@@ -161,11 +161,11 @@ def evaluate_model(
     request.check()
     if wanted.weights == "random":
         raise _random(wanted.model)
-    models.check_request(wanted.model, wanted.weights, wanted.size)
+    wanted.backbone.check()
     wanted.check()
     device = torch_device.resolve(request.device, "Eager PyTorch")
     clock = Clock(monitor)
-    model = load_trained(wanted.model, wanted.weights, clock, wanted.size)
+    model = load_trained(wanted.backbone, clock)
     plan = wanted.plan(model)
     source = models.source_of(model)
     refuse_meaningless(source, plan)
@@ -203,7 +203,7 @@ def _random(name: str) -> BadRequest:
 
 
 def _dense_engine(directory: Path | str, engine: Engine) -> Engine:
-    """The reference engine. Raises BadRequest unless it is dense and of the same weights."""
+    """The reference engine. Raises BadRequest unless it is dense, of the same weights and the same preprocessing."""
     other = find_engine(directory)
     if other.manifest.plan.stages:
         raise BadRequest(
@@ -213,6 +213,11 @@ def _dense_engine(directory: Path | str, engine: Engine) -> Engine:
     if other.manifest.source.weights.sha256 != engine.manifest.source.weights.sha256:
         raise BadRequest(
             f"{other.directory} and {engine.directory} have different weights.", "Build both from the same checkpoint."
+        )
+    if other.manifest.source.preprocessing != engine.manifest.source.preprocessing:
+        raise BadRequest(
+            f"{other.directory} and {engine.directory} prepare pictures differently.",
+            "Build both with the same preprocessing.",
         )
     require_runnable(other)
     return other

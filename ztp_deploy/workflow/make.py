@@ -113,7 +113,7 @@ def _made(
 ) -> tuple[dict[str, Engine], ParityReport | None]:
     """The engine as "pruned", with `yardsticks` dense and slice twin around it; all of them proved where they run."""
     steps.check_wanted([wanted], build, images)
-    model = steps.load(wanted.model, wanted.weights, clock, wanted.size)
+    model = steps.load(wanted.backbone, clock)
     plan = wanted.plan(model)
     plans: dict[str, Plan] = {"pruned": plan}
     if yardsticks and plan.stages:

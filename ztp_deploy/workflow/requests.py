@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,18 +19,47 @@ from ztp_deploy.recipes import Profile, Recipe
 from ztp_deploy.source import ModelSize
 
 
+@dataclass(frozen=True)
+class ModelRequest:
+    """A model by its name, and what is its user's own: weights, sizes, class names, preprocessing.
+
+    None leaves what the named model has; `preprocessing` holds the fields that differ.
+    """
+
+    name: str
+    weights: str = "auto"
+    size: ModelSize | None = None
+    labels: tuple[str, ...] | None = None
+    preprocessing: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        """Refuses what cannot be loaded, as far as that can be said before anything is."""
+        models.check_request(self.name, self.weights, self.size, self.labels, self.preprocessing)
+
+    def load(self) -> nn.Module:
+        """The model. Raises what `models.load_model` raises."""
+        return models.load_model(self.name, self.weights, self.size, self.labels, self.preprocessing)
+
+
 class PlanRequest(Recipe):
     """What is asked of a plan; exactly one of ratio, flops, keep, unless the method is dense."""
 
     weights: str = "auto"
     num_classes: int | None = None
     img_size: int | None = None
+    labels: tuple[str, ...] | None = None
+    preprocessing: dict[str, Any] | None = None
 
     @property
     def size(self) -> ModelSize | None:
         """The sizes that differ from the named model's."""
         size = ModelSize(num_classes=self.num_classes, img_size=self.img_size)
         return size if size.given() else None
+
+    @property
+    def backbone(self) -> ModelRequest:
+        """The model that the plan is for."""
+        return ModelRequest(self.model, self.weights, self.size, self.labels, self.preprocessing)
 
     def plan(self, model: nn.Module | str) -> Plan:
         """The plan for a model or, without its weights, for its name."""

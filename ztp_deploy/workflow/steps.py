@@ -7,6 +7,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -34,9 +35,9 @@ from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.models.weights import user_path
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
-from ztp_deploy.source import ModelSize, Source
+from ztp_deploy.source import Source
 from ztp_deploy.workflow.progress import Clock
-from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
+from ztp_deploy.workflow.requests import BuildRequest, ModelRequest, PlanRequest
 
 REPORT_FILE = "report.md"
 YARDSTICK_IMAGES = 8
@@ -47,25 +48,25 @@ def check_wanted(wanted: Sequence[PlanRequest], build: BuildRequest, images: Pat
     target = build.target()
     exporters.check_precision(target.backend.FORMAT, target.graph_precision)
     for request in wanted:
-        models.check_request(request.model, request.weights, request.size)
+        request.backbone.check()
         request.check()
     if images is not None:
         image_files(Path(images))
 
 
-def load(name: str, weights: str, clock: Clock, size: ModelSize | None = None) -> nn.Module:
-    """The model with its weights, of other sizes where `size` says so; random weights are announced loudly."""
-    with clock.step(f"load {name}"), warnings.catch_warnings(record=True) as caught:
+def load(wanted: ModelRequest, clock: Clock) -> nn.Module:
+    """The model with its weights; random ones are announced loudly."""
+    with clock.step(f"load {wanted.name}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RandomWeightsWarning)
-        model = models.load_model(name, weights, size)
+        model = wanted.load()
     for warning in caught:
         if issubclass(warning.category, RandomWeightsWarning):
             clock.warn(str(warning.message))
-    if weights == "random":
+    if wanted.weights == "random":
         clock.warn("Random weights, as asked: latency is real, predictions mean nothing.")
     licence = models.source_of(model).weights.licence
     if licence and re.search(r"\bnc\b|non-?commercial", licence, re.IGNORECASE):
-        clock.warn(f"The weights of {name} are licensed {licence}: no commercial use.")
+        clock.warn(f"The weights of {wanted.name} are licensed {licence}: no commercial use.")
     return model
 
 
@@ -87,10 +88,10 @@ def reload(source: Source, weights: str | None, clock: Clock) -> nn.Module:
         return models.reload_model(source)
 
 
-def load_trained(name: str, weights: str, clock: Clock, size: ModelSize | None = None) -> nn.Module:
+def load_trained(wanted: ModelRequest, clock: Clock) -> nn.Module:
     """The same where predictions count: "auto" takes no random weights. Raises MissingSoftware where there are none."""
     try:
-        return load(name, "pretrained" if weights == "auto" else weights, clock, size)
+        return load(replace(wanted, weights="pretrained") if wanted.weights == "auto" else wanted, clock)
     except MissingSoftware as error:
         raise MissingSoftware(error.problem, "Give a checkpoint: --weights path.") from error
 

@@ -38,6 +38,7 @@ from ztp_deploy.evidence.report.markdown import (
 )
 from ztp_deploy.evidence.report.parity import EDGE_HEAD, STAGE_HEAD, edge_name, edge_rows, stage_rows, tolerance_line
 from ztp_deploy.evidence.report.summary import Summary
+from ztp_deploy.source import Preprocessing
 
 HTML_FILE = "report.html"
 NOT_MEASURED = "not measured"
@@ -78,6 +79,7 @@ def comparable(evidence: Evidence, other: Evidence, directory: Path) -> Evidence
     assert other.accuracy is not None
     pairs = {
         "weights": [one.manifest.source.weights.sha256 for one in (evidence, other)],
+        "preprocessing": [_shown(one.manifest.source.preprocessing) for one in (evidence, other)],
         "back end": [f"{one.summary.backend}, {one.summary.provider}" for one in (evidence, other)],
         "precision": [one.summary.precision for one in (evidence, other)],
         "processor": [str(one.summary.machine.get("cpu")) for one in (evidence, other)],
@@ -87,10 +89,14 @@ def comparable(evidence: Evidence, other: Evidence, directory: Path) -> Evidence
     for what, (mine, its) in pairs.items():
         if mine != its:
             raise BadRequest(
-                f"{directory} has other {what} than this engine: {its[:60]}, not {mine[:60]}.",
+                f"{directory} has other {what} than this engine: {its[:120]}, not {mine[:120]}.",
                 "Compare engines that differ in how they prune alone.",
             )
     return other
+
+
+def _shown(preprocessing: Preprocessing) -> str:
+    return ", ".join(f"{name} {value}" for name, value in preprocessing if name != "input_size")
 
 
 def _lacks(evidence: Evidence) -> list[str]:
