@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 
@@ -19,94 +20,128 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", int, float)
 
+# Help stands in panels: what is pruned, how, what is built, and what shows that it is right and fast.
+_PANELS = "Model", "Plan", "Engine", "Proof and latency"
+_model, _plan, _build, _proof = (partial(typer.Option, rich_help_panel=panel) for panel in _PANELS)
+
 _MODEL = "Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`)"
-Model = Annotated[str, typer.Option("--model", "-m", help=f"{_MODEL}.")]
-ModelOrRecipe = Annotated[str | None, typer.Option("--model", "-m", help=f"{_MODEL}; a --recipe brings its own.")]
+Model = Annotated[str, _model("--model", "-m", metavar="NAME", help=f"{_MODEL}.")]
+ModelOrRecipe = Annotated[
+    str | None, _model("--model", "-m", metavar="NAME", help=f"{_MODEL}; a --recipe brings its own.")
+]
 Method = Annotated[
-    str | None, typer.Option(help=f"Pruning method (`ztp list`), or dense for none.  \\[default: {METHOD}]")
+    str | None, _plan(metavar="NAME", help=f"Pruning method (`ztp list`), or dense for none.  \\[default: {METHOD}]")
 ]
 Ratio = Annotated[
     float | None,
-    typer.Option("--ratio", "-r", help="Share that each stage keeps of the tokens that reach it, in (0, 1]."),
+    _plan("--ratio", "-r", metavar="SHARE", help="Share that each stage keeps of the tokens that reach it, in (0, 1]."),
 ]
-FlopShare = Annotated[float | None, typer.Option("--flops", help="Share of the dense model's multiply-accumulates.")]
-Keep = Annotated[str | None, typer.Option(help="Per stage a count or a share, such as 137,95,66 or 0.9,0.8,0.7.")]
-Sites = Annotated[str | None, typer.Option(help="Blocks that carry the stages, counted from 1, such as 3,6,9.")]
+FlopShare = Annotated[
+    float | None, _plan("--flops", metavar="SHARE", help="Share of the dense model's multiply-accumulates.")
+]
+Keep = Annotated[
+    str | None, _plan(metavar="N,N,…", help="Per stage a count or a share, such as 137,95,66 or 0.9,0.8,0.7.")
+]
+Sites = Annotated[
+    str | None, _plan(metavar="N,N,…", help="Blocks that carry the stages, counted from 1, such as 3,6,9.")
+]
 Option = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="A method's option as name=value (JSON value); repeatable.")
+    list[str] | None,
+    _plan("--option", "-o", metavar="NAME=VALUE", help="A method's option as name=value (JSON value); repeatable."),
 ]
 Weights = Annotated[
     str,
-    typer.Option(
-        help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path (path:state_dict_ema of several)."
+    _model(
+        metavar="WHICH",
+        help="auto (pre-trained, else random), pretrained, random, or a checkpoint's path (path:state_dict_ema of several).",
     ),
 ]
 NumClasses = Annotated[
-    int | None, typer.Option(min=2, help="Classes that the model tells apart, where your checkpoint has another head.")
+    int | None,
+    _model(min=2, metavar="N", help="Classes that the model tells apart, where your checkpoint has another head."),
 ]
 ImageSize = Annotated[
-    int | None, typer.Option("--img-size", min=1, help="Side of the model's images in pixels, where it is another.")
+    int | None,
+    _model("--img-size", min=1, metavar="PIXELS", help="Side of the model's images in pixels, where it is another."),
 ]
 Labels = Annotated[
-    Path | None, typer.Option(help="Text file with the names of your classes, one a line, in the order of classes.")
+    Path | None,
+    _model(metavar="FILE", help="Text file with the names of your classes, one a line, in the order of classes."),
 ]
 Preprocess = Annotated[
     list[str] | None,
-    typer.Option(
+    _model(
+        metavar="NAME=VALUE",
         help="How your checkpoint's pictures were prepared, where it differs: mean=0.5,0.5,0.5, std=…, crop_pct=1.0, "
-        "interpolation=bicubic or crop_mode=squash; repeatable."
+        "interpolation=bicubic or crop_mode=squash; repeatable.",
     ),
 ]
 TrainedWeights = Annotated[
-    str, typer.Option(help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
+    str, _model(metavar="WHICH", help="auto or pretrained (from the hub or its cache), or a checkpoint's path.")
 ]
 SameWeights = Annotated[
     str | None,
     typer.Option("--weights", help="Where the checkpoint of the engine's weights lies now, if it was moved."),
 ]
 Recipe = Annotated[
-    str | None, typer.Option(help="A recipe: name in export/ or path of a .toml; options given here win.")
+    str | None, _plan(metavar="NAME", help="A recipe: name in export/ or path of a .toml; options given here win.")
 ]
 Profile = Annotated[
-    str | None, typer.Option(help="A build profile: name in engines/ or path of a .toml; options given here win.")
+    str | None,
+    _build(metavar="NAME", help="A build profile: name in engines/ or path of a .toml; options given here win."),
 ]
 BackendName = Annotated[
-    str | None, typer.Option("--backend", "-b", help="auto, or one of those that `ztp list` shows.  \\[default: auto]")
+    str | None,
+    _build("--backend", "-b", metavar="NAME", help="auto, or one of those that `ztp list` shows.  \\[default: auto]"),
 ]
 DeviceName = Annotated[
-    str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
+    str | None, _build(metavar="NAME", help="auto (a GPU where there is one), cpu or cuda.  \\[default: auto]")
 ]
 Precision = Annotated[
-    str | None, typer.Option(help="fp32, fp16, bf16, int8 or fp8, where the back end has it.  \\[default: fp32]")
+    str | None,
+    _build(metavar="NAME", help="fp32, fp16, bf16, int8 or fp8, where the back end has it.  \\[default: fp32]"),
 ]
 GraphPrecision = Annotated[
-    str | None, typer.Option("--precision", help="fp32, fp16 or bf16, where the format has it.  \\[default: fp32]")
+    str | None,
+    _build("--precision", metavar="NAME", help="fp32, fp16 or bf16, where the format has it.  \\[default: fp32]"),
 ]
-Batch = Annotated[str | None, typer.Option(help=f"Batch range min:opt:max, or one number.  \\[default: {BATCH}]")]
+Batch = Annotated[
+    str | None, _build(metavar="RANGE", help=f"Batch range min:opt:max, or one number.  \\[default: {BATCH}]")
+]
 InputType = Annotated[
     str | None,
-    typer.Option(
-        "--input", help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  \\[default: float32]"
+    _build(
+        "--input",
+        metavar="TYPE",
+        help="float32 (normalised) or uint8 (pixels; normalisation in the graph).  \\[default: float32]",
     ),
 ]
-ExportRoot = Annotated[Path, typer.Option(help="Where artifacts go.")]
-EnginesRoot = Annotated[Path, typer.Option(help="Where engines go.")]
+ExportRoot = Annotated[Path, _build(metavar="FOLDER", help="Where artifacts go.")]
+EnginesRoot = Annotated[Path, _build(metavar="FOLDER", help="Where engines go.")]
 EngineDir = Annotated[Path, typer.Option("--engine", "-e", help="An engine folder.")]
 Images = Annotated[
     str | None,
-    typer.Option(
-        help="Folder of pictures for the proof, and to calibrate int8 and fp8; by default crops of scikit-learn's photographs."
+    _proof(
+        metavar="FOLDER",
+        help="Folder of pictures for the proof, and to calibrate int8 and fp8; by default crops of scikit-learn's photographs.",
     ),
 ]
 ProofImages = Annotated[
     str | None,
-    typer.Option("--images", help="Folder of pictures for the proof; by default crops of scikit-learn's photographs."),
+    _proof(
+        "--images",
+        metavar="FOLDER",
+        help="Folder of pictures for the proof; by default crops of scikit-learn's photographs.",
+    ),
 ]
 Batches = Annotated[
     str | None,
-    typer.Option(help="Batch sizes to measure; by default 1 and 8 if the engine takes them, else its optimal one."),
+    _proof(
+        metavar="N,N,…",
+        help="Batch sizes to measure; by default 1 and 8 if the engine takes them, else its optimal one.",
+    ),
 ]
-Seconds = Annotated[float, typer.Option(help="Seconds of measuring a batch size.")]
+Seconds = Annotated[float, _proof(metavar="SECONDS", help="Seconds of measuring a batch size.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
