@@ -279,5 +279,5 @@ def test_warnings_come_without_torch(shared_engine, tmp_path):
     (engine / "evidence" / "parity.json").write_text(json.dumps(report | {"manifest_sha256": manifest_sha256(engine)}))
     version, parity = slim.run(slim.LOAD, ONNXRUNTIME, engine=engine).out.splitlines()
     assert version.startswith(f"UserWarning {engine} was built and checked with onnxruntime 0.1; this is")
-    assert version.endswith(f"Run `ztp check --engine {engine}`.")
+    assert version.endswith(f"Run `ztp selftest --engine {engine}`.")
     assert parity.startswith(f"ParityWarning {engine} (fp32) failed its last parity check between eager and engine")

@@ -606,10 +606,8 @@ def test_an_engine_that_failed_its_parity_check_is_told_in_pythons_words(runtime
         path.write_bytes(content(path.read_bytes()))
     found = notes(runtime, damaged)
     assert len(found) == warns
-    theirs = python_notes(damaged) if report != "nested too deeply" else []  # where Python's parser gives up
-    assert len(theirs) == (warns or report in ("failed, of a kind", "zero"))
-    if warns:
-        assert found == theirs
+    if report != "nested too deeply":  # where Python's parser gives up
+        assert found == python_notes(damaged)
     if report == "failed":
         said = (
             f"{damaged} (fp32) failed its last parity check between exported and engine: do not rely on its answers. "

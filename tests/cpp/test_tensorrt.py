@@ -248,7 +248,7 @@ def test_a_plan_for_later_versions_is_told_to_be_of_another_in_pythons_words(emb
     _, version, graph, *ran = run_embedded(embedded, engine, 2, tmp_path, 0).stdout.splitlines()
     directory = engine
     said = f"{directory} was built and checked with tensorrt_rtx 1.6.9; this is {VERSION}. "
-    assert version == f"version: {said}Run `ztp check --engine {directory}`."
+    assert version == f"version: {said}Run `ztp selftest --engine {directory}`."
     assert graph.startswith(
         f"cuda_graph: {directory} was built with cuda_graph; this runtime launches kernel by kernel"
     )

@@ -394,7 +394,7 @@ def load_engine(directory: Engine | Path | str) -> Session:
     if version != manifest.backend_version:
         warnings.warn(
             f"{session.directory} was built and checked with {manifest.backend} {manifest.backend_version}; "
-            f"this is {version}. Run `ztp check --engine {folder}`.",
+            f"this is {version}. Run `ztp selftest --engine {folder}`.",
             stacklevel=2,
         )
     failed = _failed_check(session.directory)
@@ -433,7 +433,7 @@ def _failed_check(directory: Path) -> str | None:
     """Where the parity check of this very manifest failed, as " between … and …"; None unless it did."""
     report = evidence_of_this_build(directory, PARITY_FILE)
     try:
-        if report["passed"]:
+        if report["passed"] is not False:
             return None
         edges = [(edge["reference"], edge["candidate"]) for edge in report["edges"] if edge["faults"]]
     except (KeyError, TypeError):

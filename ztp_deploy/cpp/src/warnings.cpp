@@ -58,17 +58,17 @@ std::optional<std::string> failed_check(const EngineFolder& folder) {
 std::vector<Warning> warnings_of(const EngineFolder& folder, const std::string& version) {
   const Manifest& manifest = folder.manifest;
   const std::string directory = folder.directory.string();
-  const std::string check = "`ztp check --engine " + quoted(directory) + "`";
+  const std::string engine = " --engine " + quoted(directory) + "`";
   std::vector<Warning> warnings;
   if (!version.empty() && release(version) != release(manifest.backend_version)) {
     warnings.push_back({Warning::Kind::version, directory + " was built and checked with " + manifest.backend + " " +
-                                                    manifest.backend_version + "; this is " + version + ". Run " +
-                                                    check + "."});
+                                                    manifest.backend_version + "; this is " + version +
+                                                    ". Run `ztp selftest" + engine + "."});
   }
   if (const std::optional<std::string> failed = failed_check(folder)) {
     warnings.push_back({Warning::Kind::parity, directory + " (" + manifest.precision +
                                                    ") failed its last parity check" + *failed +
-                                                   ": do not rely on its answers. Run " + check +
+                                                   ": do not rely on its answers. Run `ztp check" + engine +
                                                    ", and build it again."});
   }
   if (folder.cuda_graph) {
