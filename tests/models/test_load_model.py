@@ -194,16 +194,16 @@ def test_positions_of_other_images_are_said_to_be_so(name, layout, key, count):
 def test_positions_that_make_no_square_name_no_size(tokens):
     state = {**tiny.model().state_dict(), "pos_embed": torch.zeros(1, tokens, 48)}
     with pytest.raises(
-        BadRequest, match="It is for images of another size: positions are not resampled here"
+        BadRequest, match="It has positions for another number of patches: positions are not resampled here"
     ) as refusal:
         ztp.load_model("deit_t", state, tiny.SIZE)
-    assert "--img-size, in Python" in refusal.value.fix
+    assert "--num-classes or --img-size, in Python" in refusal.value.fix
 
 
 def test_patches_of_another_size_are_not_taken_for_images_of_another():
-    """48 pixels in patches of 4 have as many positions as 192 pixels in patches of 16."""
+    """96 pixels in patches of 8 have as many positions as 192 in patches of 16."""
     state = tiny.model("deit_t", tiny.SIZE.model_copy(update={"patch_size": 8})).state_dict()
-    with pytest.raises(BadRequest, match="images of another size") as refusal:
+    with pytest.raises(BadRequest, match="positions for another number of patches") as refusal:
         ztp.load_model("deit_t", state, tiny.SIZE)
     assert "192" not in str(refusal.value)
 

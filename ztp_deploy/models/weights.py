@@ -179,8 +179,7 @@ def check_keys(model: nn.Module, expected: Mapping[str, Tensor], found: Mapping[
             sizes.append(f"--img-size {side}")
             said = f" It is for images of {side} pixels: positions are not resampled here."
         else:
-            sizes.append("--img-size")
-            said = " It is for images of another size: positions are not resampled here."
+            said = " It has positions for another number of patches: positions are not resampled here."
         more = " Or resample the positions when fine-tuning."
     given = " ".join(sizes) or "--num-classes or --img-size"
     raise BadRequest(
