@@ -975,7 +975,7 @@ def test_command_lines_that_cannot_be_meant(runtime, openvino_engine, arguments,
 def test_a_folder_named_as_a_tensor_is_no_file(runtime, openvino_engine, tmp_path):
     (tmp_path / "a.f32").mkdir()
     found = refusal(runtime.run(openvino_engine, tmp_path / "a.f32", "--json"))
-    assert found == (f"There is no file {tmp_path / 'a.f32'}.", 2)
+    assert found == (f"{tmp_path / 'a.f32'} is a folder, not a file.", 2)
 
 
 def test_what_cannot_be_written_is_no_success(runtime, openvino_engine):

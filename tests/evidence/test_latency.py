@@ -246,6 +246,9 @@ def test_a_comparison_tells_calibrations_apart_where_they_differ(shared_engine):
     assert shown == [f"{dense} fp32", f"{dense} int8, calibration c0000aa", f"{dense} int8, calibration c0000bb"]
     fewer = report.model_copy(update={"samples": report.samples[:2]})
     assert [row[1] for row in comparison_rows(fewer)] == [f"{dense} fp32", f"{dense} int8"]
+    alone = render_comparison(report.model_copy(update={"samples": report.samples[:1]})).splitlines()
+    assert alone[0] == "| batch | engine | ms per image: median | p90 | images/s |"  # over nobody
+    assert alone[2].count("|") == 6
 
 
 @pytest.mark.parametrize(

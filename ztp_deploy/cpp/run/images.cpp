@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <iterator>
 
+#include "files.h"
 #include "resize.h"
 
 namespace ztp::run {
@@ -40,11 +39,7 @@ void append(const std::vector<std::uint8_t>& pixels, const Manifest& manifest, I
 
 /// A raw file's bytes, how many images they are being checked.
 std::vector<std::uint8_t> read_raw(const std::string& path, std::size_t image_bytes, std::size_t& count) {
-  std::error_code ignored;
-  std::ifstream stream(path, std::ios::binary);
-  if (!std::filesystem::is_regular_file(path, ignored) || !stream) {
-    throw BadRequest("There is no file " + path + ".", "Check the path.");
-  }
+  std::ifstream stream = open_file(path);
   std::vector<std::uint8_t> bytes{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
   count = bytes.size() / image_bytes;
   if (bytes.empty() || bytes.size() % image_bytes != 0) {

@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <iterator>
 #include <memory>
 
+#include "files.h"
 #include "pnm.h"
 #include "ztp/session.h"
 
@@ -95,11 +94,7 @@ Picture decode(const std::string& bytes, const std::string& path) {
 }  // namespace
 
 Picture read_picture(const std::string& path) {
-  std::error_code ignored;
-  std::ifstream stream(path, std::ios::binary);
-  if (!std::filesystem::is_regular_file(path, ignored) || !stream) {
-    throw BadRequest("There is no file " + path + ".", "Check the path.");
-  }
+  std::ifstream stream = open_file(path);
   const std::string bytes{std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>()};
   return is_pnm(bytes) ? read_pnm(bytes, path) : decode(bytes, path);
 }

@@ -25,8 +25,9 @@ def render_comparison(report: LatencyReport) -> str:
 
 def comparison_head(report: LatencyReport) -> list[str]:
     """The columns' names."""
-    over = f"over {engine_names(sample.role for sample in report.samples)[report.samples[0].role]} (95 % interval)"
-    return ["batch", "engine", "ms per image: median", "p90", "images/s", over]
+    names = engine_names(sample.role for sample in report.samples)
+    over = [f"over {names[report.samples[0].role]} (95 % interval)"] if len(names) > 1 else []
+    return ["batch", "engine", "ms per image: median", "p90", "images/s", *over]
 
 
 def comparison_rows(report: LatencyReport) -> list[list[str]]:
@@ -35,14 +36,13 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
     names = engine_names(sample.role for sample in report.samples)
     rows = []
     for sample in report.samples:
-        gain = ""
+        gain = [""] if len(names) > 1 else []
         if sample.role != first:
             ratio = report.ratio(sample.role, first, sample.batch)
-            gain = speedup_text(ratio)
-            gain += " inconclusive" if ratio.verdict == "inconclusive" else ""
+            gain = [speedup_text(ratio) + (" inconclusive" if ratio.verdict == "inconclusive" else "")]
         median, p90 = sample.median / sample.batch, sample.p90 / sample.batch
         cells = [str(sample.batch), names[sample.role], f"{median:.2f}", f"{p90:.2f}"]
-        rows.append([*cells, f"{sample.images_per_second:.1f}", gain])
+        rows.append([*cells, f"{sample.images_per_second:.1f}", *gain])
     return rows
 
 
