@@ -13,8 +13,8 @@ import torch
 import ztp_deploy as ztp
 from tests import golden, tiny
 from ztp_deploy.evidence.observe import observe_eager
-from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.selection import Observation
+from ztp_deploy.evidence.verdict import ParityReport
 from ztp_deploy.exporters import torchscript
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.pruning.prune import Outputs, PrunedModel

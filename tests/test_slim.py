@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +114,27 @@ def test_commands_say_the_same(served, pictures, monkeypatch, capsys):
             assert found[words[0]][:2] == [code, out] == [0, out]
             assert out
             assert "torch" not in err + found[words[0]][2]
+
+
+def test_engines_are_measured_where_they_serve(served, model, tmp_path, monkeypatch):
+    """Also under load, where only a proved engine is measured; its page is left to a machine that can draw it."""
+    made, library = served
+    engine = Path(shutil.copytree(made, tmp_path / "engine"))
+    monkeypatch.chdir(tmp_path)
+    bench = ["bench", "--engine", str(engine), "--batches", "2", "--seconds", "0.05"]
+    [(code, out, err)] = commands([*bench, "--json", "--record", "records"], library=library).values()
+    assert (code, [one["batch"] for one in json.loads(out)["samples"]]) == (0, [2]), err
+    assert len(list(Path("records").iterdir())) == 2
+    [(code, out, err)] = commands([*bench, "--clients", "1,2"], library=library).values()
+    assert (code, out) == (2, "")
+    assert "has passed no parity check as it stands" in err
+    assert ztp.check_parity(engine, model, tiny.images(3)).passed
+    [(code, out, err)] = commands([*bench, "--clients", "1,2"], library=library).values()
+    assert code == 0, err
+    assert "Under load, batch 2" in out
+    assert "not drawn anew here" in " ".join(err.split())
+    assert (engine / "evidence" / "load.json").is_file()
+    assert not (engine / "evidence" / "report.html").exists()
 
 
 def test_the_requirements_are_what_serving_imports(served, pictures, tmp_path):

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from ztp_deploy.evidence.latency import measure_latency as measure_latency
     from ztp_deploy.evidence.load import LoadReport as LoadReport
     from ztp_deploy.evidence.load import measure_load as measure_load
-    from ztp_deploy.evidence.parity import ParityReport as ParityReport
     from ztp_deploy.evidence.parity import check_parity as check_parity
     from ztp_deploy.evidence.selftest import SelfTest as SelfTest
     from ztp_deploy.evidence.selftest import repeat_selftest as repeat_selftest
+    from ztp_deploy.evidence.verdict import ParityReport as ParityReport
     from ztp_deploy.exporters import Artifact as Artifact
     from ztp_deploy.exporters import export as export
     from ztp_deploy.models import RandomWeightsWarning as RandomWeightsWarning

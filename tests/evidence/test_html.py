@@ -24,7 +24,6 @@ from ztp_deploy import environment
 from ztp_deploy.evidence import latency
 from ztp_deploy.evidence.accuracy import AccuracyReport, Speed, accuracy, class_rows, compare
 from ztp_deploy.evidence.latency import LatencyReport, paired_ratio
-from ztp_deploy.evidence.parity import Fault, ParityReport
 from ztp_deploy.evidence.report import figures, terminal
 from ztp_deploy.evidence.report.accuracy import accuracy_rows
 from ztp_deploy.evidence.report.figures import distribution_figure, gains_figure, tokens_figure
@@ -37,6 +36,7 @@ from ztp_deploy.evidence.report.html import (
 )
 from ztp_deploy.evidence.report.markdown import render_markdown, selection_lines, table_rows
 from ztp_deploy.evidence.report.summary import summarise
+from ztp_deploy.evidence.verdict import Fault, ParityReport
 from ztp_deploy.manifest import EngineManifest, hash_file, manifest_sha256, read_manifest
 
 EVIL = '<b>&"x'

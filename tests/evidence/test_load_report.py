@@ -27,7 +27,8 @@ from ztp_deploy.evidence.report.folder import read_evidence
 from ztp_deploy.evidence.report.html import render_html
 from ztp_deploy.evidence.report.load import load_head, load_lines, load_rows, render_load
 from ztp_deploy.manifest import manifest_sha256
-from ztp_deploy.workflow import steps
+from ztp_deploy.workflow import measure, steps
+from ztp_deploy.workflow.reports import write_reports
 
 SPEED = {"dense": 1.0, "pruned": 1.5, "slice": 1.6}
 
@@ -286,12 +287,12 @@ def test_markdown_reports_that_stand_join_in(folder, shared_engine):
     made = {"command": "c", "steps": [], "peak_gib": 1.0, "machine": environment.snapshot(), "manifest_sha256": sha}
     summary = summarise(read_manifest(folder, EngineManifest), folder, None, None, **made)
     engine = steps.Engine(folder, engine.manifest)
-    steps.write_reports(engine, summary)
+    write_reports(engine, summary)
     path = folder / "evidence" / "report.md"
     assert "Under load" not in path.read_text()
     report = made_up(shared_engine)
     (folder / "evidence" / "load.json").write_text(report.to_json())
-    steps.write_reports(engine, summary)
+    write_reports(engine, summary)
     assert path.read_text().endswith(f"\n\n## Under load\n\n{render_load(report)}")
 
 
@@ -300,18 +301,18 @@ def test_markdown_reports_that_stand_join_in(folder, shared_engine):
 
 def test_only_proved_engines_are_put_under_load(folder, shared_engine):
     engine = steps.Engine(folder, shared_engine.manifest)
-    steps.require_proof([engine])
+    measure.require_proof([engine])
     path = folder / "evidence" / "parity.json"
     report = json.loads(path.read_text())
     path.write_text(json.dumps(report | {"passed": False}))
     with pytest.raises(GateFailed, match=r"failed its last parity check.*ztp check --engine"):
-        steps.require_proof([engine])
+        measure.require_proof([engine])
     path.write_text(json.dumps(report | {"passed": False, "manifest_sha256": "f" * 64}))
     with pytest.raises(BadRequest, match=r"passed no parity check as it stands.*ztp check --engine"):
-        steps.require_proof([engine])
+        measure.require_proof([engine])
     path.unlink()
     with pytest.raises(BadRequest, match="passed no parity check"):
-        steps.require_proof([engine])
+        measure.require_proof([engine])
 
 
 def test_records_are_named_by_what_engines_have_in_common(shared_engine, tmp_path):

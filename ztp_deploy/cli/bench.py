@@ -80,11 +80,6 @@ def bench(
 
     With --clients or --rate, throughput and latency under load.
     """
-    from ztp_deploy.evidence.records import record_summary
-    from ztp_deploy.evidence.report.terminal import show_summary
-    from ztp_deploy.workflow.make import make_and_load, make_engine
-    from ztp_deploy.workflow.steps import check_runnable
-
     sizes = options.listed("batches", batches, int)
     loads = _asked_loads(clients, rate, threads)
     check_writable(record)
@@ -94,6 +89,11 @@ def bench(
         options.refuse_idle(context, idle, "--engine", "Leave it out, or give --model in place of --engine.")
         _bench_engines(engine, loads, sizes, seconds, record, as_json)
         return
+    from ztp_deploy.evidence.records import record_summary
+    from ztp_deploy.evidence.report.terminal import show_summary
+    from ztp_deploy.workflow.make import make_and_load, make_engine
+    from ztp_deploy.workflow.steps import check_runnable
+
     wanted = options.asked_plan(context)
     request = options.asked_build(context)
     check_runnable(request)
@@ -155,7 +155,7 @@ def _bench_engines(
     from ztp_deploy.evidence.records import record_comparison
     from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
     from ztp_deploy.evidence.report.terminal import show_rows
-    from ztp_deploy.workflow import steps
+    from ztp_deploy.workflow import measure
     from ztp_deploy.workflow.progress import Clock
 
     check_seconds(seconds)
@@ -166,9 +166,9 @@ def _bench_engines(
     if loads is not None:
         for one in named.values():
             check_writable(one.evidence)
-        _show_load(steps.bench_load(named, loads, sizes, seconds, clock, command), model, record, as_json)
+        _show_load(measure.bench_load(named, loads, sizes, seconds, clock, command), model, record, as_json)
         return
-    report = steps.bench(named, sizes, seconds, clock, command)
+    report = measure.bench(named, sizes, seconds, clock, command)
     if record is not None:
         recorded(record_comparison(report, model, record))
     if as_json:

@@ -66,8 +66,8 @@ def eval_(
     as_json: options.AsJson = False,
 ) -> None:
     """What pruning costs in accuracy, on labelled pictures; interrupted, the same command goes on."""
-    from ztp_deploy.evidence.report.html import HTML_FILE
     from ztp_deploy.evidence.report.terminal import show_accuracy
+    from ztp_deploy.evidence.schema import HTML_FILE
     from ztp_deploy.workflow.evaluate import EvalRequest, evaluate_engine, evaluate_model
 
     options.engine_or_model(engine, model, recipe, "ztp eval --engine engines/… --data imagenet/val")

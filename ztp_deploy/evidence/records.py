@@ -6,19 +6,21 @@ Each function says what it wrote.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import name_tags
 from ztp_deploy.environment import slug
 from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.load import LoadReport
-from ztp_deploy.evidence.methods import MethodsReport
 from ztp_deploy.evidence.report.comparison import render_comparison
 from ztp_deploy.evidence.report.load import render_load
 from ztp_deploy.evidence.report.markdown import render_tables
-from ztp_deploy.evidence.report.methods import render_methods
 from ztp_deploy.evidence.report.summary import Summary
 from ztp_deploy.evidence.schema import EvidenceFile
+
+if TYPE_CHECKING:
+    from ztp_deploy.evidence.methods import MethodsReport
 
 
 def record_summary(summary: Summary, latency: LatencyReport, folder: Path) -> str:
@@ -42,6 +44,8 @@ def record_comparison(report: LatencyReport, model: str, folder: Path) -> str:
 
 def record_methods(report: MethodsReport, folder: Path) -> str:
     """Writes methods measured against each other and their table, without local paths."""
+    from ztp_deploy.evidence.report.methods import render_methods
+
     tags = _name_tags([sample.engine for sample in report.latency.samples])
     engines = f"{report.backend.split()[0]}-{report.precision}{tags}"
     name = f"{report.model}--methods--{engines}--{slug(report.latency.environment['cpu'])}"

@@ -11,7 +11,7 @@ from torch import nn
 from ztp_deploy.atomic import write_text
 from ztp_deploy.backends import Engine
 from ztp_deploy.evidence.images import ImageSet
-from ztp_deploy.evidence.parity import ParityReport
+from ztp_deploy.evidence.verdict import ParityReport
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.quiet import quiet

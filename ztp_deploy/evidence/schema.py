@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-SUMMARY_FILE = "report.json"
-"""Where an engine's `report.summary.Summary` lies; named here, so that it is found without what measures."""
+SUMMARY_FILE, HTML_FILE = "report.json", "report.html"
+"""Where an engine's `report.summary.Summary` lies, and its page; named here, so that they are found without what makes them."""
 
 
 class EvidencePart(BaseModel):

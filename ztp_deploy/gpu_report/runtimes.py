@@ -19,7 +19,8 @@ from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
 from ztp_deploy.evidence.latency import Stopwatch, wall_clock
-from ztp_deploy.evidence.parity import Edge, check_parity, compare_with_eager, proof_of
+from ztp_deploy.evidence.parity import check_parity, compare_with_eager
+from ztp_deploy.evidence.verdict import Edge, proof_of
 from ztp_deploy.exporters import check_precision
 from ztp_deploy.exporters.graph import InferenceGraph
 from ztp_deploy.exporters.lower import join_stages, lower

@@ -17,9 +17,10 @@ from ztp_deploy.evidence.latency import LatencyReport, bootstrap_median
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Geometry, Plan, Stage, count_flops
 from ztp_deploy.planning import make_plan
+from ztp_deploy.workflow.measure import bench
 from ztp_deploy.workflow.progress import Clock
 from ztp_deploy.workflow.requests import BuildRequest
-from ztp_deploy.workflow.steps import bench, engine_for
+from ztp_deploy.workflow.steps import engine_for
 
 GRID = (0.75, 0.5, 0.3, 0.15)
 """Shares of the patch tokens at which blocks are measured, beside the dense model."""

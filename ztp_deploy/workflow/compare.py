@@ -13,6 +13,7 @@ from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.workflow import steps
+from ztp_deploy.workflow.measure import bench
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 
@@ -47,7 +48,7 @@ def compare_methods(
     engines = {role: steps.engine_for(model, plan, build, clock, images) for role, plan in plans.items()}
     steps.prove(list(engines.values()), model, images, clock)
     del model
-    latency = steps.bench(engines, batches, seconds, clock, command)
+    latency = bench(engines, batches, seconds, clock, command)
     first = wanted[0]
     asked = {"ratio": first.ratio} if first.ratio is not None else {"flops": first.flops}
     return methods_report(model_name, {name: value for name, value in asked.items() if value}, engines, latency)

@@ -24,10 +24,10 @@ from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, Speed, accuracy, class_rows, compare
 from ztp_deploy.evidence.labelled import Labelled, check_readable, read_labelled
-from ztp_deploy.evidence.parity import proof_of
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
 from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.schema import stored
+from ztp_deploy.evidence.verdict import proof_of
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.preprocessing import transform_for

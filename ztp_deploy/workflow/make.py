@@ -12,14 +12,16 @@ from ztp_deploy.backends import Engine
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINE_SECONDS
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport, check_seconds
 from ztp_deploy.evidence.load import Load, LoadReport
-from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.summary import Summary, summarise
+from ztp_deploy.evidence.verdict import ParityReport
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
 from ztp_deploy.workflow import steps
+from ztp_deploy.workflow.measure import bench, bench_load
 from ztp_deploy.workflow.progress import Clock, Monitor
+from ztp_deploy.workflow.reports import write_reports
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
 
 
@@ -61,7 +63,7 @@ def make_engine(
     engines, parity = _made(wanted, build, images, clock, yardsticks=measure, runs_here=runs_here)
     latency = None
     if measure:
-        latency = steps.bench(engines, measured, seconds, clock, command)
+        latency = bench(engines, measured, seconds, clock, command)
         write_text(engines["pruned"].evidence / LATENCY_FILE, latency.to_json())
     summary = summarise(
         engines["pruned"].manifest,
@@ -74,7 +76,7 @@ def make_engine(
         machine=environment.snapshot(),
         manifest_sha256=manifest_sha256(engines["pruned"].directory),
     )
-    steps.write_reports(engines["pruned"], summary)
+    write_reports(engines["pruned"], summary)
     engine = engines.pop("pruned")
     return Result(engine, engines, parity, latency, summary)
 
@@ -99,7 +101,7 @@ def make_and_load(
     check_seconds(seconds)
     steps.check_runnable(build)
     engines, _ = _made(wanted, build, images, clock, yardsticks=True, runs_here=True)
-    return steps.bench_load(engines, loads, batches, seconds, clock, command)
+    return bench_load(engines, loads, batches, seconds, clock, command)
 
 
 def _made(

@@ -1,45 +1,38 @@
-"""The steps that commands are made of: load, export, build, check, measure; each timed and shown."""
+"""The steps that make and prove engines: load, export, build, check; each timed and shown."""
 
 from __future__ import annotations
 
-import gc
 import re
 import shlex
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
 from ztp_deploy import backends, exporters, models
-from ztp_deploy.atomic import write_text
-from ztp_deploy.backends import PARITY_FILE, Engine
+from ztp_deploy.backends import Engine
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
-from ztp_deploy.evidence.latency import LatencyReport, asked_batches, measure_latency
-from ztp_deploy.evidence.load import Load, LoadReport, put_under
-from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps, proof_of
-from ztp_deploy.evidence.report.folder import read_evidence
-from ztp_deploy.evidence.report.html import HTML_FILE, render_html
-from ztp_deploy.evidence.report.load import render_load
-from ztp_deploy.evidence.report.markdown import render_markdown
-from ztp_deploy.evidence.report.summary import MEASURING, Summary, unproved_line
+from ztp_deploy.evidence.latency import asked_batches
+from ztp_deploy.evidence.parity import check_parity, expected_steps
+from ztp_deploy.evidence.report.summary import unproved_line
 from ztp_deploy.evidence.reproducer import write_reproducer
-from ztp_deploy.evidence.schema import SUMMARY_FILE, stored
 from ztp_deploy.evidence.selftest import SELFTEST_FILE, write_selftest
+from ztp_deploy.evidence.verdict import ParityReport, proof_of
 from ztp_deploy.exporters import Artifact
-from ztp_deploy.manifest import BatchRange, folder_tags, manifest_sha256
+from ztp_deploy.manifest import BatchRange, folder_tags
 from ztp_deploy.models import RandomWeightsWarning
 from ztp_deploy.models.weights import user_path
 from ztp_deploy.plan import Plan
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.source import Source
 from ztp_deploy.workflow.progress import Clock
+from ztp_deploy.workflow.reports import write_reports
 from ztp_deploy.workflow.requests import BuildRequest, ModelRequest, PlanRequest
 
-REPORT_FILE = "report.md"
 YARDSTICK_IMAGES = 8
 
 
@@ -188,23 +181,6 @@ def check_on(pictures: ImageSet, engine: Engine, model: nn.Module, clock: Clock)
     return report
 
 
-def write_reports(engine: Engine, summary: Summary | None = None) -> None:
-    """Renders the engine's reports from its evidence; `report.json` and `report.md` only after a run that made one.
-
-    `summary`: what the run that made the engine has to say of itself.
-    """
-    if summary is not None:
-        write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
-    evidence = read_evidence(engine.directory)
-    if summary is None and evidence.made:
-        summary = evidence.summary
-        write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
-    if summary is not None:
-        tables = "\n".join(map(render_load, evidence.loads))
-        write_text(engine.evidence / REPORT_FILE, render_markdown(summary, tables))
-    write_text(engine.evidence / HTML_FILE, render_html(evidence))
-
-
 def require_parity(engine: Engine, report: ParityReport) -> None:
     """Raises GateFailed, which names the engine, where the gate is not passed."""
     try:
@@ -226,56 +202,6 @@ def prove(engines: Sequence[Engine], model: nn.Module, images: Path | str | None
         pictures = load_images(images, manifest.source.preprocessing, manifest.input.dtype, YARDSTICK_IMAGES)
     for engine in fresh:
         require_parity(engine, check_on(pictures, engine, model, clock))
-
-
-def bench(
-    engines: dict[str, Engine], batches: Sequence[int] | None, seconds: float, clock: Clock, command: str
-) -> LatencyReport:
-    """Interleaved latency of the engines by role, by default at `usual_batches`."""
-    batches = asked_batches({role: engine.manifest.batch for role, engine in engines.items()}, batches)
-    gc.collect()
-    with clock.step(f"{MEASURING} at batch {', '.join(map(str, batches))}", float(len(batches))) as advance:
-        return measure_latency(engines, batches, seconds=seconds, command=command, progress=advance)
-
-
-def require_proof(engines: Iterable[Engine]) -> None:
-    """Raises BadRequest for an engine that was never proved as it stands, GateFailed for one that failed."""
-    for engine in engines:
-        if proof_of(engine) is not None:
-            continue
-        again = f"`ztp check --engine {shlex.quote(str(engine.directory))}`"
-        report = stored(engine.evidence / PARITY_FILE, ParityReport)
-        if report is not None and not report.passed and report.manifest_sha256 == manifest_sha256(engine.directory):
-            raise GateFailed(f"{engine.directory} failed its last parity check.", f"See {again}, and build it again.")
-        raise BadRequest(f"{engine.directory} has passed no parity check as it stands.", f"Prove it first: {again}.")
-
-
-def bench_load(
-    engines: dict[str, Engine],
-    loads: Sequence[Load],
-    batches: Sequence[int] | None,
-    seconds: float,
-    clock: Clock,
-    command: str,
-) -> LoadReport:
-    """The engines by role under load, by default at `usual_batches`; the report joins each engine's evidence.
-
-    Raises what `require_proof` and `measure_load` raise.
-    """
-    batches = asked_batches({role: engine.manifest.batch for role, engine in engines.items()}, batches)
-    require_proof(engines.values())
-    if loads[0].rate is None:
-        levels = f"with {', '.join(str(load.clients) for load in loads)} clients"
-    else:
-        levels = f"at {', '.join(f'{load.rate:g}' for load in loads)} requests a second"
-    gc.collect()
-    title = f"measure load {levels}, at batch {', '.join(map(str, batches))}"
-    with clock.step(title, float(len(batches) * len(loads))) as advance:
-        report = put_under(loads, engines, batches, seconds, command, advance)
-    for engine in engines.values():
-        write_text(engine.evidence / report.file, report.to_json())
-        write_reports(engine)
-    return report
 
 
 def measured_batches(asked: Sequence[int] | None, build: BuildRequest) -> Sequence[int]:

@@ -13,9 +13,9 @@ from ztp_deploy.backends import EVIDENCE, PARITY_FILE
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport
 from ztp_deploy.evidence.load import LOAD_FILE, RATE_FILE, LoadReport
-from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.summary import Summary, summarise
 from ztp_deploy.evidence.schema import SUMMARY_FILE, EvidenceFile
+from ztp_deploy.evidence.verdict import ParityReport
 from ztp_deploy.manifest import EngineManifest, hash_file, manifest_sha256, read_manifest
 
 PICTURES_FILE = "pictures.json"

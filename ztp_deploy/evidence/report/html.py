@@ -38,9 +38,9 @@ from ztp_deploy.evidence.report.markdown import (
 )
 from ztp_deploy.evidence.report.parity import EDGE_HEAD, STAGE_HEAD, edge_name, edge_rows, stage_rows, tolerance_line
 from ztp_deploy.evidence.report.summary import Summary
+from ztp_deploy.evidence.schema import HTML_FILE
 from ztp_deploy.source import Preprocessing
 
-HTML_FILE = "report.html"
 NOT_MEASURED = "not measured"
 _TEMPLATE = "report.html.jinja"
 _LISTED = 50

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ztp_deploy.evidence.parity import Edge, ParityReport
 from ztp_deploy.evidence.report.markdown import percent
 from ztp_deploy.evidence.tolerances import Tolerance
+from ztp_deploy.evidence.verdict import Edge, ParityReport
 
 EDGE_HEAD = ("edge", "kept sets agree (tokens)", "worst logit", "top-1", "near-ties", "verdict")
 STAGE_HEAD = (

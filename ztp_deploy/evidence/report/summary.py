@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ztp_deploy.evidence.latency import LatencyReport, Ratio
-from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
+from ztp_deploy.evidence.verdict import ParityReport
 from ztp_deploy.manifest import EngineManifest
 from ztp_deploy.plan import Flops
 

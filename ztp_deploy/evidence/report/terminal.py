@@ -13,14 +13,14 @@ from ztp_deploy.console import out, titled_table, warn
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.load import LoadReport
-from ztp_deploy.evidence.parity import ParityReport
 from ztp_deploy.evidence.report.accuracy import HEAD as ACCURACY_HEAD
 from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows
-from ztp_deploy.evidence.report.html import HTML_FILE
 from ztp_deploy.evidence.report.load import NO_FIGURE, NOT_SUSTAINED, load_lines, load_names, load_rows
 from ztp_deploy.evidence.report.markdown import macs_line, selection_lines, table_rows, unsure_batches
 from ztp_deploy.evidence.report.parity import EDGE_HEAD, edge_rows
 from ztp_deploy.evidence.report.summary import Summary
+from ztp_deploy.evidence.schema import HTML_FILE
+from ztp_deploy.evidence.verdict import ParityReport
 
 _figure = partial(Column, justify="right", no_wrap=True)
 _name = partial(Column, no_wrap=True)
