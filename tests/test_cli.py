@@ -394,6 +394,22 @@ def test_missing_software_is_named_with_its_command(ztp, monkeypatch):
     one_sentence(code, out, err, 3, "pip install onnxruntime-gpu")
 
 
+@pytest.mark.parametrize("module, title", [("onnxruntime", "ONNX Runtime"), ("tensorrt_rtx", "TensorRT-RTX")])
+def test_a_library_that_cannot_be_loaded_is_named_beside_the_others(ztp, tmp_path, monkeypatch, module, title):
+    (tmp_path / f"{module}.py").write_text("raise ImportError('libmine.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    reason = f"missing: {title} is installed but cannot be loaded: libmine.so.1: cannot open shared object file."
+    code, out, err = ztp("doctor", "--json")
+    uses = json.loads(out)["would use"]
+    assert (code, err, uses[module]) == (0, "", reason)
+    assert uses["openvino"].endswith(" on cpu")
+    assert set(uses) == set(backends.BACKENDS)
+    code, out, _ = ztp("list", "--json")
+    statuses = {entry["name"]: entry["status"] for entry in json.loads(out)["backends"]}
+    assert (code, statuses[module], statuses["openvino"]) == (0, reason, "OK")
+
+
 def test_the_gpu_report_needs_a_gpu(ztp, tmp_path, monkeypatch):
     monkeypatch.setattr("ztp_deploy.environment.gpus", lambda: ())
     one_sentence(*ztp("gpu-report"), 3, "needs an NVIDIA GPU", "ztp doctor")
@@ -539,8 +555,8 @@ def test_every_command_explains_itself(ztp, command):
         (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "8:4:1"), 2, ("min:opt:max",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batches", ""), 2, ("not a list of whole numbers",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "1 8"), 2, ("'1 8' is not a list of whole numbers",)),
-        (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:2:4", "--batches", "1,8"), 2, ("batch 8", "1:2:4")),
-        (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "0"), 2, ("batch 0",)),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:2:4", "--batches", "1,8"), 2, ("Batch 8", "1 to 4")),
+        (("engine", "-m", "deit_t", "-r", 0.7, "--batches", "0"), 2, ("Batch 0",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--backend", "trt"), 2, ("no back end",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--input", "fp8"), 2, ("uint8",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--precision", "int4", "--weights", "random"), 2, ("fp32",)),
@@ -566,9 +582,9 @@ def test_every_command_explains_itself(ztp, command):
         (("bench", "--engine", "a", "--rate", "fast"), 2, ("--rate", "10,20.5")),
         (("bench", "--engine", "a", "--rate", "-1"), 2, ("-1 requests a second",)),
         (("bench", "--engine", "a", "--rate", "inf"), 2, ("inf requests a second",)),
-        (("bench", "--engine", "a", "--rate", 20, "--clients", "1,2"), 2, ("Clients 1,2", "threads that serve")),
-        (("bench", "-m", "deit_t", "-r", 0.7, "--rate", 20, "--clients", "1,2"), 2, ("threads that serve",)),
-        (("bench", "-m", "deit_t", "-r", 0.7, "--clients", 2, "--batches", 65), 2, ("batch 65",)),
+        (("bench", "--engine", "a", "--rate", 20, "--clients", "1,2"), 2, ("Both clients and a rate",)),
+        (("bench", "-m", "deit_t", "-r", 0.7, "--rate", 20, "--clients", "1,2"), 2, ("Both clients and a rate",)),
+        (("bench", "-m", "deit_t", "-r", 0.7, "--clients", 2, "--batches", 65), 2, ("Batch 65",)),
         (("bench", "--clients", 2), 2, ("--engine", "--model")),
         (("engine", "-m", "deit_t", "-r", 0.7, "--seconds", "nan"), 2, ("seconds",)),
         (("engine", "-m", "deit_t", "-r", 0.7, "--device", "tpu"), 2, ("tpu",)),
@@ -604,7 +620,6 @@ def test_bad_files_for_an_engine(made, ztp, tmp_path):
     Path("good.png").write_bytes(b"")
     one_sentence(*ztp("classify", "good.png", "--engine", engine), 2, "good.png")
     one_sentence(*ztp("classify", "missing.png", "--engine", engine), 2, "missing.png")
-    one_sentence(*ztp("classify", ".", "--engine", engine), 2, "not a file")
     copy = tmp_path / "copy"
     shutil.copytree(engine, copy)
     manifest = (copy / "manifest.json").read_text()
@@ -615,6 +630,42 @@ def test_bad_files_for_an_engine(made, ztp, tmp_path):
     graph = copy / "model.onnx"
     graph.write_bytes(graph.read_bytes()[:1000])
     one_sentence(*ztp("classify", "good.png", "--engine", copy), 2, "1000 bytes")
+
+
+def test_a_folder_is_classified_and_what_cannot_be_read_is_named(shared_engine, ztp):
+    """In several batches, since this engine takes 8 images at most."""
+    Path("photos/deep").mkdir(parents=True)
+    crops = list(photograph_crops(10).values())
+    names = [f"photos/{index}.png" for index in range(9)] + ["photos/deep/9.png"]
+    for name, crop in zip(names, crops, strict=True):
+        crop.save(name)
+    Path("photos/notes.txt").write_text("nothing to see")
+    engine = shared_engine.directory
+    code, out, err = ztp("classify", "photos", "--engine", engine, "--top", 1, "--json")
+    assert (code, err) == (0, "")
+    good = {entry["image"]: entry["top"] for entry in json.loads(out)["images"]}
+    assert sorted(good) == sorted(names)
+    broken = Path("photos/5.png")
+    broken.write_bytes(broken.read_bytes()[:5000])
+    code, out, err = ztp("classify", "photos", "--engine", engine, "--top", 1, "--json")
+    assert (code, err) == (2, "")
+    found = {entry.pop("image"): entry for entry in json.loads(out)["images"]}
+    assert "photos/5.png" in found.pop("photos/5.png")["error"]
+    assert {name: entry["top"][0]["class"] for name, entry in found.items()} == {
+        name: top[0]["class"] for name, top in good.items() if name != "photos/5.png"
+    }
+    code, out, err = ztp("classify", "photos", "--engine", engine, "--top", 1)
+    assert code == 2
+    assert out.count("%") == 9
+    assert "photos/5.png" in err
+    assert "1 of 10 images could not be read" in err
+    one_sentence(*ztp("classify", "photos/5.png", "--engine", engine), 2, "photos/5.png")
+    Path("empty").mkdir()
+    one_sentence(*ztp("classify", "empty", "--engine", engine), 2, "The folder empty holds no images")
+
+
+def test_words_between_colons_are_printed_as_they_are(ztp):
+    one_sentence(*ztp("engine", "-m", "deit_t", "-r", 0.7, "--batch", "1:x:3"), 2, "batch='1:x:3' is not a range")
 
 
 def test_recipes_and_profiles(ztp):

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from ztp_deploy import backends, methods
+from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.plan import Plan
 from ztp_deploy.recipes import read_recipe
@@ -28,12 +29,12 @@ def recipe(folder, text):
     "read, told",
     [
         (
-            lambda folder: backends.get("tensorrt").parse_settings({"refit": True, "strip_plan": True}),
+            lambda folder: parse(backends.get("tensorrt").Settings, {"refit": True, "strip_plan": True}, "tensorrt"),
             "Back end tensorrt does not take settings={'refit': True, 'strip_plan': True}: a stripped plan is refitted "
             "by itself: give refit or strip_plan, not both.",
         ),
         (
-            lambda folder: backends.get("torchscript").parse_settings({"threads": -1}),
+            lambda folder: parse(backends.get("torchscript").Settings, {"threads": -1}, "torchscript"),
             "Back end torchscript does not take threads=-1: Input should be greater than or equal to 0.",
         ),
         (

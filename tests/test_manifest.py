@@ -30,7 +30,11 @@ def edit(directory, change):
         (lambda m: m["files"]["model.onnx"].update(sha256="0" * 64), "edited"),
         (lambda m: m.update(precision="fp16"), "edited"),
         (lambda m: m.pop("backend"), "backend"),
-        (lambda m: m.update(schema="ztp.engine/9"), "schema"),
+        (
+            lambda m: m.update(schema="ztp.engine/1"),
+            r"another version of ztp_deploy: its schema is ztp\.engine/1, not ",
+        ),
+        (lambda m: m.update(schema="another"), "schema: Input should be"),
         (lambda m: m.update(more=1), "more"),
     ],
 )
@@ -45,6 +49,9 @@ def test_folders_of_the_wrong_kind_are_named(engine, artifact, tmp_path):
         read_manifest(tmp_path, EngineManifest)
     with pytest.raises(BadRequest, match="an exported artifact, no engine"):
         read_manifest(artifact.directory, EngineManifest)
+    edit(engine.directory, lambda manifest: manifest.pop("batch"))
+    with pytest.raises(BadRequest, match="an engine, no exported artifact"):  # and a damaged one at that
+        read_manifest(engine.directory, ArtifactManifest)
     (engine.directory / "manifest.json").write_bytes(b"\xff\xfe not json")
     with pytest.raises(DamagedFiles, match="not a valid"):
         read_manifest(engine.directory, EngineManifest)
@@ -52,7 +59,23 @@ def test_folders_of_the_wrong_kind_are_named(engine, artifact, tmp_path):
 
 def test_manifest_round_trip(artifact):
     assert read_manifest(artifact.directory, ArtifactManifest) == artifact.manifest
-    assert artifact.manifest.seal == artifact.manifest.sealed()
+
+
+def test_a_changed_byte_anywhere_is_found(artifact, tmp_path):
+    whole = (artifact.directory / "manifest.json").read_bytes()
+    for at in range(0, len(whole), 7):
+        (tmp_path / "manifest.json").write_bytes(whole[:at] + b" " + whole[at + (whole[at] != ord(" ")) :])
+        with pytest.raises(DamagedFiles):
+            read_manifest(tmp_path, ArtifactManifest)
+
+
+@pytest.mark.parametrize("stated", ['"seal": ""', '"seal": "{seal}", "seal": "{seal}"', '"seal":  "{seal}"'])
+def test_a_seal_stands_exactly_once_as_it_is_written(artifact, tmp_path, stated):
+    seal = artifact.manifest.seal
+    whole = (artifact.directory / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(whole.replace(f'"seal": "{seal}"', stated.replace("{seal}", seal)))
+    with pytest.raises(DamagedFiles, match="edited"):
+        read_manifest(tmp_path, ArtifactManifest)
 
 
 def test_files_are_verified_by_size_and_hash(engine):

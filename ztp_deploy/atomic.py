@@ -52,6 +52,17 @@ def new_directory(final: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def check_writable(folder: Path | None) -> None:
+    """Raises WriteFailed where the folder, if one is given, could not be written into: before there is work to lose."""
+    if folder is None:
+        return
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise write_failed(str(folder), NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise write_failed(str(folder), PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file whole or not at all. Raises WriteFailed."""
     write_bytes(path, text.encode())

@@ -7,19 +7,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from ztp_deploy.evidence.latency import LatencyReport
-    from ztp_deploy.evidence.parity import ParityReport
-    from ztp_deploy.workflow.make import Result
 
 
 def reader_gone() -> int:
@@ -33,8 +28,9 @@ class _Console(Console):
         raise SystemExit(reader_gone())
 
 
-out = _Console(highlight=False, markup=False)  # square brackets are part of many a path
-err = _Console(stderr=True, highlight=False, markup=False)
+# Square brackets and words between colons are part of many a path.
+out = _Console(highlight=False, markup=False, emoji=False)
+err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 class Bars:
@@ -66,45 +62,13 @@ def warn(text: str) -> None:
     err.print(Panel(Text(text), title="note", title_align="left", border_style="yellow"))
 
 
-def show_result(result: Result, as_json: bool, *, kept: bool = True) -> None:
-    """Prints the summary, and where the engine lies if it is kept."""
-    from ztp_deploy.evidence.report.terminal import show_summary
-
-    if as_json:
-        print_json(result.summary.model_dump(mode="json"))
-    else:
-        show_summary(result.summary, out, kept)
-
-
-def show_parity(report: ParityReport) -> None:
-    from ztp_deploy.evidence.report.parity import EDGE_HEAD, edge_rows
-
-    out.print(f"parity of {report.engine} on {report.images}", style="bold", soft_wrap=True)  # a title would be broken
-    table = Table()
-    for name in EDGE_HEAD:
-        table.add_column(name)
-    for row, edge in zip(edge_rows(report), report.edges, strict=True):
-        style = "green" if edge.holds else "bold red"
-        table.add_row(*row[:-1], Text(row[-1], style))
-    out.print(table)
-    out.print(f"Parity {report.verdict}.", style="green" if report.passed else "bold red", soft_wrap=True)
-    for note in report.notes:
-        warn(note)
-
-
 def recorded(what: str) -> None:
     err.print(f"Recorded {what}", soft_wrap=True)
 
 
-def show_rows(head: Sequence[str], rows: Iterable[Sequence[str]], report: LatencyReport) -> None:
-    """Prints a report's table, of cells written for Markdown, its notes and the GPU."""
-    table = Table(*head)
-    for row in rows:
-        table.add_row(*(cell.replace("**", "") for cell in row))
-    out.print(table)
-    for note in report.notes:
-        warn(note)
-    out.print(report.gpu)
+def titled_table(title: str, *columns: Column | str, **look: Any) -> Table:
+    """A table under its title, which stands at the left."""
+    return Table(*columns, title=title, title_justify="left", title_style="bold", **look)
 
 
 def print_json(value: Any) -> None:

@@ -78,8 +78,13 @@ class Gpu:
     @property
     def slug(self) -> str:
         """Name for folders: `nvidia-h200-sm90`."""
-        words = "".join(c if c.isalnum() else "-" for c in self.name.lower())
-        return f"{'-'.join(filter(None, words.split('-')))}-sm{self.compute_capability.replace('.', '')}"
+        return f"{slug(self.name)}-sm{self.compute_capability.replace('.', '')}"
+
+
+def slug(text: str) -> str:
+    """A text in names of files and folders: `NVIDIA H200` → `nvidia-h200`."""
+    words = "".join(c if c.isalnum() else "-" for c in text.lower()).split("-")
+    return "-".join(filter(None, words))
 
 
 @cache

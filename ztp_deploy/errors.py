@@ -69,15 +69,18 @@ class BuildFailed(ZtpError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Up to three of the known names that look like `name`, as readable text; the first few if none do."""
     names = list(known)
-    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.55)
-    return ", ".join(close or names[:6])
+    return ", ".join(_close(name, names) or names[:6])
 
 
 def suggestion(name: object, known: Iterable[str]) -> str:
     """What to type instead of a name that is not known: those that look like it, or all."""
     names = list(known)
-    close = difflib.get_close_matches(str(name).lower(), names, n=3, cutoff=0.55)
+    close = _close(str(name), names)
     return f"Did you mean: {', '.join(close)}?" if close else f"There are: {', '.join(names)}."
+
+
+def _close(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.55)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -52,7 +52,14 @@ def folder_tags(source: Source, dtype: str) -> list[str]:
 
 
 class _Manifest(BaseModel):
+    """What both kinds hold; the capitals are how refusals speak of a kind, `INSTEAD` where `folder` is of the other."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    NOUN: ClassVar[str]
+    TITLE: ClassVar[str]
+    COMMAND: ClassVar[str]
+    INSTEAD: ClassVar[str]
 
     source: Source
     plan: Plan
@@ -64,10 +71,6 @@ class _Manifest(BaseModel):
     fingerprint: str
     files: dict[str, FileRecord]
     seal: str = ""
-
-    def sealed(self) -> str:
-        """sha256 over everything but the seal: shows an edit; it is not a signature."""
-        return hash_of(manifest=self.model_dump(mode="json", by_alias=True, exclude={"seal"}))
 
     @property
     def tags(self) -> list[str]:
@@ -83,7 +86,12 @@ class _Manifest(BaseModel):
 class ArtifactManifest(_Manifest):
     """What an export wrote. `audit` names the score tensors of the stages; `fingerprint` hashes all that decided it."""
 
-    schema_: Literal["ztp.artifact/1"] = Field(default="ztp.artifact/1", alias="schema")
+    NOUN = "artifact"
+    TITLE = "exported artifact"
+    COMMAND = "ztp export …"
+    INSTEAD = "Give the artifact's folder; `ztp export …` makes one."
+
+    schema_: Literal["ztp.artifact/2"] = Field(default="ztp.artifact/2", alias="schema")
     format: str
     opset: int | None = None
 
@@ -124,7 +132,11 @@ class EngineManifest(_Manifest):
     machine that built it (None: it was).
     """
 
-    schema_: Literal["ztp.engine/1"] = Field(default="ztp.engine/1", alias="schema")
+    NOUN = TITLE = "engine"
+    COMMAND = "ztp engine …"
+    INSTEAD = "Build one from it: `ztp build --artifact {folder}`."
+
+    schema_: Literal["ztp.engine/2"] = Field(default="ztp.engine/2", alias="schema")
     backend: str
     backend_version: str
     device: str
@@ -185,51 +197,66 @@ def manifest_sha256(directory: Path) -> str:
 
 def write_manifest(manifest: M, directory: Path) -> M:
     """Seals the manifest, writes `manifest.json` into a folder that is still being made, and returns it sealed."""
-    manifest = manifest.model_copy(update={"seal": manifest.sealed()})
-    text = json.dumps(manifest.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False, allow_nan=False)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return manifest
+    data, seal = sealed(manifest.model_dump(mode="json", by_alias=True))
+    (directory / MANIFEST).write_bytes(data)
+    return manifest.model_copy(update={"seal": seal})
+
+
+def sealed(fields: dict[str, Any]) -> tuple[bytes, str]:
+    """A manifest's file and its seal, the sha256 of the file with an empty seal: shows an edit; it is not a signature."""
+    text = json.dumps(fields | {"seal": ""}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    # By its indentation it is the manifest's own, whatever settings are called.
+    return text.replace('\n  "seal": ""', f'\n  "seal": "{seal}"').encode(), seal
+
+
+def _seal_fits(data: bytes, seal: str) -> bool:
+    stated = f'"seal": "{seal}"'.encode()
+    return data.count(stated) == 1 and hashlib.sha256(data.replace(stated, b'"seal": ""')).hexdigest() == seal
 
 
 def read_manifest(directory: Path, kind: type[M]) -> M:
     """Reads a folder's manifest. Raises BadRequest (not such a folder) and DamagedFiles (unreadable, edited)."""
     path = directory / MANIFEST
-    noun = "engine" if kind is EngineManifest else "artifact"
-    verb = "engine" if kind is EngineManifest else "export"
     if not path.is_file():
         why = f"it has no {MANIFEST}" if directory.exists() else "it does not exist"
-        raise BadRequest(f"{directory} is not an {noun} folder: {why}.", f"Make one with `ztp {verb} …`.")
+        raise BadRequest(f"{directory} is not an {kind.NOUN} folder: {why}.", f"Make one with `{kind.COMMAND}`.")
+    data = path.read_bytes()
     try:
-        manifest = kind.model_validate_json(path.read_bytes())
+        manifest = kind.model_validate_json(data)
     except ValidationError as error:
-        where, why = first_fault(error, "the file")
-        if kind is EngineManifest and _is_valid(path, ArtifactManifest):
+        found = _kind_of(path)
+        if found not in (None, kind):
             raise BadRequest(
-                f"{directory} is an exported artifact, no engine.",
-                f"Build one from it: `ztp build --artifact {shlex.quote(str(directory))}`.",
+                f"{directory} is an {found.TITLE}, no {kind.TITLE}.",
+                kind.INSTEAD.format(folder=shlex.quote(str(directory))),
             ) from error
-        if kind is ArtifactManifest and _is_valid(path, EngineManifest):
-            raise BadRequest(
-                f"{directory} is an engine, no exported artifact.",
-                "Give the artifact's folder; `ztp export …` makes one.",
+        where, why = first_fault(error, "the file")
+        schema = next((fault["input"] for fault in error.errors() if fault["loc"] == ("schema",)), None)
+        if found is kind and isinstance(schema, str):
+            ours = kind.model_fields["schema_"].default
+            raise DamagedFiles(
+                f"{path} was made by another version of ztp_deploy: its schema is {schema}, not {ours}.",
+                f"Make it again: `{kind.COMMAND}`.",
             ) from error
         raise DamagedFiles(
-            f"{path} is not a valid {noun} manifest: {where}: {why}.", f"Run `ztp {verb} …` again."
+            f"{path} is not a valid {kind.NOUN} manifest: {where}: {why}.", f"Run `{kind.COMMAND}` again."
         ) from error
-    if manifest.seal != manifest.sealed():
+    if not _seal_fits(data, manifest.seal):
         raise DamagedFiles(
             f"{path} was edited after it was written: its seal does not match.",
-            f"Run `ztp {verb} …` again with what you want to change.",
+            f"Run `{kind.COMMAND}` again with what you want to change.",
         )
     return manifest
 
 
-def _is_valid(path: Path, kind: type[_Manifest]) -> bool:
+def _kind_of(path: Path) -> type[_Manifest] | None:
+    """The kind of manifest that a file says it is, be it damaged or of another version; None for any other file."""
     try:
-        kind.model_validate_json(path.read_bytes())
-    except ValidationError:
-        return False
-    return True
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return next((kind for kind in (ArtifactManifest, EngineManifest) if f'"schema": "ztp.{kind.NOUN}/' in text), None)
 
 
 def verify_files(directory: Path, manifest: _Manifest) -> None:
@@ -262,18 +289,13 @@ def listed(directory: Path, manifest: ArtifactManifest | EngineManifest, name: s
 
 def check_replaceable(directory: Path, kind: type[_Manifest]) -> None:
     """Refuses to write where anything stands but an empty folder or an earlier folder of the same kind."""
-    noun = "engine" if kind is EngineManifest else "artifact"
     try:
         if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
             return
     except OSError as error:  # a name too long, a folder that may not be looked into
         raise write_failed(str(directory), error) from error
-    try:
-        ours = f'"schema": "ztp.{noun}/' in (directory / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        ours = False
-    if not ours:
+    if _kind_of(directory / MANIFEST) is not kind:
         raise BadRequest(
-            f"{directory} is in the way: it is not an {noun} folder, and nothing of yours is overwritten.",
+            f"{directory} is in the way: it is not an {kind.NOUN} folder, and nothing of yours is overwritten.",
             "Choose another folder, or move it away.",
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy.errors import BadRequest
 
@@ -74,12 +74,6 @@ class Source(BaseModel):
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None = None
     own: tuple[Literal["labels", "preprocessing"], ...] = ()
-
-    @model_serializer(mode="wrap")
-    def _as_it_was(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without an empty `own`: manifests that were sealed before there was one keep their seals."""
-        found: dict[str, Any] = written(self)
-        return found if self.own else {name: value for name, value in found.items() if name != "own"}
 
 
 def check_labels(labels: Sequence[str], classes: int) -> tuple[str, ...]:

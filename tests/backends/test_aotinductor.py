@@ -16,6 +16,7 @@ import ztp_deploy as ztp
 from tests import slim, tiny
 from ztp_deploy import environment
 from ztp_deploy.backends import aotinductor
+from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, BuildFailed, MissingSoftware
 
 
@@ -101,9 +102,10 @@ def test_a_compiler_that_gives_up_is_one_sentence(half, tmp_path, capfd):
 
 
 def test_settings():
-    assert aotinductor.parse_settings({}) == {"threads": 0, "max_autotune": False, "cuda_graph": False, "kernels": True}
+    defaults = {"threads": 0, "max_autotune": False, "cuda_graph": False, "kernels": True}
+    assert parse(aotinductor.Settings, {}, "aotinductor") == defaults
     with pytest.raises(BadRequest, match="aotinductor does not take cache"):
-        aotinductor.parse_settings({"cache": 1})
+        parse(aotinductor.Settings, {"cache": 1}, "aotinductor")
 
 
 @pytest.mark.parametrize("setting, named", [("cuda_graph", "cuda_graph=true"), ("kernels", "kernels=false")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -262,13 +263,13 @@ def test_all_code_that_a_build_runs_decides_whether_an_engine_stands():
 def test_instructions_decide_where_the_build_looks_at_them(monkeypatch):
     monkeypatch.setattr(environment, "cpu_features", lambda: ["avx2", "amx_bf16"])
     monkeypatch.setattr(environment, "instruction_flags", lambda: {"fma", "avx2"})
-    asked = {name: backends.get(name).instructions(backends.get(name).parse_settings({})) for name in backends.BACKENDS}
+    every = {name: backends.get(name) for name in backends.BACKENDS}
+    asked = {name: module.instructions(module.Settings().model_dump()) for name, module in every.items()}
     assert {name: found for name, found in asked.items() if found} == {
         "openvino": ["amx_bf16"],
         "aotinductor": ["avx2", "fma"],
     }
-    openvino = backends.get("openvino")
-    assert openvino.instructions(openvino.parse_settings({"stage": "compiled"})) == ["avx2", "fma"]
+    assert every["openvino"].instructions({"stage": "compiled"}) == ["avx2", "fma"]
 
 
 def test_an_engine_is_built_from_the_path_of_an_artifact_as_from_the_artifact(artifact, shared_engine, tmp_path):
@@ -369,11 +370,19 @@ def test_a_gpu_that_is_not_there_is_not_replaced(backend, monkeypatch):
     if "cpu" in module.DEVICES:
         assert module.resolve_device("auto").name == "cpu"
     if backend == "tensorrt_rtx":  # builds without one, and says that it cannot run
-        assert module.unrunnable(module.resolve_device("cuda")) == "no NVIDIA GPU was found"
+        assert module.unrunnable(module.resolve_device("cuda").name) == "no NVIDIA GPU was found"
         return
     with pytest.raises(MissingSoftware, match="cuda") as refusal:
         module.resolve_device("cuda")
     assert "install onnxruntime" not in str(refusal.value)  # that brings no GPU
+
+
+def test_a_torch_that_cannot_be_loaded_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    status, reason = backends.here("torchscript")
+    assert (status, reason.partition(": ")[0]) == ("missing", "PyTorch is installed but cannot be loaded")
+    with pytest.raises(MissingSoftware, match=r"PyTorch is installed .* pip install --force-reinstall torch$"):
+        backends.resolve("aotinductor")
 
 
 def test_a_silent_fall_back_of_the_provider_is_an_error(shared_engine, monkeypatch):
@@ -454,7 +463,7 @@ def test_uint8_engines_take_pixels(pruned, tmp_path):
 def test_batch_range_is_in_the_manifest(shared_engine):
     assert shared_engine.manifest.batch == BatchRange(min=1, opt=4, max=8)
     fields = json.loads((shared_engine.directory / "manifest.json").read_text())
-    assert fields["schema"] == "ztp.engine/1"
+    assert fields["schema"] == "ztp.engine/2"
     assert fields["provider"] == "CPUExecutionProvider"
     assert fields["files"]["model.onnx"]["sha256"]
 

@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 import ztp_deploy as ztp
-from ztp_deploy.manifest import EngineManifest, hash_files, hash_of, read_manifest
+from ztp_deploy.manifest import EngineManifest, hash_files, read_manifest, sealed
 
 HERE = Path(__file__).parent
 SOURCE = Path(ztp.__file__).parent / "cpp"
@@ -157,10 +157,7 @@ def reseal(directory: Path, like: Path | None = None, **changes: object) -> Path
     """Gives a folder a manifest, that of `like` with changes, which fits its files; any key goes."""
     manifest = json.loads(((like or directory) / "manifest.json").read_text(encoding="utf-8")) | changes
     manifest["files"] = {name: record.model_dump() for name, record in hash_files(directory).items()}
-    del manifest["seal"]
-    manifest["seal"] = hash_of(manifest=manifest)
-    text = json.dumps(manifest, indent=2, ensure_ascii=False)
-    (directory / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    (directory / "manifest.json").write_bytes(sealed(manifest)[0])
     return directory
 
 

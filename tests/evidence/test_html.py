@@ -25,7 +25,7 @@ from ztp_deploy.evidence import latency
 from ztp_deploy.evidence.accuracy import AccuracyReport, Speed, accuracy, class_rows, compare
 from ztp_deploy.evidence.latency import LatencyReport, paired_ratio
 from ztp_deploy.evidence.parity import Fault, ParityReport
-from ztp_deploy.evidence.report import figures
+from ztp_deploy.evidence.report import figures, terminal
 from ztp_deploy.evidence.report.accuracy import accuracy_rows
 from ztp_deploy.evidence.report.figures import distribution_figure, gains_figure, tokens_figure
 from ztp_deploy.evidence.report.folder import PictureFile, Pictures, read_evidence
@@ -37,7 +37,6 @@ from ztp_deploy.evidence.report.html import (
 )
 from ztp_deploy.evidence.report.markdown import render_markdown, selection_lines, table_rows
 from ztp_deploy.evidence.report.summary import summarise
-from ztp_deploy.evidence.report.terminal import show_summary
 from ztp_deploy.manifest import EngineManifest, hash_file, manifest_sha256, read_manifest
 
 EVIL = '<b>&"x'
@@ -218,7 +217,9 @@ def requote(folder, name, **changes):
 def shown(summary) -> str:
     """The report in a terminal of 200 columns."""
     console = Console(width=200, record=True, file=io.StringIO())
-    show_summary(summary, console)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal, "out", console)
+        terminal.show_summary(summary)
     return console.export_text()
 
 

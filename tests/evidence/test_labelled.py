@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import timm.data
@@ -10,7 +12,8 @@ from PIL import Image
 
 from tests import tiny
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.evidence.labelled import Labelled, batches, class_indices, read_labelled
+from ztp_deploy.evidence import labelled
+from ztp_deploy.evidence.labelled import Labelled, batches, check_readable, class_indices, read_labelled
 from ztp_deploy.preprocessing import open_image, transform_for
 from ztp_deploy.source import Preprocessing
 
@@ -112,6 +115,13 @@ def test_a_folder_with_a_sub_folder_a_class(tmp_path):
     assert again.sha256 == data.sha256
     (tmp_path / "2").rename(tmp_path / "1")
     assert read_labelled(tmp_path, 3, None).sha256 != data.sha256
+
+
+def test_what_a_system_leaves_in_folders_is_passed_over_at_every_level(tmp_path):
+    picture(tmp_path / "0" / "a.png")
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "0/Thumbs.db", "0/Desktop.ini"):
+        (tmp_path / name).write_text("the system's")
+    assert read_labelled(tmp_path, 2, None).names == ("0/a.png",)
 
 
 def test_the_hash_is_of_the_data_and_not_of_its_place(tmp_path):
@@ -242,3 +252,37 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path):
     data = read_labelled(tmp_path, 2, None)
     with pytest.raises(BadRequest, match=r"broken\.png"):
         list(batches(data, transform_for(tiny.model().source.preprocessing, "uint8"), 3, 2))
+
+
+def test_pictures_that_cannot_be_read_are_found_without_a_run(several, tmp_path, monkeypatch):
+    """Whole JPEG and PNG files are not even decoded."""
+    shutil.copytree(several.files[0].parent, tmp_path / "0")
+    monkeypatch.setattr(labelled, "_TOGETHER", 2)
+    seen: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(labelled, "open_image", lambda file: pytest.fail(f"{file} was decoded"))
+        check_readable(read_labelled(tmp_path, 10, None), 2, seen.append)
+    assert seen == [2, 2, 2, 1]
+    whole = {name: (tmp_path / "0" / name).read_bytes() for name in ("0.png", "1.jpg", "3.jpg", "4.png")}
+    # What ends strangely but can be read is no fault.
+    (tmp_path / "0" / "1.jpg").write_bytes(whole["1.jpg"] + bytes(7))
+    (tmp_path / "0" / "4.png").write_bytes(whole["4.png"][:-2])
+    for kind in ("bmp", "webp"):
+        picture(tmp_path / "0" / f"x.{kind}")
+    check_readable(read_labelled(tmp_path, 10, None), 2)
+    (tmp_path / "0" / "3.jpg").write_bytes(whole["3.jpg"][:-100])
+    with pytest.raises(BadRequest, match=r"0/3\.jpg cannot be read: image file is truncated"):
+        check_readable(read_labelled(tmp_path, 10, None), 2)
+    flipped = bytearray(whole["0.png"])
+    flipped[len(flipped) // 2] ^= 255
+    (tmp_path / "0" / "0.png").write_bytes(flipped)
+    Image.fromarray(np.zeros((9, 9), np.int32)).save(tmp_path / "0" / "grey.tif")
+    (tmp_path / "0" / "x.bmp").write_bytes((tmp_path / "0" / "x.bmp").read_bytes()[:-9])
+    (tmp_path / "0" / "y.jpg").write_bytes(b"")
+    names = [str(tmp_path / "0" / name) for name in ("0.png", "3.jpg", "grey.tif", "x.bmp", "y.jpg")]
+    with pytest.raises(BadRequest) as refused:
+        check_readable(read_labelled(tmp_path, 10, None), 2)
+    assert refused.value.problem == f"5 of 11 pictures cannot be read: {', '.join(names)}."
+    monkeypatch.setattr(labelled, "_NAMED", 1)
+    with pytest.raises(BadRequest, match=r"0\.png \(and 4 more\)\. Take them out"):
+        check_readable(read_labelled(tmp_path, 10, None), 2)

@@ -13,6 +13,7 @@ import pytest
 import ztp_deploy as ztp
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence import latency
+from ztp_deploy.evidence.report.comparison import comparison_rows, engine_names, render_comparison
 from ztp_deploy.manifest import BatchRange
 
 
@@ -209,6 +210,8 @@ def test_refusals(shared_engine):
         ztp.measure_latency([shared_engine], batches=())
     with pytest.raises(BadRequest, match="Batch 9 was asked for, but engine takes 1 to 8"):
         ztp.measure_latency([shared_engine], batches=(9,), seconds=0.1)
+    with pytest.raises(BadRequest, match="Batch 4 was asked for twice"):
+        ztp.measure_latency([shared_engine], batches=(4, 1, 4))
     with pytest.raises(BadRequest, match="seconds"):
         ztp.measure_latency([shared_engine], seconds=0)
     with pytest.raises(BadRequest, match="No engine"):
@@ -216,8 +219,6 @@ def test_refusals(shared_engine):
 
 
 def test_a_comparison_names_back_ends_and_plans(shared_engine, torchscript_engine):
-    from ztp_deploy.evidence.report.comparison import render_comparison
-
     roles = {
         "onnxruntime-1.31.1-cpu/deit_t--dense--fp32--b1-4-8": shared_engine,
         "openvino-2026.4.1-cpu/deit_t--dense--int8--b2-2-2--s58160a": shared_engine,
@@ -237,8 +238,6 @@ def test_a_comparison_names_back_ends_and_plans(shared_engine, torchscript_engin
 
 
 def test_a_comparison_tells_calibrations_apart_where_they_differ(shared_engine):
-    from ztp_deploy.evidence.report.comparison import comparison_rows
-
     start = "openvino-2026.4.1-cpu/deit_t--dense"
     names = [f"{start}--fp32--b1-4-8", f"{start}--int8--b1-4-8--c0000aa", f"{start}--int8--b1-4-8--c0000bb"]
     report = ztp.measure_latency(dict.fromkeys(names, shared_engine), batches=(2,), seconds=0.2)
@@ -247,3 +246,53 @@ def test_a_comparison_tells_calibrations_apart_where_they_differ(shared_engine):
     assert shown == [f"{dense} fp32", f"{dense} int8, calibration c0000aa", f"{dense} int8, calibration c0000bb"]
     fewer = report.model_copy(update={"samples": report.samples[:2]})
     assert [row[1] for row in comparison_rows(fewer)] == [f"{dense} fp32", f"{dense} int8"]
+
+
+@pytest.mark.parametrize(
+    "machines, engines, told",
+    [
+        (
+            "ort-1-cpu",
+            ("deit_s--dense--fp32--b1-8-64", "deit_s--dense--fp32--b1-1-16"),
+            ("batch 1:8:64", "batch 1:1:16"),
+        ),
+        ("ort-1-cpu", ("deit_t--dense--fp32--b1-8-64", "deit_s--dense--fp32--b1-8-64"), ("deit_t", "deit_s")),
+        ("ort-1-cpu", ("m--dense--fp32--b1-2-4", "m--dense--fp32--b1-2-4--uint8"), ("float32 input", "uint8 input")),
+        (
+            "ort-1-cpu",
+            ("m--dense--fp32--b1-8-64", "m--dense--fp32--b1-8-64--random", "m--dense--fp32--b1-8-64--w0123ab"),
+            ("pretrained weights", "random weights", "weights w0123ab"),
+        ),
+        (
+            "ort-1-cpu",
+            (
+                "a--dense--fp32--b1-8-64--uint8--random",
+                "b--dense--fp32--b1-8-64--uint8",
+                "a--dense--fp32--b1-1-8--random",
+            ),
+            (
+                "a, batch 1:8:64, uint8 input, random weights",
+                "b, batch 1:8:64, uint8 input, pretrained weights",
+                "a, batch 1:1:8, float32 input, random weights",
+            ),
+        ),
+        ("ort-1-cpu ort-1-cuda-nvidia-h200-sm90", ("m--dense--fp32--b1-8-64",) * 2, ("cpu", "cuda-nvidia-h200-sm90")),
+    ],
+)
+def test_engines_that_differ_have_names_that_differ(machines, engines, told):
+    machines = (machines.split() * len(engines))[: len(engines)]
+    roles = [f"{machine}/{engine}" for machine, engine in zip(machines, engines, strict=True)]
+    assert list(engine_names(roles).values()) == [f"ort 1 dense fp32, {words}" for words in told]
+    other = "ov-2-cpu/c--dense--fp32--b1-2-4--random"  # what is known apart says no more
+    assert engine_names([*roles, other]) == {**engine_names(roles), other: "ov 2 dense fp32"}
+
+
+def test_engines_that_only_their_place_tells_apart_are_called_by_it():
+    ends = [f"{place}/ort-1-cpu/m--dense--fp32--b1-8-64" for place in ("a", "b")]
+    assert engine_names(ends) == {end: end for end in ends}
+    assert engine_names([ends[0], "a/ort-1-cpu/m--dense--int8--b1-8-64"]) == {
+        ends[0]: "ort 1 dense fp32",
+        "a/ort-1-cpu/m--dense--int8--b1-8-64": "ort 1 dense int8",
+    }
+    own = ["dense", "engines/mine", "x/m--dense--fp32--b1-8-64", "m--dense--fp32--b1-8-64"]
+    assert engine_names(own) == {end: end for end in own}

@@ -9,13 +9,13 @@ import pytest
 
 from tests.evidence.simulated import IMAGES, Engine, Simulated
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.evidence import load
+from ztp_deploy.evidence import latency, load
 from ztp_deploy.evidence.clients import Turn
 from ztp_deploy.evidence.load import Load, LoadReport, asked_loads, judge, measure_load
 
 
 def test_a_rate_too_low_for_the_time_is_refused_before_anything_runs(shared_engine, monkeypatch):
-    monkeypatch.setattr(load, "load_engine", lambda directory: pytest.fail("opened"))
+    monkeypatch.setattr(latency, "load_engine", lambda directory: pytest.fail("opened"))
     with pytest.raises(
         BadRequest, match=r"At 0\.01 requests a second, 60 seconds in 5 turns .* Give --seconds 4000 or"
     ):

@@ -21,11 +21,11 @@ from ztp_deploy.evidence import load
 from ztp_deploy.evidence.clients import Turn
 from ztp_deploy.evidence.load import Load, LoadReport
 from ztp_deploy.evidence.records import record_load
+from ztp_deploy.evidence.report import terminal
 from ztp_deploy.evidence.report.figures import load_figure
 from ztp_deploy.evidence.report.folder import read_evidence
 from ztp_deploy.evidence.report.html import render_html
 from ztp_deploy.evidence.report.load import load_head, load_lines, load_rows, render_load
-from ztp_deploy.evidence.report.terminal import show_load
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.workflow import steps
 
@@ -69,7 +69,9 @@ def made_up(engine, roles=("dense", "pruned"), clients=(1, 2, 4), rates=(), coun
 
 def shown(report) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
-    show_load(report, console)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(terminal, "out", console)
+        terminal.show_load(report)
     return console.export_text()
 
 
@@ -284,12 +286,12 @@ def test_markdown_reports_that_stand_join_in(folder, shared_engine):
     made = {"command": "c", "steps": [], "peak_gib": 1.0, "machine": environment.snapshot(), "manifest_sha256": sha}
     summary = summarise(read_manifest(folder, EngineManifest), folder, None, None, **made)
     engine = steps.Engine(folder, engine.manifest)
-    steps.write_summary(engine, summary)
+    steps.write_reports(engine, summary)
     path = folder / "evidence" / "report.md"
     assert "Under load" not in path.read_text()
     report = made_up(shared_engine)
     (folder / "evidence" / "load.json").write_text(report.to_json())
-    steps.write_summary(engine, summary)
+    steps.write_reports(engine, summary)
     assert path.read_text().endswith(f"\n\n## Under load\n\n{render_load(report)}")
 
 

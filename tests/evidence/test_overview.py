@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.commands import typed
-from ztp_deploy.errors import BadRequest, DamagedFiles
+from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware
 from ztp_deploy.evidence.overview import overview
 from ztp_deploy.evidence.selftest import write_selftest
 from ztp_deploy.manifest import manifest_sha256
@@ -69,6 +69,15 @@ def test_what_is_missing_here_is_named(engine, monkeypatch):
     assert (found.library, found.unusable) == (None, "onnxruntime-gpu is not installed (pip install onnxruntime-gpu)")
 
 
+def test_a_library_that_cannot_be_loaded_is_named(engine, monkeypatch):
+    def version():
+        raise MissingSoftware("ONNX Runtime is installed and cannot be loaded: no such symbol.", "Install it again.")
+
+    monkeypatch.setattr("ztp_deploy.backends.onnxruntime.backend.version", version)
+    found = overview(engine.directory)
+    assert (found.library, found.unusable) == (None, "ONNX Runtime is installed and cannot be loaded: no such symbol.")
+
+
 def test_engines_for_a_gpu_that_is_not_here(engine, monkeypatch):
     monkeypatch.setattr("ztp_deploy.environment.gpus", lambda: ())
     tiny.reseal(engine.directory, device="cuda")
@@ -116,5 +125,5 @@ def test_the_command_line(engine, monkeypatch, capsys):
     assert lines["speed-up"].startswith("speed-up 1.50 × dense at batch 8 (inconclusive) on")
     code, printed, _ = typed(monkeypatch, capsys, "inspect", "--engine", engine.directory, "--json")
     found = json.loads(printed)
-    assert (code, found["parity"], found["manifest"]["schema"]) == (0, "not checked", "ztp.engine/1")
+    assert (code, found["parity"], found["manifest"]["schema"]) == (0, "not checked", "ztp.engine/2")
     assert found["speedups"] == [{"batch": 8, "times": 1.5, "verdict": "inconclusive"}]

@@ -22,7 +22,7 @@ from ztp_deploy.evidence import selftest
 from ztp_deploy.evidence.report.summary import Summary, summarise
 from ztp_deploy.manifest import BatchRange, manifest_sha256
 from ztp_deploy.workflow.progress import Clock, Silent
-from ztp_deploy.workflow.steps import check, write_summary
+from ztp_deploy.workflow.steps import check, write_reports
 
 
 def test_the_record_is_the_engines_own_run(engine):
@@ -60,7 +60,7 @@ def test_after_a_check_no_report_says_that_the_engine_never_ran(engine, model):
     sha = manifest_sha256(built.directory)
     facts = {"steps": [], "peak_gib": 0.0, "machine": environment.snapshot(), "manifest_sha256": sha}
     summary = summarise(built.manifest, built.directory, None, None, command="ztp engine", **facts)
-    write_summary(built, summary)
+    write_reports(built, summary)
     assert "BUILT, NOT RUN" in (built.evidence / "report.md").read_text()
     assert check(built, model, None, Clock(Silent()), count=2).passed
     for name in ("report.md", "report.json", "report.html"):

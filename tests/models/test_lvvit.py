@@ -177,7 +177,8 @@ def test_the_source_says_what_the_model_is(model):
 
 def test_pretrained_weights_are_refused_with_the_place_where_they_are():
     with pytest.raises(
-        MissingSoftware, match=r"lvvit_s-26M-224-83\.3.*GitHub release page of zihangJiang/TokenLabeling.*WEIGHTS=path"
+        MissingSoftware,
+        match=r"lvvit_s-26M-224-83\.3.*GitHub release page of zihangJiang/TokenLabeling.*--weights path",
     ):
         ztp.load_model("lvvit_s", weights="pretrained")
     with pytest.warns(models.RandomWeightsWarning, match="TokenLabeling"):
@@ -253,6 +254,15 @@ def test_the_maximum_is_over_the_survivors(model):
     np.testing.assert_allclose(logits, by_hand(pruned.model, last[0]), atol=2e-5)
     # One survivor less is another maximum for some class.
     assert np.abs(logits - by_hand(pruned.model, last[0][:, :-1])).max() > 1e-2
+
+
+def test_patches_that_were_dropped_cost_no_logits():
+    """Multiply-accumulates as torch counts them on the pruned module, whose selection has none."""
+    model = ztp.load_model("lvvit_t", weights="random")
+    plan = ztp.make_plan(model, "slice", ratio=0.5)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        ztp.prune(model, plan)(golden.images("lvvit_t")[:1])
+    assert 2 * plan.flops.executed == counter.get_total_flops()
 
 
 def test_masked_slots_have_no_vote(walk):

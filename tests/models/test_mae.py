@@ -171,7 +171,7 @@ def test_pretrained_weights_are_refused_with_the_place_to_get_them():
     assert "vit_base_patch16_224.mae are on no hub" in text
     assert "github.com/facebookresearch/mae" in text
     assert "CC-BY-NC-4.0" in text
-    assert "WEIGHTS=path" in text
+    assert "--weights path" in text
 
 
 def test_a_file_carries_the_licence_and_says_so(mae, tmp_path):

@@ -95,5 +95,5 @@ def test_licence_and_the_place_to_get_weights(tmp_path):
     assert by_file.source.weights.licence == "CC-BY-NC-4.0"
     assert by_file.source.weights.sha256 == load("swag_tiny").source.weights.sha256
     assert models.reload_model(by_file.source).source == by_file.source
-    with pytest.raises(MissingSoftware, match=r"github\.com/facebookresearch/SWAG.*CC-BY-NC-4\.0.*WEIGHTS=path"):
+    with pytest.raises(MissingSoftware, match=r"github\.com/facebookresearch/SWAG.*CC-BY-NC-4\.0.*--weights path"):
         ztp.load_model("swag_vit_b16", weights="pretrained")

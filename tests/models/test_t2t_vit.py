@@ -403,7 +403,7 @@ def test_sizes_that_do_not_fit_are_refused(size, message):
 
 
 def test_pretrained_weights_say_where_they_come_from():
-    with pytest.raises(MissingSoftware, match=r"yitu-opensource/T2T-ViT.*WEIGHTS=path"):
+    with pytest.raises(MissingSoftware, match=r"yitu-opensource/T2T-ViT.*--weights path"):
         ztp.load_model("t2t_vit_14", weights="pretrained")
     with pytest.warns(models.RandomWeightsWarning, match="yitu-opensource/T2T-ViT"):
         ztp.load_model("t2t_vit_7")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
 from safetensors.torch import save_file
 
 import ztp_deploy as ztp
@@ -57,7 +55,7 @@ def test_kl_of_every_image_has_the_mean_that_accuracy_reports():
     assert mean_kl(one, other) == pytest.approx(image_kl(one, other).mean())
 
 
-def test_a_search_writes_plan_recipe_record_and_picture(request_):
+def test_a_search_writes_plan_recipe_record_and_picture(request_, capsys):
     request = request_()
     report = tune(request, Silent())
     folder = request.directory
@@ -85,9 +83,8 @@ def test_a_search_writes_plan_recipe_record_and_picture(request_):
     assert [stage.block for stage in report.rounds] == [stage.block for stage in plan.stages]
     assert report.weights.startswith("file (")
     assert "/" not in report.weights
-    said = io.StringIO()
-    show_tune(report, Path("my plans"), Console(file=said))
-    assert said.getvalue().endswith("--recipe 'my plans/recipe.toml'\n")
+    show_tune(report, Path("my plans"))
+    assert capsys.readouterr().out.endswith("--recipe 'my plans/recipe.toml'\n")
 
 
 def test_a_search_that_is_prolonged_equals_one_in_one_go(request_, tmp_path):

@@ -9,7 +9,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ztp_deploy import environment, exporters
 from ztp_deploy.atomic import new_directory, sweep
 from ztp_deploy.backends.base import Backend, BuildJob, Device, Session, check_images
+from ztp_deploy.backends.settings import parse
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT
 from ztp_deploy.errors import BadRequest, BuildFailed, DamagedFiles, MissingSoftware, ZtpError, suggestion
 from ztp_deploy.exporters import Artifact, load_artifact
@@ -61,7 +62,7 @@ class Engine:
     """A built engine's folder and its manifest."""
 
     directory: Path
-    manifest: EngineManifest
+    manifest: EngineManifest = field(repr=False)
 
     @property
     def evidence(self) -> Path:
@@ -117,7 +118,7 @@ class Target:
     @property
     def unrunnable(self) -> str | None:
         """Why this machine can build the engine and not run it; None where it can."""
-        return self.backend.unrunnable(self.device)
+        return self.backend.unrunnable(self.device.name)
 
 
 def resolve(
@@ -135,15 +136,17 @@ def resolve(
     span = BatchRange.parse(batch)
     if not isinstance(settings or {}, Mapping):
         raise BadRequest(f"settings={settings!r} are not settings.", "Give a dict, such as {'threads': 1}.")
-    return Target(
+    target = Target(
         name=name,
         backend=module,
         precision=precision,
         graph_precision=module.graph_precision(precision),
         device=module.resolve_device(device),
         batch=span,
-        settings=module.parse_settings(dict(settings or {})),
+        settings=parse(module.Settings, dict(settings or {}), name),
     )
+    module.check_target(target.device.name, precision, target.settings)
+    return target
 
 
 def here(name: str) -> tuple[str, str]:
@@ -153,10 +156,10 @@ def here(name: str) -> tuple[str, str]:
         return "missing", f"pip install {missing}"
     try:
         device = module.resolve_device("auto")
-    except MissingSoftware as error:  # a library that is here and a device that is not
+        place = f"{module.version()} on {device.slug}"
+    except MissingSoftware as error:  # a library that is here, and cannot be loaded or lacks its device
         return "missing", error.problem
-    place = f"{module.version()} on {device.slug}"
-    return ("builds only", f"{place}: {reason}") if (reason := module.unrunnable(device)) else ("OK", place)
+    return ("builds only", f"{place}: {reason}") if (reason := module.unrunnable(device.name)) else ("OK", place)
 
 
 def engine_directory(
@@ -171,7 +174,7 @@ def engine_directory(
     """
     machine = f"{target.name}-{target.backend.version()}-{target.device.slug}"
     parts = [artifact.source.name, artifact.plan.label, target.precision, f"b{target.batch}", *artifact.tags]
-    if target.settings != target.backend.parse_settings({}):
+    if target.settings != parse(target.backend.Settings, {}, target.name):
         parts.append(f"s{hash_of(settings=target.settings)[:6]}")
     if images := _fitted_to(target, calibration):
         parts.append(f"c{images[:6]}")
@@ -369,7 +372,7 @@ def require_runnable(engine: Engine) -> Backend:
     """The engine's back end. Raises MissingSoftware where its library or its device is not here."""
     manifest = engine.manifest
     module = usable(manifest.backend)
-    reason = module.unrunnable(Device(manifest.device, "", manifest.provider))
+    reason = module.unrunnable(manifest.device)
     if reason:
         raise MissingSoftware(
             f"{engine.directory} runs on {manifest.device}, but {reason}.",

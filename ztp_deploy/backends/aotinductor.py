@@ -25,7 +25,6 @@ from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
 from ztp_deploy.backends.cuda_graph import Recorder
-from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, BuildFailed, DamagedFiles, MissingSoftware, first_line
 from ztp_deploy.manifest import EngineManifest, listed
 from ztp_deploy.quiet import quiet
@@ -84,24 +83,22 @@ def resolve_device(device: str) -> Device:
     return torch_device.resolve(device, "AOTInductor")
 
 
-def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """See `Settings`."""
-    return parse(Settings, settings, "aotinductor")
+def check_target(device: str, precision: str, settings: dict[str, Any]) -> None:
+    """Refuses settings for a GPU on a CPU."""
+    if settings["cuda_graph"] and device != "cuda":
+        raise BadRequest("cuda_graph=true was asked for on the CPU.", "Leave it out, or build with device=cuda.")
+    if not settings["kernels"] and device != "cuda":
+        raise BadRequest(
+            "kernels=false was asked for on the CPU, where there are none.", "Leave it out, or build with device=cuda."
+        )
 
 
 def build(job: BuildJob) -> dict[str, Any]:
     """Compiles `model.pt2` and reports the instruction set it was compiled for.
 
     The compiler works in a scratch folder of its own, which goes whatever happens.
-    Raises BadRequest (settings for a GPU on a CPU), MissingSoftware (no C++ compiler, or one that links what would crash) and
-    BuildFailed (the compiler gave up).
+    Raises MissingSoftware (no C++ compiler, or one that links what would crash) and BuildFailed (the compiler gave up).
     """
-    if job.settings["cuda_graph"] and job.device.name != "cuda":
-        raise BadRequest("cuda_graph=true was asked for on the CPU.", "Leave it out, or build with device=cuda.")
-    if not job.settings["kernels"] and job.device.name != "cuda":
-        raise BadRequest(
-            "kernels=false was asked for on the CPU, where there are none.", "Leave it out, or build with device=cuda."
-        )
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     from ztp_deploy.exporters.torch_export import GRAPH_FILE, read

@@ -6,7 +6,8 @@ import math
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from ztp_deploy import environment
-from ztp_deploy.errors import BadRequest, GateFailed
+from ztp_deploy.errors import BadRequest, GateFailed, MissingSoftware, first_line
 from ztp_deploy.exporters import Artifact
 from ztp_deploy.manifest import BatchRange, EngineManifest, ImageInput
 from ztp_deploy.preprocessing import open_image, transform_for
@@ -109,6 +111,10 @@ class Backend(Protocol):
     GPU_REPORT: OnGpu | None
     """None where the GPU report leaves it out."""
 
+    @property
+    def Settings(self) -> type[BaseModel]:
+        """What a user may decide about an engine; a property, since modules have narrower types."""
+
     def missing(self) -> str | None:
         """The pip package to install, None when the software is here."""
 
@@ -124,11 +130,11 @@ class Backend(Protocol):
     def resolve_device(self, device: str) -> Device:
         """`auto`, `cpu` or `cuda` → the device; raises BadRequest and MissingSoftware."""
 
-    def parse_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings with defaults filled in; raises BadRequest for unknown or wrong ones."""
-
     def graph_precision(self, precision: str) -> str:
         """The precision of the artifact that an engine of this precision is built from."""
+
+    def check_target(self, device: str, precision: str, settings: dict[str, Any]) -> None:
+        """Raises BadRequest and MissingSoftware for what cannot be built for that device: before anything is loaded for it."""
 
     def build(self, job: BuildJob) -> dict[str, Any]:
         """Writes the engine's files and returns what the manifest should say of them (`built`).
@@ -138,8 +144,8 @@ class Backend(Protocol):
         MissingSoftware.
         """
 
-    def unrunnable(self, device: Device) -> str | None:
-        """Why this machine cannot open an engine of that device, as a sentence; None when it can."""
+    def unrunnable(self, device: str) -> str | None:
+        """Why this machine cannot open an engine for `cpu` or `cuda`, as a sentence; None when it can."""
 
     def open_runner(self, directory: Path, manifest: EngineManifest) -> EngineRunner:
         """Opens the files of an engine folder; raises DamagedFiles and MissingSoftware."""
@@ -153,9 +159,35 @@ def as_exported(precision: str) -> str:
     return precision
 
 
-def needs_its_gpu(device: Device) -> str | None:
+def any_target(device: str, precision: str, settings: dict[str, Any]) -> None:
+    """`Backend.check_target` of back ends that build all they list for every device."""
+
+
+def no_instructions(settings: dict[str, Any]) -> list[str]:
+    """`Backend.instructions` of back ends that choose their kernels when they open, or build for GPUs."""
+    return []
+
+
+def no_tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
+    """`Backend.tools` of back ends whose engines are the artifact's graph, whose versions are recorded."""
+    return {}
+
+
+def needs_its_gpu(device: str) -> str | None:
     """`Backend.unrunnable` of back ends that run on any CPU, and on any GPU that is here."""
-    return "no NVIDIA GPU was found" if device.name == "cuda" and not environment.gpus() else None
+    return "no NVIDIA GPU was found" if device == "cuda" and not environment.gpus() else None
+
+
+@contextmanager
+def loading(title: str, package: str) -> Iterator[None]:
+    """Around the import of a library that is installed. Raises MissingSoftware with the reason where that fails."""
+    try:
+        yield
+    except (ImportError, OSError) as error:
+        raise MissingSoftware(
+            f"{title} is installed but cannot be loaded: {first_line(error)}.",
+            f"Install it whole: pip install --force-reinstall {package}",
+        ) from error
 
 
 # --- the session -------------------------------------------------------------------------------
@@ -286,7 +318,7 @@ class Session:
         if not span.min <= count <= span.max:
             raise BadRequest(
                 f"A batch of {count} is outside this engine's range {span.min} to {span.max}.",
-                f"Split it, or build with BATCH={min(span.min, count)}:{span.opt}:{max(span.max, count)}.",
+                f"Split it, or build with --batch {min(span.min, count)}:{span.opt}:{max(span.max, count)}.",
             )
 
 

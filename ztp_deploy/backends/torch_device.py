@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ztp_deploy import environment
-from ztp_deploy.backends.base import Device
+from ztp_deploy.backends.base import Device, loading
 from ztp_deploy.errors import BadRequest, MissingSoftware
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ def version() -> str:
 
 def resolve(device: str, backend: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU. Raises BadRequest and MissingSoftware."""
-    import torch
+    with loading("PyTorch", "torch"):
+        import torch
 
     if device not in ("auto", "cpu", "cuda"):
         raise BadRequest(f"{backend} knows no device {device!r}.", "Use auto, cpu or cuda.")

@@ -10,8 +10,16 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
-from ztp_deploy.backends.settings import parse
+from ztp_deploy.backends.base import (
+    BuildJob,
+    Device,
+    OnGpu,
+    any_target,
+    as_exported,
+    needs_its_gpu,
+    no_instructions,
+    no_tools,
+)
 from ztp_deploy.errors import DamagedFiles, first_line
 from ztp_deploy.manifest import EngineManifest, listed
 
@@ -27,7 +35,10 @@ GPU_REPORT: OnGpu | None = None  # the kernels of eager PyTorch, which is in it
 
 missing = torch_device.missing
 version = torch_device.version
+instructions = no_instructions
+tools = no_tools
 graph_precision = as_exported
+check_target = any_target
 unrunnable = needs_its_gpu
 
 
@@ -39,24 +50,9 @@ class Settings(BaseModel):
     threads: int = Field(default=0, ge=0, le=1024)
 
 
-def instructions(settings: dict[str, Any]) -> list[str]:
-    """None: torch chooses its kernels when it runs."""
-    return []
-
-
-def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
-    """None: the graph is the artifact's, whose versions are recorded."""
-    return {}
-
-
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where torch sees a GPU, else the CPU."""
     return torch_device.resolve(device, "TorchScript")
-
-
-def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """See `Settings`."""
-    return parse(Settings, settings, "torchscript")
 
 
 def build(job: BuildJob) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ztp_deploy.atomic import check_writable
 from ztp_deploy.cli import options
-from ztp_deploy.console import Bars, out, print_json, recorded, show_result, show_rows, warn
+from ztp_deploy.console import Bars, print_json, recorded, warn
 from ztp_deploy.defaults import BENCH_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 from ztp_deploy.errors import GateFailed
 
@@ -80,12 +81,13 @@ def bench(
     With --clients or --rate, throughput and latency under load.
     """
     from ztp_deploy.evidence.records import record_summary
+    from ztp_deploy.evidence.report.terminal import show_summary
     from ztp_deploy.workflow.make import make_and_load, make_engine
     from ztp_deploy.workflow.steps import check_runnable
 
     sizes = options.listed("batches", batches, int)
     loads = _asked_loads(clients, rate, threads)
-    options.check_record(record)
+    check_writable(record)
     options.engine_or_model(engine, model, recipe, "ztp bench --model deit_s --ratio 0.7")
     if engine:
         idle = options.PLAN_OPTIONS | options.BUILD_OPTIONS | {"images", "fresh"}
@@ -107,7 +109,10 @@ def bench(
     if record is not None:
         assert result.latency is not None  # only what runs here is measured
         recorded(record_summary(result.summary, result.latency, record))
-    show_result(result, as_json, kept=not fresh)
+    if as_json:
+        print_json(result.summary.model_dump(mode="json"))
+    else:
+        show_summary(result.summary, kept=not fresh)
 
 
 def _asked_loads(clients: str | None, rate: str | None, threads: int | None) -> list[Load] | None:
@@ -149,6 +154,7 @@ def _bench_engines(
     from ztp_deploy.evidence.latency import check_seconds, path_ends
     from ztp_deploy.evidence.records import record_comparison
     from ztp_deploy.evidence.report.comparison import comparison_head, comparison_rows
+    from ztp_deploy.evidence.report.terminal import show_rows
     from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
 
@@ -159,7 +165,7 @@ def _bench_engines(
     clock, command = Clock(Bars()), options.command_line()
     if loads is not None:
         for one in named.values():
-            options.check_record(one.evidence)
+            check_writable(one.evidence)
         _show_load(steps.bench_load(named, loads, sizes, seconds, clock, command), model, record, as_json)
         return
     report = steps.bench(named, sizes, seconds, clock, command)
@@ -181,4 +187,4 @@ def _show_load(report: LoadReport, model: str, record: Path | None, as_json: boo
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    show_load(report, out)
+    show_load(report)

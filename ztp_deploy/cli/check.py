@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from ztp_deploy.atomic import check_writable
 from ztp_deploy.cli import options
-from ztp_deploy.console import Bars, print_json, show_parity
+from ztp_deploy.console import Bars, print_json
 from ztp_deploy.defaults import CHECK_IMAGES
 from ztp_deploy.errors import GateFailed
 
@@ -21,11 +22,13 @@ def check(
 ) -> None:
     """Prove that an engine does what the eager PyTorch model does; exit code 1 where it does not."""
     from ztp_deploy.backends import find_engine, require_runnable
+    from ztp_deploy.evidence.report.terminal import show_parity
     from ztp_deploy.workflow import steps
     from ztp_deploy.workflow.progress import Clock
 
     found = find_engine(engine)
     require_runnable(found)
+    check_writable(found.evidence)
     clock = Clock(Bars())
     model = steps.reload(found.manifest.source, weights, clock)
     report = steps.check(found, model, images, clock, count)

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
+from ztp_deploy.atomic import check_writable
 from ztp_deploy.cli import options
-from ztp_deploy.console import Bars, print_json, recorded, show_rows
+from ztp_deploy.console import Bars, print_json, recorded
 from ztp_deploy.defaults import BENCH_SECONDS
 from ztp_deploy.errors import BadRequest
 
@@ -44,9 +45,10 @@ def compare(
     """Measure pruning methods against each other, each with its slice twin, at one ratio or FLOP share."""
     from ztp_deploy.evidence.records import record_methods
     from ztp_deploy.evidence.report.methods import HEAD, methods_rows
+    from ztp_deploy.evidence.report.terminal import show_rows
     from ztp_deploy.workflow.compare import compare_methods
 
-    options.check_record(record)
+    check_writable(record)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     _check(names, ratio, flops)
     by_method = _options_by_method(option, names)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ztp_deploy.cli import options
-from ztp_deploy.console import Bars, out, print_json, show_result
+from ztp_deploy.console import Bars, out, print_json
 from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 
 
@@ -29,7 +29,7 @@ def demo(
     as_json: options.AsJson = False,
 ) -> None:
     """The reference classifier from start to end, offline: its engine, parity, speed-up, accuracy and pictures."""
-    from ztp_deploy.evidence.report.accuracy import show_accuracy
+    from ztp_deploy.evidence.report.terminal import show_accuracy, show_summary
     from ztp_deploy.reference.demo import MODEL, RATIO, demonstrate
 
     if ratio is None and flops is None:
@@ -46,8 +46,8 @@ def demo(
             }
         )
         return
-    show_result(made.result, False)
-    show_accuracy(made.accuracy, out)
+    show_summary(made.result.summary)
+    show_accuracy(made.accuracy)
     out.print("Pictures of what the engine kept:")
     for one in made.pictures.drawn:
         out.print(str(one.picture), soft_wrap=True)

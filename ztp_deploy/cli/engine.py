@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ztp_deploy.cli import options
-from ztp_deploy.console import Bars, show_result
+from ztp_deploy.console import Bars, print_json
 from ztp_deploy.defaults import ENGINE_SECONDS, ENGINES_ROOT, EXPORT_ROOT
 
 
@@ -43,6 +43,7 @@ def engine(
     as_json: options.AsJson = False,
 ) -> None:
     """From a model's name to a checked, measured engine: plan, export, build, check, bench."""
+    from ztp_deploy.evidence.report.terminal import show_summary
     from ztp_deploy.workflow.make import make_engine
 
     if not measure:
@@ -59,4 +60,7 @@ def engine(
         measure=measure,
         command=options.command_line(),
     )
-    show_result(result, as_json)
+    if as_json:
+        print_json(result.summary.model_dump(mode="json"))
+    else:
+        show_summary(result.summary)

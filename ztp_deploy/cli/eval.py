@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ztp_deploy.atomic import check_writable
 from ztp_deploy.cli import options
 from ztp_deploy.console import Bars, err, out, print_json
 from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
@@ -65,9 +66,9 @@ def eval_(
     as_json: options.AsJson = False,
 ) -> None:
     """What pruning costs in accuracy, on labelled pictures; interrupted, the same command goes on."""
-    from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
-    from ztp_deploy.evidence.report.accuracy import show_accuracy
     from ztp_deploy.evidence.report.html import HTML_FILE
+    from ztp_deploy.evidence.report.terminal import show_accuracy
+    from ztp_deploy.workflow.evaluate import EvalRequest, evaluate_engine, evaluate_model
 
     options.engine_or_model(engine, model, recipe, "ztp eval --engine engines/… --data imagenet/val")
     fix = "Leave one of them out."
@@ -75,7 +76,7 @@ def eval_(
         options.refuse_idle(context, ["dense_engine"], "--model", fix)
     else:
         options.refuse_idle(context, options.PLAN_OPTIONS - {"weights"} | {"record"}, "--engine", fix)
-    options.check_record(record)
+    check_writable(record)
     if no_dense:
         options.refuse_idle(context, ["dense_engine"], "--no-dense", fix)
     if engine is not None and (no_dense or dense_engine):
@@ -96,6 +97,6 @@ def eval_(
     if as_json:
         print_json(report.model_dump(mode="json"))
         return
-    show_accuracy(report, out)
+    show_accuracy(report)
     if engine is not None:
         out.print(f"Report: {engine}/evidence/{HTML_FILE}", soft_wrap=True)

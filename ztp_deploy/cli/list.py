@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column
 
 from ztp_deploy.cli import options
-from ztp_deploy.console import out, print_json, warn
+from ztp_deploy.console import out, print_json, titled_table, warn
 
 
 def list_(as_json: options.AsJson = False) -> None:
@@ -15,38 +17,22 @@ def list_(as_json: options.AsJson = False) -> None:
     from ztp_deploy import extras
 
     lacks = extras.lacking()
-    known: dict[str, list[dict[str, Any]]] = ({} if lacks else _making()) | {"backends": _backends()}
-    examples, pairs = ({}, {}) if lacks else _pairs()
-    if pairs:
-        known["pairs"] = [
-            {"method": method, "model": model, "status": "refused" if reason else "OK", "because": reason}
-            for method, reasons in pairs.items()
-            for model, reason in reasons.items()
-        ]
+    known = {} if lacks else _making()
+    known["backends"] = _backends()
     if lacks:
         warn(f"Models, methods and formats are not listed: {lacks} is not installed here. {extras.install()}")
+    else:
+        known["pairs"] = _pairs()
     if as_json:
         print_json(known)
         return
-    for title, rows in known.items():
-        if title == "pairs":
-            _print_pairs(pairs, examples)
-            continue
-        if title == "models":
-            names = Table(title="models", title_justify="left", title_style="bold", show_header=False, box=None)
-            for row in rows:
-                names.add_row(row["name"], row["timm"])
-            out.print(names)
-            out.print("and any timm ViT made of plain blocks, by its timm name.\n")
-            continue
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column()
-        for row in rows:
-            table.add_row(row["name"], str(row.get("status", "")), row["about"])
-        out.print(table)
-        out.print()
+    if not lacks:
+        _print_models(known["models"])
+        for title in ("families", "methods", "formats"):
+            _print_rows(title, known[title])
+    _print_rows("backends", known["backends"])
+    if not lacks:
+        _print_pairs(known["pairs"])
 
 
 def _making() -> dict[str, list[dict[str, Any]]]:
@@ -81,24 +67,48 @@ def _backends() -> list[dict[str, Any]]:
     ]
 
 
-def _pairs() -> tuple[dict[str, str], dict[str, dict[str, str | None]]]:
-    """One model of every family, and per method and model why it cannot be pruned; None where it can."""
+def _pairs() -> list[dict[str, Any]]:
+    """Every method with one model of each family, and why it cannot be pruned where it cannot."""
     from ztp_deploy import methods, models
 
-    examples = models.examples()
-    return examples, methods.pairs({name: models.describe(name)[1] for name in examples.values()})
+    hosts = {name: models.describe(name)[1] for name in models.examples().values()}
+    return [
+        {"method": method, "model": model, "status": "refused" if reason else "OK", "because": reason}
+        for method, reasons in methods.pairs(hosts).items()
+        for model, reason in reasons.items()
+    ]
 
 
-def _print_pairs(pairs: dict[str, dict[str, str | None]], examples: dict[str, str]) -> None:
+def _print_models(rows: list[dict[str, Any]]) -> None:
+    table = titled_table("models", show_header=False, box=None)
+    for row in rows:
+        table.add_row(row["name"], row["timm"])
+    out.print(table)
+    out.print("and any timm ViT made of plain blocks, by its timm name.\n")
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    whole = Column(no_wrap=True), Column(no_wrap=True)
+    table = titled_table(title, *whole, Column(), show_header=False, box=None)
+    for row in rows:
+        status, _, why = row.get("status", "").partition(": ")
+        table.add_row(row["name"], status, f"{row['about']} ({why})" if why else row["about"])
+    out.print(table)
+    out.print()
+
+
+def _print_pairs(rows: list[dict[str, Any]]) -> None:
     """Methods against one model of each family: OK, or a number that stands for the reason below."""
-    reasons = list(dict.fromkeys(reason for row in pairs.values() for reason in row.values() if reason))
-    table = Table(title="which method prunes which family", title_justify="left", title_style="bold", box=None)
-    table.add_column("")
-    for family in examples:
-        table.add_column(family)
-    for method, row in pairs.items():
-        cells = (f"no ({reasons.index(why) + 1})" if (why := row[model]) else "OK" for model in examples.values())
-        table.add_row(method, *cells)
+    from ztp_deploy import models
+
+    examples = models.examples()
+    reasons = list(dict.fromkeys(row["because"] for row in rows if row["because"]))
+    table = titled_table("which method prunes which family", "", *examples, box=None)
+    for method, pairs in groupby(rows, key=itemgetter("method")):
+        why = {row["model"]: row["because"] for row in pairs}
+        table.add_row(
+            method, *(f"no ({reasons.index(why[name]) + 1})" if why[name] else "OK" for name in examples.values())
+        )
     out.print(table)
     out.print(f"Asked of one model per family: {', '.join(examples.values())}. `ztp plan` asks for any other.")
     for number, reason in enumerate(reasons, start=1):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -14,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, overload
 import typer
 
 from ztp_deploy.defaults import BATCH, ENGINES_ROOT, EXPORT_ROOT, METHOD
-from ztp_deploy.errors import BadRequest, write_failed
+from ztp_deploy.errors import BadRequest
 
 if TYPE_CHECKING:
     from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
@@ -209,17 +207,6 @@ def engine_or_model(engine: object, model: str | None, recipe: str | None, examp
             "Give either an engine folder (--engine) or a model (--model, or a --recipe, which names one).",
             f"For example: {example}.",
         )
-
-
-def check_record(folder: Path | None) -> None:
-    """Raises WriteFailed where a record could not be written: before anything is measured for it."""
-    if folder is None:
-        return
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise write_failed(str(folder), NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise write_failed(str(folder), PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def refuse_idle(context: typer.Context, names: Iterable[str], beside: str, fix: str) -> None:

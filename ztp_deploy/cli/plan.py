@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import typer
-from rich.table import Table
+from rich.table import Column
 
 from ztp_deploy.cli import options
-from ztp_deploy.console import out, print_json
+from ztp_deploy.console import out, print_json, titled_table
 
 
 def plan(
@@ -32,9 +33,9 @@ def plan(
     if as_json:
         print_json(json.loads(made.to_json()))
         return
-    table = Table(title=f"{made.model} · {made.label}", title_justify="left", title_style="bold")
-    for name in ("stage", "block", "acts", "tokens in", "tokens out", "fixed numbers"):
-        table.add_column(name, justify="left" if name in ("acts", "fixed numbers") else "right")
+    right = partial(Column, justify="right")
+    numbers = right("stage"), right("block"), "acts", right("tokens in"), right("tokens out")
+    table = titled_table(f"{made.model} · {made.label}", *numbers, "fixed numbers")
     for index, stage in enumerate(made.stages, start=1):
         static = ", ".join(f"{key} {value}" for key, value in stage.static.items())
         table.add_row(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ztp_deploy.cli import options
-from ztp_deploy.console import Bars, out, print_json
+from ztp_deploy.console import Bars, print_json
 from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
 from ztp_deploy.errors import GateFailed
 
@@ -77,5 +77,5 @@ def tune(
         print_json(report.model_dump(mode="json"))
         missed = report.verdict == "misses the budget"
         raise typer.Exit(GateFailed.exit_code if missed else 0)  # a refusal would be a second object
-    show_tune(report, request.folder, out)
+    show_tune(report, request.folder)
     report.require()

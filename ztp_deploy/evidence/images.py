@@ -99,19 +99,19 @@ def image_files(root: Path) -> list[Path]:
     Raises BadRequest for a missing or empty folder and for a file whose name is not an image's.
     """
     if not root.is_dir():
-        raise BadRequest(f"IMAGES={str(root)!r} is not a folder.", "Give a folder of photographs.")
+        raise BadRequest(f"images={str(root)!r} is not a folder.", "Give a folder of photographs.")
     files, strange = listed_files(root)
     if strange:
-        raise BadRequest(f"{first_of(strange)} in IMAGES is not an image.", "Keep only photographs in the folder.")
+        raise BadRequest(f"{first_of(strange)} is not an image.", "Keep only photographs in the folder.")
     if not files:
-        raise BadRequest(f"IMAGES={str(root)!r} holds no images.", "Give a folder of photographs.")
+        raise BadRequest(f"images={str(root)!r} holds no images.", "Give a folder of photographs.")
     return files
 
 
 def listed_files(root: Path) -> tuple[list[Path], list[Path]]:
     """All files of a folder and its sub-folders, hidden ones apart; and those of them whose name is not an image's."""
     known = Image.registered_extensions()
-    files = sorted(path for path in root.rglob("*") if path.is_file() and not _hidden(path.relative_to(root)))
+    files = sorted(path for path in root.rglob("*") if path.is_file() and not is_hidden(path.relative_to(root)))
     return files, [path for path in files if path.suffix.lower() not in known]
 
 
@@ -120,7 +120,8 @@ def first_of(things: Sequence[object]) -> str:
     return f"{things[0]}{f' (and {len(things) - 1} more)' if len(things) > 1 else ''}"
 
 
-def _hidden(path: Path) -> bool:
+def is_hidden(path: Path) -> bool:
+    """Whether a path below a folder of pictures is passed over: hidden, or the system's own."""
     return any(part.startswith(".") for part in path.parts) or path.name.lower() in _OF_THE_SYSTEM
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,14 +16,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ztp_deploy.errors import BadRequest, nearest
-from ztp_deploy.evidence.images import first_of, listed_files
+from ztp_deploy.evidence.images import first_of, is_hidden, listed_files
 from ztp_deploy.preprocessing import Transform, open_image
 
 HEADER = ["file", "label"]
 _AHEAD = 2
 """Batches that are decoded while one runs."""
+_JPEG_END = b"\xff\xd9"
+_TOGETHER = 64
+"""Files that one thread looks at before it says so."""
+_NAMED = 20
+"""Unreadable files that a refusal names."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def _name(file: Path, root: Path) -> str:
 
 
 def _from_folder(root: Path) -> tuple[list[Path], list[str]]:
-    entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    entries = sorted(path for path in root.iterdir() if not is_hidden(path.relative_to(root)))
     loose = [path for path in entries if not path.is_dir()]
     if loose:
         raise BadRequest(
@@ -241,6 +248,57 @@ def _synsets(labels: Sequence[str] | None) -> dict[str, int]:
     if tuple(info.label_descriptions()) != tuple(labels):
         return {}
     return {name: index for index, name in enumerate(info.label_names())}
+
+
+def check_readable(data: Labelled, workers: int, advance: Callable[[int], None] = lambda count: None) -> None:
+    """Raises BadRequest for pictures that cannot be read, all at once: a run would end at the first of them."""
+    parts = [data.files[start : start + _TOGETHER] for start in range(0, len(data.files), _TOGETHER)]
+    faults: list[tuple[Path, BadRequest]] = []
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for part, found in zip(parts, pool.map(_faults, parts), strict=True):
+            faults += found
+            advance(len(part))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if len(faults) == 1:
+        raise faults[0][1]
+    if faults:
+        names = ", ".join(str(file) for file, _ in faults[:_NAMED])
+        more = f" (and {len(faults) - _NAMED} more)" if len(faults) > _NAMED else ""
+        raise BadRequest(
+            f"{len(faults)} of {len(data.files)} pictures cannot be read: {names}{more}.",
+            "Take them out, or save them again.",
+        )
+
+
+def _faults(files: Sequence[Path]) -> list[tuple[Path, BadRequest]]:
+    found = []
+    for file in files:
+        if not _is_whole(file):
+            try:
+                open_image(file)
+            except BadRequest as error:
+                found.append((file, error))
+    return found
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a file can be told to be readable without decoding it, which would take many times as long.
+
+    A JPEG that ends as it should is, and a PNG whose checksums are right. False says only that it is not known.
+    """
+    try:
+        with file.open("rb") as stream, Image.open(stream) as image:
+            if image.format == "JPEG":
+                stream.seek(-len(_JPEG_END), os.SEEK_END)
+                return stream.read() == _JPEG_END
+            if image.format == "PNG" and image.mode != "I":
+                image.verify()
+                return True
+    except Exception:  # Pillow raises many kinds; decoding says which it is
+        pass
+    return False
 
 
 def batches(data: Labelled, transform: Transform, batch: int, workers: int, first: int = 0) -> Iterator[NDArray[Any]]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -88,6 +88,11 @@ class Ratio(EvidencePart):
     verdict: Literal["measured", "inconclusive"]
     reason: str | None
 
+    @property
+    def behind(self) -> tuple[float, float, float]:
+        """By what share the reference has fewer images a second: median and interval, negative if it has more."""
+        return 1 - 1 / self.speedup, 1 - 1 / self.low, 1 - 1 / self.high
+
 
 class LatencyReport(EvidenceFile):
     """One interleaved run (`evidence/latency.json`)."""
@@ -139,7 +144,9 @@ def asked_batches(spans: Mapping[str, BatchRange], asked: Sequence[int] | None) 
         return usual_batches(list(spans.values()))
     if not asked:
         raise BadRequest("No batch size was given.", "Give at least one, such as 1.")
-    for batch in asked:
+    for index, batch in enumerate(asked):
+        if batch in asked[:index]:
+            raise BadRequest(f"Batch {batch} was asked for twice.", "Give each batch size once.")
         for name, span in spans.items():
             if not span.min <= batch <= span.max:
                 raise BadRequest(
@@ -170,9 +177,7 @@ def measure_latency(
     named = engines_by_role(engines)
     batches = asked_batches({role: engine.manifest.batch for role, engine in named.items()}, batches)
     check_seconds(seconds)
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    before = environment.snapshot()
-    busy = environment.busy_share()
+    about = circumstances(command)
     samples: list[Samples] = []
     ratios: list[Ratio] = []
     advance = progress or (lambda share: None)
@@ -183,9 +188,7 @@ def measure_latency(
     for batch in batches:
         times: dict[str, list[list[float]]] = {role: [] for role in roles}
         for opening in openings:
-            with ExitStack() as stack:
-                sessions = {role: stack.enter_context(load_engine(named[role].directory)) for role in opening}
-                images = {role: noise(session, batch) for role, session in sessions.items()}
+            with opened(named, opening, batch) as (sessions, images):
                 sitting = interleave(sessions, images, seconds * part, order, lambda share: advance(share * part))
             for role in roles:
                 times[role].append(sitting[role])
@@ -195,22 +198,31 @@ def measure_latency(
             for index, reference in enumerate(roles)
             for faster in roles[index + 1 :]
         ]
-    return LatencyReport(
-        command=command,
-        started=started,
-        samples=samples,
-        ratios=ratios,
-        environment=before,
-        gpu=environment.gpu_line(),
-        notes=busy_notes(busy),
-    )
+    return LatencyReport(samples=samples, ratios=ratios, **about)
 
 
-def busy_notes(busy: float) -> list[str]:
-    """What a report says of `environment.busy_share` before it measured."""
-    if busy <= MAX_BUSY:
-        return []
-    return [f"The machine was busy with other work when this began ({busy:.0%} of its processor time)."]
+def circumstances(command: str) -> dict[str, Any]:
+    """What a report says of a measurement that begins now: when, on what, and in `notes` if the machine is busy."""
+    about: dict[str, Any] = {
+        "command": command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "environment": environment.snapshot(),
+        "gpu": environment.gpu_line(),
+        "notes": [],
+    }
+    if (busy := environment.busy_share()) > MAX_BUSY:
+        about["notes"] = [f"The machine was busy with other work when this began ({busy:.0%} of its processor time)."]
+    return about
+
+
+@contextmanager
+def opened(
+    named: Mapping[str, Engine], opening: Sequence[str], batch: int
+) -> Iterator[tuple[dict[str, Session], dict[str, NDArray[Any]]]]:
+    """Sessions of engines opened in this order, and the noise that each is to run, by role."""
+    with ExitStack() as stack:
+        sessions = {role: stack.enter_context(load_engine(named[role].directory)) for role in opening}
+        yield sessions, {role: noise(session, batch) for role, session in sessions.items()}
 
 
 def orders_of_opening(roles: Sequence[str]) -> list[list[str]]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from ztp_deploy import environment
-from ztp_deploy.backends import Engine, load_engine
+from ztp_deploy.backends import Engine
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence import latency
 from ztp_deploy.evidence.clients import Timer, Turn, arrivals, closed_loop, open_loop
@@ -31,11 +29,11 @@ from ztp_deploy.evidence.latency import (
     Runnable,
     asked_batches,
     bootstrap_median,
-    busy_notes,
     check_seconds,
+    circumstances,
     doubt,
     engines_by_role,
-    noise,
+    opened,
     orders_of_opening,
     paired_ratio,
 )
@@ -200,17 +198,15 @@ def put_under(
     check_seconds(seconds)
     openings = orders_of_opening(list(named))
     _check_rates(loads, seconds, len(openings) * len(named))
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    before, busy = environment.snapshot(), environment.busy_share()
+    about = circumstances(command)
+    about["notes"] += serial_notes(named)
     order = np.random.default_rng(0)
     levels: list[Level] = []
     ratios: list[LoadRatio] = []
     for batch in batches:
         turns: list[dict[str, list[Turn]]] = [{role: [] for role in named} for _ in loads]
         for sitting, opening in enumerate(openings):
-            with ExitStack() as stack:
-                sessions = {role: stack.enter_context(load_engine(named[role].directory)) for role in opening}
-                images = {role: noise(session, batch) for role, session in sessions.items()}
+            with opened(named, opening, batch) as (sessions, images):
                 for load, found in zip(loads, turns, strict=True):
                     for role, turn in take_turns(sessions, images, load, seconds / len(openings), sitting, order):
                         found[role].append(turn)
@@ -219,15 +215,7 @@ def put_under(
             now = [level_of(role, named[role], batch, load, found[role]) for role in named]
             levels += now
             ratios += ratios_of(now)
-    return LoadReport(
-        command=command,
-        started=started,
-        levels=levels,
-        ratios=ratios,
-        environment=before,
-        gpu=environment.gpu_line(),
-        notes=[*busy_notes(busy), *serial_notes(named)],
-    )
+    return LoadReport(levels=levels, ratios=ratios, **about)
 
 
 def _check_rates(loads: Sequence[Load], seconds: float, turns: int) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ztp_deploy import methods
 from ztp_deploy.backends import Engine
-from ztp_deploy.evidence.latency import LatencyReport, Ratio
+from ztp_deploy.evidence.latency import LatencyReport
 from ztp_deploy.evidence.schema import EvidenceFile, EvidencePart
 
 DENSE = "dense"
@@ -46,10 +46,6 @@ class MethodsReport(EvidenceFile):
     methods: list[MethodRow]
     latency: LatencyReport
 
-    def over_dense(self, method: str, batch: int) -> Ratio:
-        """How many times faster than dense."""
-        return self.latency.ratio(method, DENSE, batch)
-
     def fastest(self, batch: int) -> str:
         """The method with the most images a second, slice twins aside."""
         names = [row.method for row in self.methods]
@@ -58,8 +54,7 @@ class MethodsReport(EvidenceFile):
     def behind(self, method: str, other: str, batch: int) -> tuple[float, float, float]:
         """By what share `method` has fewer images a second than `other`: median and interval, negative if it has more."""
         try:
-            ratio = self.latency.ratio(other, method, batch)
-            return 1 - 1 / ratio.speedup, 1 - 1 / ratio.low, 1 - 1 / ratio.high
+            return self.latency.ratio(other, method, batch).behind
         except KeyError:
             ratio = self.latency.ratio(method, other, batch)
             return 1 - ratio.speedup, 1 - ratio.high, 1 - ratio.low

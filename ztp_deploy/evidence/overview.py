@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ztp_deploy import backends, environment
 from ztp_deploy.backends import PARITY_FILE, evidence_of_this_build, find_engine
-from ztp_deploy.backends.base import Backend, Device
+from ztp_deploy.backends.base import Backend
 from ztp_deploy.errors import MissingSoftware
 from ztp_deploy.evidence.schema import SUMMARY_FILE
 from ztp_deploy.evidence.selftest import has_selftest
@@ -47,7 +47,14 @@ def overview(directory: Path | str) -> Overview:
     engine = find_engine(directory)
     manifest, folder = engine.manifest, engine.directory
     backend = backends.get(manifest.backend)
-    missing = backend.missing()
+    missing, library, unusable = backend.missing(), None, None
+    if missing:
+        unusable = f"{missing} is not installed (pip install {missing})"
+    else:
+        try:
+            library, unusable = backend.version(), _unusable(backend, manifest)
+        except MissingSoftware as error:  # it is here and cannot be loaded
+            unusable = error.problem
     passed = evidence_of_this_build(folder, PARITY_FILE).get("passed")
     summary = evidence_of_this_build(folder, SUMMARY_FILE)
     speedups = _speedups(summary)
@@ -55,8 +62,8 @@ def overview(directory: Path | str) -> Overview:
         directory=folder,
         manifest=manifest,
         bytes=sum(record.bytes for record in manifest.files.values()),
-        library=None if missing else backend.version(),
-        unusable=f"{missing} is not installed (pip install {missing})" if missing else _unusable(backend, manifest),
+        library=library,
+        unusable=unusable,
         parity="passed" if passed is True else "failed" if passed is False else "not checked",
         selftest=has_selftest(folder),
         speedups=speedups,
@@ -66,7 +73,7 @@ def overview(directory: Path | str) -> Overview:
 
 def _unusable(backend: Backend, manifest: EngineManifest) -> str | None:
     """What can be said without opening it: the device, and the instructions that it was compiled for."""
-    reason = backend.unrunnable(Device(manifest.device, "", manifest.provider))
+    reason = backend.unrunnable(manifest.device)
     if reason is None:
         try:
             environment.require_instructions(manifest.built.get("cpu_flags", ()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +54,7 @@ class Artifact:
     """An exported folder and its manifest."""
 
     directory: Path
-    manifest: ArtifactManifest
+    manifest: ArtifactManifest = field(repr=False)
 
 
 def get(name: str) -> Exporter:
@@ -157,7 +157,7 @@ def convert(artifact: Artifact, precision: str, directory: Path | str) -> Artifa
     verify_files(artifact.directory, source)
     with new_directory(final) as scratch:
         get(source.format).convert(artifact.directory, source.plan, scratch, precision)  # type: ignore[attr-defined]
-        changes = {"precision": precision, "fingerprint": fingerprint, "files": hash_files(scratch), "seal": ""}
+        changes = {"precision": precision, "fingerprint": fingerprint, "files": hash_files(scratch)}
         manifest = write_manifest(source.model_copy(update=changes), scratch)
     return Artifact(final, manifest)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ztp_deploy import backends, environment
 from ztp_deploy.backends.base import OnGpu, Session
 from ztp_deploy.backends.cuda_graph import Recorder
+from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import GateFailed, MissingSoftware, ZtpError
 from ztp_deploy.evidence.images import DEFAULT_ORIGIN, ImageSet
 from ztp_deploy.evidence.latency import Stopwatch, wall_clock
@@ -92,6 +93,7 @@ def unavailable(runtime: str, precision: str) -> str | None:
     try:
         module = backends.usable(runtime)
         check_precision(module.FORMAT, module.graph_precision(precision))
+        module.check_target("cuda", precision, parse(module.Settings, {}, runtime))
     except ZtpError as error:
         return str(error)
     return None

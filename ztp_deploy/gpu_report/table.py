@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ztp_deploy.defaults import GPU_PRECISIONS
-from ztp_deploy.evidence.report.markdown import speedup_text
+from ztp_deploy.evidence.report.markdown import markdown_table, speedup_text
 from ztp_deploy.gpu_report.rows import GpuReport, Row
 from ztp_deploy.gpu_report.runtimes import RUNTIMES
 
@@ -27,14 +27,14 @@ def render_gpu_report(report: GpuReport) -> str:
     )
     plans = list(dict.fromkeys(row.plan for row in latest if row.plan != "dense"))
     head = ["model", "runtime", "precision", "batch", "dense: ms per image", *(f"{plan} over dense" for plan in plans)]
-    lines = [f"| {' | '.join(head)} |", "|---|---|---|---:|---:|" + "---|" * len(plans)]
+    cells = []
     for cell in dict.fromkeys(map(_cell, measured)):
         rows = {row.plan: row for row in measured if _cell(row) == cell}
         dense = rows.get("dense")
         time = "" if dense is None or dense.median is None else f"{dense.median / dense.batch:.3f}"
-        values = [*map(str, cell), time, *(_gain(rows.get(plan)) for plan in plans)]
-        lines.append(f"| {' | '.join(values)} |")
-    return "\n".join([*lines, "", *_absent(latest), *_machine(report, measured)]) + "\n"
+        cells.append([*map(str, cell), time, *(_gain(rows.get(plan)) for plan in plans)])
+    table = markdown_table(head, cells, right=(3, 4))
+    return "\n".join([*table, "", *_absent(latest), *_machine(report, measured)]) + "\n"
 
 
 def _cell(row: Row) -> tuple[str, str, str, int]:

@@ -110,25 +110,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class SearchedBlocks:
-    """The blocks of `depth` that carry a plan's stages; `enough` are voting rounds by block, where they were measured."""
-
-    blocks: Sequence[int]
-    depth: int
-    enough: Mapping[int, int]
-
-
-def no_options(chosen: Mapping[str, Any], at: SearchedBlocks) -> dict[str, Any]:
-    """`Search.options` of methods of which only blocks and counts are searched."""
-    return {}
-
-
-@dataclass(frozen=True)
 class Search:
-    """What `ztp tune` may choose of a method, by name, and the options that the chosen values come to."""
+    """What `ztp tune` may choose of a method, by name, and the options that the chosen values come to.
+
+    They also depend on the blocks that carry stages, on the model's depth, and on voting rounds by block, where measured.
+    """
 
     choices: Mapping[str, Choice] = field(default_factory=dict)
-    options: Callable[[Mapping[str, Any], SearchedBlocks], dict[str, Any]] = no_options
+    options: Callable[[Mapping[str, Any], Sequence[int], int, Mapping[int, int]], dict[str, Any]] = lambda *_: {}
 
 
 class Method(Protocol):
@@ -204,7 +193,12 @@ def misnumbered(stage: Stage, needs: str) -> BadRequest:
     )
 
 
-# --- margins -----------------------------------------------------------------------------------
+# --- scores and margins ------------------------------------------------------------------------
+
+
+def class_rows(probabilities: Tensor, class_token: int, special_tokens: int) -> Tensor:
+    """The class token's attention [B, H, n] to the patch tokens, from probabilities [B, H, N, N]."""
+    return probabilities[:, :, class_token, special_tokens:]
 
 
 def top_k_margin(scores: Tensor, k: int, scale: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from ztp_deploy.methods.base import (
     Replay,
     StageModule,
     StageOutput,
+    class_rows,
     misnumbered,
     needs_no_training,
     top_k_margin,
@@ -137,11 +138,6 @@ def joining_in(stage: Stage) -> int:
 # --- pure scores -------------------------------------------------------------------------------
 
 
-def class_attention(probabilities: Tensor, class_token: int, special_tokens: int) -> Tensor:
-    """Scores [B, n] of the patch tokens: attention [B, H, N, N] from the class token, mean over heads."""
-    return probabilities[:, :, class_token, special_tokens:].float().mean(1)
-
-
 def cosines(rows: Tensor, kept: int, special_tokens: int) -> Tensor:
     """Similarity [B, r, k] of the tokens after the first `kept` = k patch tokens of rows [B, S + k + r, C] with those."""
     features = directions(rows[:, special_tokens:])
@@ -182,7 +178,7 @@ class DiffRateStage(StageModule):
     ) -> StageOutput:
         assert attention is not None
         kept, entering, special = self.stage.tokens_out, self.stage.tokens_in, self.special_tokens
-        score = class_attention(attention.probabilities, self.class_token, special)
+        score = class_rows(attention.probabilities, self.class_token, special).float().mean(1)
         order = top_k(score, self.stage.static["top_k"])
         scores = {"score": score}
         if self.joins:

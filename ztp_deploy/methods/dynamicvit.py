@@ -123,7 +123,7 @@ def predictor_for(stage: Stage, width: int, options: Options, weights: Mapping[s
     if not weights:
         raise BadRequest(
             "DynamicViT selects by predictors that are trained together with the backbone, and these weights have none.",
-            "Give a DynamicViT checkpoint (WEIGHTS=path), or --option weights=random to measure latency alone.",
+            "Give a DynamicViT checkpoint (--weights path), or --option weights=random to measure latency alone.",
         )
     prefix = f"{PREFIX}.{number}."
     expected = {prefix + name: value for name, value in predictor.state_dict().items()}

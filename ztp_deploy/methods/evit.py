@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods.base import (
     Decision,
     MethodOptions,
@@ -22,6 +21,8 @@ from ztp_deploy.methods.base import (
     Search,
     StageModule,
     StageOutput,
+    class_rows,
+    misnumbered,
     needs_no_training,
     top_k_margin,
 )
@@ -102,11 +103,6 @@ def score_names(stage: Stage) -> tuple[str, ...]:
 # --- pure functions ----------------------------------------------------------------------------
 
 
-def class_rows(probabilities: Tensor, class_token: int, special_tokens: int) -> Tensor:
-    """The class token's attention [B, H, n] to the patch tokens, from probabilities [B, H, N, N]."""
-    return probabilities[:, :, class_token, special_tokens:]
-
-
 def fuse(patches: Tensor, rows: Tensor, dropped: Tensor) -> Tensor:
     """The dropped ones (1.0 in [B, n]) of patches [B, n, C], weighted by rows [B, H, n] meaned over H → [B, 1, C]."""
     # Masked before the mean: sharing the scores' own mean would draw them into the tokens' way, and into its precision.
@@ -173,12 +169,8 @@ def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weight
     kept = stage.static.get("top_k", 0)
     fits = kept >= 1 and kept + 1 == stage.tokens_out and "stage" in stage.static if options.fuse else not stage.static
     if not fits:
-        needs = "top_k, one less than the tokens it hands on, and stage" if options.fuse else "none"
-        raise BadRequest(
-            f"The stage at block {stage.block} has the fixed numbers {stage.static} and hands on {stage.tokens_out} "
-            f"tokens; EViT with fuse={str(options.fuse).lower()} needs {needs}.",
-            "Make the plan anew with `ztp plan`.",
-        )
+        needs = f"top_k = {stage.tokens_out - 1}, one less than it hands on, and stage" if options.fuse else "none"
+        raise misnumbered(stage, f"EViT with fuse={str(options.fuse).lower()} needs {needs}")
     return EvitStage(stage, geometry, options)
 
 

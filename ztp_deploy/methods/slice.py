@@ -38,7 +38,7 @@ class Options(MethodOptions):
 
 
 def counts(geometry: Geometry, blocks: Sequence[int], ratio: float, options: MethodOptions) -> list[int]:
-    """n ← ⌊ρn⌋ per stage."""
+    """n ← ⌊ρn⌋ per stage (196 at 0.7: 137, 95, 66)."""
     return floor_counts(geometry.patch_tokens, len(blocks), ratio)
 
 

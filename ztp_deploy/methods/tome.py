@@ -25,6 +25,7 @@ from ztp_deploy.methods.base import (
     StageModule,
     StageOutput,
     any_backbone,
+    misnumbered,
     needs_no_training,
     top_k_margin,
 )
@@ -101,14 +102,19 @@ def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], o
     return stages
 
 
+def first_slots(special_tokens: int) -> tuple[int, int]:
+    """The first patch slots of the sets A and B: A has, with the special tokens ahead, the even ones of all, B the odd."""
+    return special_tokens % 2, 1 - special_tokens % 2
+
+
 def set_a(tokens: int, special_tokens: int) -> range:
-    """The patch slots of set A: with the special tokens ahead of them, the even ones of all."""
-    return range(special_tokens % 2, tokens, 2)
+    """The patch slots of set A."""
+    return range(first_slots(special_tokens)[0], tokens, 2)
 
 
 def set_b(tokens: int, special_tokens: int) -> range:
     """The patch slots of set B."""
-    return range(1 - special_tokens % 2, tokens, 2)
+    return range(first_slots(special_tokens)[1], tokens, 2)
 
 
 def merges(options: MethodOptions) -> bool:
@@ -127,25 +133,26 @@ def score_names(stage: Stage) -> tuple[str, ...]:
 def cosines(keys: Tensor, special_tokens: int) -> Tensor:
     """Similarity [B, a, b] of A with B, keys [B, H, S + n, d]: cosine of their mean over heads."""
     features = directions(keys.float().mean(1)[:, special_tokens:])
-    a, b = special_tokens % 2, 1 - special_tokens % 2
+    a, b = first_slots(special_tokens)
     return features[:, a::2] @ features[:, b::2].transpose(1, 2)
 
 
 def match(similarity: Tensor, stage: Stage, special_tokens: int) -> Joining:
     """The best matched of A join their partners: similarity [B, a, b] → who stays, leaves and joins whom."""
     batch, in_a, _ = similarity.shape
+    a, b = first_slots(special_tokens)
     unmerged = stage.static["unmerged"]
     partner = similarity.argmax(2)
     numbers = torch.arange(in_a, device=similarity.device)
-    b = torch.arange(1 - special_tokens % 2, stage.tokens_in, 2, device=similarity.device).expand(batch, -1)
+    of_b = torch.arange(b, stage.tokens_in, 2, device=similarity.device).expand(batch, -1)
     if unmerged:
         sources = top_k(similarity.amax(2), in_a - unmerged)
         # What is left of A in slot order: the lowest numbers first, those that leave last.
         left = top_k(-numbers - membership(sources, in_a) * in_a, unmerged)
-        stay, joined = torch.cat([left * 2 + special_tokens % 2, b], dim=1), take(partner, sources)
+        stay, joined = torch.cat([left * 2 + a, of_b], dim=1), take(partner, sources)
     else:
-        sources, stay, joined = numbers.expand(batch, -1), b, partner
-    return Joining(stay, sources * 2 + special_tokens % 2, joined + unmerged)
+        sources, stay, joined = numbers.expand(batch, -1), of_b, partner
+    return Joining(stay, sources * 2 + a, joined + unmerged)
 
 
 # --- the stage ---------------------------------------------------------------------------------
@@ -195,14 +202,11 @@ def build_stage(stage: Stage, geometry: Geometry, options: MethodOptions, weight
     assert isinstance(options, Options)
     merged = stage.tokens_in - stage.tokens_out
     unmerged = len(set_a(stage.tokens_in, geometry.special_tokens)) - merged
-    if stage.static != {"unmerged": unmerged, "top_k": merged if unmerged else 0} or not 0 < merged <= most_merged(
-        stage.tokens_in
-    ):
-        raise BadRequest(
-            f"The stage at block {stage.block}, from {stage.tokens_in} to {stage.tokens_out} tokens, has the fixed numbers "
-            f"{stage.static}, which ToMe cannot have.",
-            "Make the plan anew with `ztp plan`.",
-        )
+    needed, most = {"unmerged": unmerged, "top_k": merged if unmerged else 0}, most_merged(stage.tokens_in)
+    if not 0 < merged <= most:
+        raise misnumbered(stage, f"ToMe merges 1 to {most} of {stage.tokens_in} tokens, not {merged}")
+    if stage.static != needed:
+        raise misnumbered(stage, f"ToMe from {stage.tokens_in} to {stage.tokens_out} tokens needs {needed}")
     return ToMeStage(stage, geometry, options)
 
 

@@ -25,7 +25,6 @@ from ztp_deploy.methods.base import (
     MethodOptions,
     Replay,
     Search,
-    SearchedBlocks,
     StageModule,
     StageOutput,
     any_backbone,
@@ -43,8 +42,9 @@ from ztp_deploy.methods.similarity import (
     raster_order,
     staying,
 )
+from ztp_deploy.methods.slice import counts as counts
 from ztp_deploy.models.base import Attention
-from ztp_deploy.plan import Geometry, Place, Stage, floor_counts, kept_chain
+from ztp_deploy.plan import Geometry, Place, Stage, kept_chain
 from ztp_deploy.plan import default_sites as default_sites
 from ztp_deploy.pruning.tokens import TokenState, keep_tokens, membership, slots_of, take, top_k
 
@@ -123,11 +123,6 @@ class Selection:
 # --- counts ------------------------------------------------------------------------------------
 
 
-def counts(geometry: Geometry, blocks: Sequence[int], ratio: float, options: MethodOptions) -> list[int]:
-    """n ← ⌊ρn⌋ per stage (196 at 0.7: 137, 95, 66)."""
-    return floor_counts(geometry.patch_tokens, len(blocks), ratio)
-
-
 def schedule(geometry: Geometry, blocks: Sequence[int], counts: Sequence[int], options: MethodOptions) -> list[Stage]:
     """One stage after each of `blocks`, with `similar` (tokens S drops) and `rounds` (votes of I)."""
     assert isinstance(options, Options)
@@ -158,17 +153,19 @@ def published_rounds(block: int, depth: int) -> int:
     return LATE_ROUNDS if block > depth - 3 else MIDDLE_ROUNDS
 
 
-def searched_options(chosen: Mapping[str, Any], at: SearchedBlocks) -> dict[str, Any]:
+def searched_options(
+    chosen: Mapping[str, Any], blocks: Sequence[int], depth: int, enough: Mapping[int, int]
+) -> dict[str, Any]:
     """The options of a search: `similar`, and `rounds` of every stage by one rule.
 
     One each, as published by depth, or as many as were measured to be enough.
     """
 
     def rounds(block: int) -> int:
-        published = published_rounds(block, at.depth)
-        return {"one": 1, "published": published, "enough": at.enough.get(block, published)}[chosen["rounds"]]
+        published = published_rounds(block, depth)
+        return {"one": 1, "published": published, "enough": enough.get(block, published)}[chosen["rounds"]]
 
-    return {"similar": round(chosen["similar"], 1), "rounds": [rounds(block) for block in at.blocks]}
+    return {"similar": round(chosen["similar"], 1), "rounds": [rounds(block) for block in blocks]}
 
 
 SEARCH = Search(

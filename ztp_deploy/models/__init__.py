@@ -320,7 +320,7 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
         if not Path(shipped).is_file():
             raise MissingSoftware(
                 f"No trained weights of {architecture} lie in this installation.",
-                "Train it (python -m ztp_deploy.reference.train --out FILE) and give their path: WEIGHTS=FILE.",
+                "Train it (python -m ztp_deploy.reference.train --out FILE) and give their path: --weights FILE.",
             )
         weights_module.load_given(model, weights_module.read_file(Path(shipped)), architecture, family(key).translate)
         return _record(model, "pretrained", "ztp_deploy", config.get("license"))
@@ -329,7 +329,7 @@ def _pretrained(model: nn.Module, key: str, architecture: str, size: ModelSize) 
         raise MissingSoftware(
             f"The {key} weights of {architecture} are on no hub: they come from {config['origin_url']} "
             f"and are licensed {config['license']}.",
-            "Download the checkpoint there and give its path: WEIGHTS=path.",
+            "Download the checkpoint there and give its path: --weights path.",
         )
     if not repository:
         raise MissingSoftware(f"timm knows no pre-trained weights for {architecture}.", "Give a checkpoint file.")

@@ -94,3 +94,16 @@ class Host(Protocol):
 
     def read_out(self, tokens: Tensor, state: TokenState) -> Tensor:
         """Tokens after the last block → logits [B, classes]."""
+
+
+# --- answers that many families give ------------------------------------------------------------
+
+
+def own_keys(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`Family.translate` of families whose official checkpoints have the module's own keys."""
+    return state
+
+
+def of_another_family(model: nn.Module) -> bool:
+    """`Family.adapts` of families whose modules are another's, and so is their host."""
+    return False

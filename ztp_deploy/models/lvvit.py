@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.models.base import own_keys
 from ztp_deploy.models.blocks import LAYER_NORM_EPS, Block, BlocksHost
 from ztp_deploy.models.parts import max_of_patches, unready
 from ztp_deploy.plan import Geometry
@@ -141,9 +142,8 @@ class LVViT(nn.Module):
 # --- the family --------------------------------------------------------------------------------
 
 
-def architecture_of(name: str) -> str | None:
-    """The official checkpoint behind one of our names, else None."""
-    return NAMES.get(name)
+architecture_of = NAMES.get
+translate = own_keys
 
 
 def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
@@ -168,11 +168,6 @@ def _check_sizes(sizes: Architecture) -> None:
         wrong = f"mlp_ratio={sizes.mlp_ratio} leaves the MLP without a hidden unit"
     if wrong:
         raise BadRequest(f"{wrong}.", "Choose sizes that divide.")
-
-
-def translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official checkpoints have the module's own keys."""
-    return state
 
 
 def adapts(model: nn.Module) -> bool:
@@ -219,7 +214,6 @@ def _geometry(model: Any) -> Geometry:
         mlp_macs_per_token=block.mlp.fc1.weight.numel() + block.mlp.fc2.weight.numel(),
         num_classes=model.num_classes,
         embed_macs=model.patch_embed.macs(model.img_size, model.patch_tokens),
-        # `aux_head` runs on every patch token that is left. It is counted on all of them whatever the plan, so that this
-        # stays a constant of the model: 1 to 2 % of the dense count, and a pruned model's true count is lower by less.
-        head_macs=(1 + model.patch_tokens) * dim * model.num_classes,
+        head_macs=dim * model.num_classes,
+        head_macs_per_token=dim * model.num_classes,
     )

@@ -5,9 +5,10 @@ The class token takes part in attention and is not read; `fc_norm` follows the m
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from ztp_deploy.models import timm_vit
+from ztp_deploy.models.base import of_another_family, own_keys
 from ztp_deploy.source import ModelSize
 
 SUMMARY = "MAE fine-tuned ViT-B/L/H: the mean of the patches is read out (weights non-commercial)"
@@ -17,6 +18,11 @@ NAMES: dict[str, str] = {
     "mae_vit_l": "vit_large_patch16_224.mae",
     "mae_vit_h": "vit_huge_patch14_224.mae",
 }
+
+architecture_of = NAMES.get
+translate = own_keys
+adapts = of_another_family
+host = timm_vit.TimmVitHost
 
 # What the hub has under these names is pre-trained without a classifier.
 _CONFIG = {
@@ -28,26 +34,8 @@ _CONFIG = {
 }
 
 
-def architecture_of(name: str) -> str | None:
-    """The timm name behind one of our names, else None."""
-    return NAMES.get(name)
-
-
 def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
     """The untrained model in evaluation mode. Raises BadRequest for sizes that do not fit together."""
     # MAE evaluates on the middle 224 of 256 pixels, and on all of larger images.
     config = _CONFIG | {"crop_pct": 224 / 256 if (size.img_size or 224) <= 224 else 1.0}
     return timm_vit.create(architecture, size, device, {"global_pool": "avg", "pretrained_cfg_overlay": config})
-
-
-def translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official checkpoints have the module's own keys."""
-    return state
-
-
-def adapts(model: nn.Module) -> bool:
-    """Never: the modules are timm's, and so is their host."""
-    return False
-
-
-host = timm_vit.TimmVitHost

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ztp_deploy.models import layouts, timm_vit
+from ztp_deploy.models.base import of_another_family
 from ztp_deploy.models.layouts import Layout
 from ztp_deploy.source import ModelSize
 
@@ -15,6 +16,10 @@ NAMES: dict[str, str] = {
     "swag_vit_l16": "vit_large_patch16_384",
     "swag_vit_h14": "vit_huge_patch14_224",
 }
+
+architecture_of = NAMES.get
+adapts = of_another_family
+host = timm_vit.TimmVitHost
 
 IMAGE_SIZES = {"vit_base_patch16_384": 384, "vit_large_patch16_384": 512, "vit_huge_patch14_224": 518}
 
@@ -57,11 +62,6 @@ LAYOUTS = (
 )
 
 
-def architecture_of(name: str) -> str | None:
-    """The timm name behind one of our names, else None."""
-    return NAMES.get(name)
-
-
 def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
     """The untrained model in evaluation mode. Raises BadRequest for sizes that do not fit together."""
     side = IMAGE_SIZES[architecture]
@@ -72,11 +72,3 @@ def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
 def translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A checkpoint of torchvision's or of the SWAG repository in the module's own keys."""
     return layouts.translate(model, state, LAYOUTS)
-
-
-def adapts(model: nn.Module) -> bool:
-    """Never: the modules are timm's, and so is their host."""
-    return False
-
-
-host = timm_vit.TimmVitHost

@@ -11,6 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ztp_deploy.errors import BadRequest
+from ztp_deploy.models.base import own_keys
 from ztp_deploy.models.blocks import Block, BlocksHost
 from ztp_deploy.models.parts import unready
 from ztp_deploy.models.t2t_modules import PATCH, Size, T2TViT
@@ -33,6 +34,8 @@ SIZES: dict[str, Size] = {
 }
 
 NAMES: dict[str, str] = {name: name for name in SIZES}
+architecture_of = NAMES.get
+translate = own_keys
 
 _CONFIG = {
     "mean": IMAGENET_DEFAULT_MEAN,
@@ -43,11 +46,6 @@ _CONFIG = {
     "license": "BSD-3-Clause-Clear",
 }
 """Preprocessing and origin, in timm's terms; the official checkpoints are releases of that repository."""
-
-
-def architecture_of(name: str) -> str | None:
-    """The name itself where it is one of ours, else None."""
-    return NAMES.get(name)
 
 
 def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
@@ -70,11 +68,6 @@ def build(architecture: str, size: ModelSize, device: str = "cpu") -> nn.Module:
         model = T2TViT(sizes)
     model.pretrained_cfg = _CONFIG  # type: ignore[assignment]
     return model.eval()
-
-
-def translate(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official checkpoints of this family have the module's own keys."""
-    return state
 
 
 def adapts(model: nn.Module) -> bool:

@@ -355,9 +355,12 @@ def find_pretrained(repository: str) -> Path:
     except Exception as error:  # the client's transport errors changed class with each of its HTTP libraries
         raise MissingSoftware(
             f"The weights {repository} are not in the cache and the hub did not give them ({type(error).__name__}).",
-            "Connect and try again, give a checkpoint file (WEIGHTS=path), or use WEIGHTS=random.",
+            "Connect and try again, give a checkpoint file (--weights path), or use random ones (--weights random).",
         ) from error
-    raise MissingSoftware(f"The hub has no weights under {repository}.", "Give a checkpoint file, or WEIGHTS=random.")
+    raise MissingSoftware(
+        f"The hub has no weights under {repository}.",
+        "Give a checkpoint file (--weights path), or use random ones (--weights random).",
+    )
 
 
 def _exists(repository: str, filename: str) -> bool:

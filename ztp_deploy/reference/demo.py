@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ztp_deploy import evaluate, models
+from ztp_deploy import models
 from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import AccuracyReport
 from ztp_deploy.reference import canvases
 from ztp_deploy.show.draw import Shown, show_engine
+from ztp_deploy.workflow import evaluate
 from ztp_deploy.workflow.make import Result, make_engine
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest

@@ -34,6 +34,7 @@ from ztp_deploy.entrypoint import run_and_exit
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import Comparison, Proportion, compare, hits, image_kl, paired_bootstrap, wilson
 from ztp_deploy.evidence.report.accuracy import change_text, points_text
+from ztp_deploy.evidence.report.markdown import markdown_table
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
@@ -393,11 +394,10 @@ AGAINST = {"first": "first row", "before": "row before"}
 
 def render_study(study: Study) -> str:
     """The study's table as Markdown: a line an entry and FLOP share."""
-    head = " | ".join(HEAD).format(*[AGAINST[study.against]] * 2)
-    lines = [f"| {head} |", "|---:|---|---:|---|---|---:|---:|---|"] if study.rows else []
+    head = [name.format(AGAINST[study.against]) for name in HEAD]
     first = study.rows[0].name if study.rows else ""
-    for row in study.rows:
-        cells = (
+    cells = [
+        (
             f"{row.planned_share:.1%}",
             row.name,
             f"{row.comparison.pruned.top1.share:.2%}",
@@ -407,7 +407,9 @@ def render_study(study: Study) -> str:
             f"{row.comparison.mean_kl:.4f}",
             "" if row.name == first else "{:+.4f} ({:+.4f} to {:+.4f})".format(*row.closer),
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        for row in study.rows
+    ]
+    lines = markdown_table(head, cells, right=(0, 2, 5, 6)) if cells else []
     dense = study.dense_top1
     lines += [
         "",

@@ -39,7 +39,7 @@ class Budget(BaseModel):
     @classmethod
     def parse(cls, text: str) -> Budget:
         """`flops=0.65` or `latency=12ms@batch8`. Raises BadRequest for anything else."""
-        if found := re.fullmatch(r"flops=(0?\.\d+|0\.\d+)", text.strip()):
+        if found := re.fullmatch(r"flops=(0?\.\d+)", text.strip()):
             share = float(found[1])
             if 0 < share < 1:
                 return cls(kind="flops", limit=share)

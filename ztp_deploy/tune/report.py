@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from rich.console import Console
 from rich.table import Table
 
+from ztp_deploy.console import out
 from ztp_deploy.errors import GateFailed
 from ztp_deploy.evidence.schema import EvidenceFile
 from ztp_deploy.plan import Plan
 from ztp_deploy.recipes import Recipe
 from ztp_deploy.tune.cost import BlockTimes, Budget, Timing
 from ztp_deploy.tune.damage import Damage, HeldOut
-from ztp_deploy.tune.rounds import StageRounds
+from ztp_deploy.tune.rounds import MOST, SHARE, StageRounds
 
 TUNE_FILE, PLAN_FILE, RECIPE_FILE, PICTURE_FILE = "tune.json", "plan.json", "recipe.toml", "pareto.png"
 
@@ -170,7 +170,7 @@ def picture(report: TuneReport) -> bytes:
     return data.getvalue()
 
 
-def show_tune(report: TuneReport, directory: Path, out: Console) -> None:
+def show_tune(report: TuneReport, directory: Path) -> None:
     """What was found, for a reader who has read nothing else."""
     tried = len(report.trials) - report.infeasible
     if report.trials:
@@ -204,8 +204,8 @@ def show_tune(report: TuneReport, directory: Path, out: Console) -> None:
         )
     for stage in report.rounds:
         out.print(
-            f"Voting at block {stage.block}: {stage.rounds} {'round' if stage.rounds == 1 else 'rounds'} planned; from {stage.enough} on, {stage.share:.0%} of "
-            f"the kept tokens are those of {stage.most} rounds.",
+            f"Voting at block {stage.block}: {stage.rounds} {'round' if stage.rounds == 1 else 'rounds'} planned; from {stage.enough} on, {SHARE:.0%} of "
+            f"the kept tokens are those of {MOST} rounds.",
             soft_wrap=True,
         )
     out.print(f"Verdict: {report.verdict}. {report.because}", style="bold", soft_wrap=True)

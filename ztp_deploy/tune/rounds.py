@@ -12,40 +12,33 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ztp_deploy import methods, models
-from ztp_deploy.errors import BadRequest
 from ztp_deploy.methods import zero_tprune
 from ztp_deploy.plan import Plan, Stage
 from ztp_deploy.pruning.prune import prune
 from ztp_deploy.pruning.tokens import initial_state, top_k
 
 GRID = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30, 40, 50)
+MOST = GRID[-1]
 SHARE = 0.99
 IMAGES = 8
 
 
 class StageRounds(BaseModel):
-    """One stage's voting rounds: those of the plan, and those that keep `share` of the tokens that `most` would."""
+    """One stage's voting rounds: those of the plan, and those that keep `SHARE` of the tokens that `MOST` would."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)  # earlier records also say `most` and `share`
 
     block: int
     rounds: int
     enough: int
-    most: int
-    share: float = SHARE
 
 
 def rounds_needed(kept: Mapping[int, NDArray[Any]], share: float = SHARE) -> int:
     """The least rounds from which on `share` of the tokens kept are those that the most rounds keep.
 
     `kept` by rounds are slots [B, k], in any order. A number that agrees while a larger one does not is no
-    answer. Raises BadRequest without kept slots of one shape.
+    answer.
     """
-    shapes = {np.shape(slots) for slots in kept.values()}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2 or not all(next(iter(shapes))):
-        raise BadRequest(
-            f"Kept slots must be [B, k] and alike for all rounds; got {sorted(shapes)}.", "Give one array a number."
-        )
     descending = sorted(kept, reverse=True)
     least, final = descending[0], kept[descending[0]]
     for rounds in descending[1:]:
@@ -102,7 +95,7 @@ def of_plan(model: nn.Module, plan: Plan, images: Tensor) -> tuple[StageRounds, 
             for index, stage in enumerate(plan.stages):
                 kept[index][rounds] = top_k(scores[index]["score"], stage.tokens_out).cpu().numpy()
     return tuple(
-        StageRounds(block=stage.block, rounds=stage.static["rounds"], enough=rounds_needed(kept[index]), most=GRID[-1])
+        StageRounds(block=stage.block, rounds=stage.static["rounds"], enough=rounds_needed(kept[index]))
         for index, stage in enumerate(plan.stages)
     )
 

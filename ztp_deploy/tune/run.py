@@ -20,7 +20,6 @@ from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import Device
 from ztp_deploy.defaults import METHOD, TUNE_IMAGES, TUNE_SECONDS, TUNE_TRIALS
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.evaluate import refuse_meaningless
 from ztp_deploy.evidence.images import ImageSet, image_files, load_images
 from ztp_deploy.evidence.latency import check_seconds
 from ztp_deploy.manifest import sources_sha256
@@ -47,6 +46,7 @@ from ztp_deploy.tune.report import (
 )
 from ztp_deploy.tune.search import Trial, finalists, open_study, run_trials
 from ztp_deploy.tune.space import Cost, Space
+from ztp_deploy.workflow.evaluate import refuse_meaningless
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, ModelRequest
 from ztp_deploy.workflow.steps import check_runnable, load_trained

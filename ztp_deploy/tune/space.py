@@ -17,7 +17,7 @@ from torch import nn
 
 from ztp_deploy import methods, models
 from ztp_deploy.errors import BadRequest
-from ztp_deploy.methods.base import Search, SearchedBlocks
+from ztp_deploy.methods.base import Search
 from ztp_deploy.plan import FLOP_SHARE_TOLERANCE, Geometry, Plan, Stage, share_of
 from ztp_deploy.planning import make_plan
 
@@ -105,7 +105,7 @@ class Space:
 
     def options(self, params: Mapping[str, Any], sites: Sequence[int]) -> dict[str, Any]:
         """The method's options behind parameters."""
-        return self.search.options(params, SearchedBlocks(sites, self.geometry.depth, self.enough))
+        return self.search.options(params, sites, self.geometry.depth, self.enough)
 
     def plan(self, params: Mapping[str, Any], cost: Cost, limit: float) -> Plan | None:
         """The plan for parameters, within `limit` and at most 0.5 % below it; None where whole tokens do not allow it."""

@@ -12,9 +12,9 @@ from ztp_deploy.evidence.methods import DENSE, MethodsReport, methods_report, tw
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
+from ztp_deploy.workflow import steps
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
-from ztp_deploy.workflow.steps import bench, check_runnable, check_wanted, engine_for, load, measured_batches, prove
 
 
 def compare_methods(
@@ -33,21 +33,21 @@ def compare_methods(
     Every engine passes the parity gate first. Raises GateFailed where one does not, and what `make_engine` raises.
     """
     clock = Clock(monitor)
-    batches = measured_batches(batches, build)
+    batches = steps.measured_batches(batches, build)
     check_seconds(seconds)
-    check_runnable(build)
-    check_wanted(wanted, build, images)
-    model = load(wanted[0].backbone, clock)
+    steps.check_runnable(build)
+    steps.check_wanted(wanted, build, images)
+    model = steps.load(wanted[0].backbone, clock)
     plans: dict[str, Plan] = {DENSE: make_plan(model, "dense")}
     for request in wanted:
         plan = request.plan(model)
         if not plan.stages:
             raise BadRequest(f"{request.method} keeps every token there.", "Compare at a smaller ratio or FLOP share.")
         plans |= {request.method: plan, twin_role(request.method): twin_of(plan)}
-    engines = {role: engine_for(model, plan, build, clock, images) for role, plan in plans.items()}
-    prove(list(engines.values()), model, images, clock)
+    engines = {role: steps.engine_for(model, plan, build, clock, images) for role, plan in plans.items()}
+    steps.prove(list(engines.values()), model, images, clock)
     del model
-    latency = bench(engines, batches, seconds, clock, command)
+    latency = steps.bench(engines, batches, seconds, clock, command)
     first = wanted[0]
     asked = {"ratio": first.ratio} if first.ratio is not None else {"flops": first.flops}
     return methods_report(model_name, {name: value for name, value in asked.items() if value}, engines, latency)

@@ -13,27 +13,14 @@ from ztp_deploy.defaults import BENCH_SECONDS, ENGINE_SECONDS
 from ztp_deploy.evidence.latency import LATENCY_FILE, LatencyReport, check_seconds
 from ztp_deploy.evidence.load import Load, LoadReport
 from ztp_deploy.evidence.parity import ParityReport
-from ztp_deploy.evidence.report.html import write_report
 from ztp_deploy.evidence.report.summary import Summary, summarise
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.methods.slice import twin_of
 from ztp_deploy.plan import Plan
 from ztp_deploy.planning import make_plan
+from ztp_deploy.workflow import steps
 from ztp_deploy.workflow.progress import Clock, Monitor
 from ztp_deploy.workflow.requests import BuildRequest, PlanRequest
-from ztp_deploy.workflow.steps import (
-    bench,
-    bench_load,
-    check,
-    check_runnable,
-    check_wanted,
-    engine_for,
-    load,
-    measured_batches,
-    prove,
-    require_parity,
-    write_summary,
-)
 
 
 @dataclass(frozen=True)
@@ -67,14 +54,14 @@ def make_engine(
     clock = Clock(monitor)
     measured: Sequence[int] = ()
     if measure:
-        measured = measured_batches(batches, build)
+        measured = steps.measured_batches(batches, build)
         check_seconds(seconds)
     runs_here = build.target().unrunnable is None
     measure = measure and runs_here
     engines, parity = _made(wanted, build, images, clock, yardsticks=measure, runs_here=runs_here)
     latency = None
     if measure:
-        latency = bench(engines, measured, seconds, clock, command)
+        latency = steps.bench(engines, measured, seconds, clock, command)
         write_text(engines["pruned"].evidence / LATENCY_FILE, latency.to_json())
     summary = summarise(
         engines["pruned"].manifest,
@@ -87,8 +74,7 @@ def make_engine(
         machine=environment.snapshot(),
         manifest_sha256=manifest_sha256(engines["pruned"].directory),
     )
-    write_summary(engines["pruned"], summary)
-    write_report(engines["pruned"].directory)
+    steps.write_reports(engines["pruned"], summary)
     engine = engines.pop("pruned")
     return Result(engine, engines, parity, latency, summary)
 
@@ -109,11 +95,11 @@ def make_and_load(
     Raises what `make_engine` and `measure_load` raise, and MissingSoftware where the engines cannot run here.
     """
     clock = Clock(monitor)
-    batches = measured_batches(batches, build)
+    batches = steps.measured_batches(batches, build)
     check_seconds(seconds)
-    check_runnable(build)
+    steps.check_runnable(build)
     engines, _ = _made(wanted, build, images, clock, yardsticks=True, runs_here=True)
-    return bench_load(engines, loads, batches, seconds, clock, command)
+    return steps.bench_load(engines, loads, batches, seconds, clock, command)
 
 
 def _made(
@@ -126,16 +112,16 @@ def _made(
     runs_here: bool,
 ) -> tuple[dict[str, Engine], ParityReport | None]:
     """The engine as "pruned", with `yardsticks` dense and slice twin around it; all of them proved where they run."""
-    check_wanted([wanted], build, images)
-    model = load(wanted.backbone, clock)
+    steps.check_wanted([wanted], build, images)
+    model = steps.load(wanted.backbone, clock)
     plan = wanted.plan(model)
     plans: dict[str, Plan] = {"pruned": plan}
     if yardsticks and plan.stages:
         plans |= {"dense": make_plan(model, "dense"), "slice": twin_of(plan)}
-    engines = {role: engine_for(model, chosen, build, clock, images) for role, chosen in plans.items()}
+    engines = {role: steps.engine_for(model, chosen, build, clock, images) for role, chosen in plans.items()}
     parity = None
     if runs_here:
-        parity = check(engines["pruned"], model, images, clock)
-        require_parity(engines["pruned"], parity)
-        prove([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
+        parity = steps.check(engines["pruned"], model, images, clock)
+        steps.require_parity(engines["pruned"], parity)
+        steps.prove([engine for role, engine in engines.items() if role != "pruned"], model, images, clock)
     return {role: engines[role] for role in ("dense", "pruned", "slice") if role in engines}, parity

@@ -63,11 +63,6 @@ class Clock:
             self._said.add(text)
             self.monitor.warn(text)
 
-    @property
-    def seconds(self) -> float:
-        """All steps together."""
-        return sum(step.seconds for step in self.steps)
-
     @staticmethod
     def peak_gib() -> float:
         """The process's largest resident memory so far, in GiB."""

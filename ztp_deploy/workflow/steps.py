@@ -22,7 +22,7 @@ from ztp_deploy.evidence.latency import LatencyReport, asked_batches, measure_la
 from ztp_deploy.evidence.load import Load, LoadReport, put_under
 from ztp_deploy.evidence.parity import ParityReport, check_parity, expected_steps, proof_of
 from ztp_deploy.evidence.report.folder import read_evidence
-from ztp_deploy.evidence.report.html import write_report
+from ztp_deploy.evidence.report.html import HTML_FILE, render_html
 from ztp_deploy.evidence.report.load import render_load
 from ztp_deploy.evidence.report.markdown import render_markdown
 from ztp_deploy.evidence.report.summary import MEASURING, Summary, unproved_line
@@ -184,28 +184,25 @@ def check_on(pictures: ImageSet, engine: Engine, model: nn.Module, clock: Clock)
         (engine.evidence / SELFTEST_FILE).unlink(missing_ok=True)
         if script := write_reproducer(engine, model, pictures, report):
             clock.warn(f"To see the first fault with Polygraphy: sh {shlex.quote(str(script))}")
-    _quote_anew(engine, report)
+    write_reports(engine)  # none that stands goes on saying the contrary
     return report
 
 
-def _quote_anew(engine: Engine, report: ParityReport) -> None:
-    """Reports of the engine that stand say what this check found; none goes on saying the contrary."""
-    _report_anew(engine, report.manifest_sha256)
+def write_reports(engine: Engine, summary: Summary | None = None) -> None:
+    """Renders the engine's reports from its evidence; `report.json` and `report.md` only after a run that made one.
 
-
-def _report_anew(engine: Engine, sha: str) -> None:
-    """Renders the engine's reports from its evidence; a summary only where one of this manifest stands."""
-    summary = stored(engine.evidence / SUMMARY_FILE, Summary)
-    if summary is not None and summary.manifest_sha256 == sha:
-        write_summary(engine, read_evidence(engine.directory).summary)
-    write_report(engine.directory)
-
-
-def write_summary(engine: Engine, summary: Summary) -> None:
-    """Writes an engine's summary, as JSON and as Markdown; into this what is known of the engine under load."""
-    write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
-    tables = "\n".join(map(render_load, read_evidence(engine.directory).loads))
-    write_text(engine.evidence / REPORT_FILE, render_markdown(summary, tables))
+    `summary`: what the run that made the engine has to say of itself.
+    """
+    if summary is not None:
+        write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
+    evidence = read_evidence(engine.directory)
+    if summary is None and evidence.made:
+        summary = evidence.summary
+        write_text(engine.evidence / SUMMARY_FILE, summary.to_json())
+    if summary is not None:
+        tables = "\n".join(map(render_load, evidence.loads))
+        write_text(engine.evidence / REPORT_FILE, render_markdown(summary, tables))
+    write_text(engine.evidence / HTML_FILE, render_html(evidence))
 
 
 def require_parity(engine: Engine, report: ParityReport) -> None:
@@ -277,7 +274,7 @@ def bench_load(
         report = put_under(loads, engines, batches, seconds, command, advance)
     for engine in engines.values():
         write_text(engine.evidence / report.file, report.to_json())
-        _report_anew(engine, manifest_sha256(engine.directory))
+        write_reports(engine)
     return report
 
 

@@ -19,7 +19,6 @@ import ztp_deploy as ztp
 from tests import tiny
 from tests.backends.onnxruntime.test_graph import assert_same, kinds, run, unused
 from ztp_deploy import environment
-from ztp_deploy.backends.base import Device
 from ztp_deploy.backends.onnxruntime import backend
 from ztp_deploy.backends.onnxruntime.cuda import fit
 from ztp_deploy.errors import BadRequest
@@ -247,8 +246,5 @@ def test_a_cuda_graph_needs_a_gpu(artifact, tmp_path):
 
 
 def test_a_cuda_graph_is_the_cuda_providers_own():
-    job = SimpleNamespace(
-        settings={"cuda_graph": True, "provider": "tensorrt_rtx"}, device=Device("cuda", "cuda-x", backend.CUDA)
-    )
     with pytest.raises(BadRequest, match=r"on provider=tensorrt_rtx.*provider=auto"):
-        backend.build(job)
+        backend.check_target("cuda", "fp16", {"cuda_graph": True, "provider": "tensorrt_rtx"})

@@ -160,4 +160,4 @@ def test_what_it_cannot_promise_is_refused(source, arguments, request, machine, 
 def test_the_setting_has_two_values(half, tmp_path):
     with pytest.raises(BadRequest, match="provider='cuda'"):
         build(half, tmp_path / "e", settings={"provider": "cuda"})
-    assert backend.parse_settings({})["provider"] == "auto"
+    assert backend.Settings().provider == "auto"

@@ -37,7 +37,7 @@ def main(artifact: Path, folder: Path) -> None:
             device=backend.resolve_device("auto"),
             precision=precision or source.manifest.precision,
             batch=BatchRange.parse("1:2:4"),
-            settings=backend.parse_settings({"timing_cache": False, **settings}),
+            settings=backend.Settings(**{"timing_cache": False, **settings}).model_dump(),
             calibration=np.random.default_rng(0).standard_normal((2, 3, 96, 96), dtype=np.float32),
             advance=lambda share: None,
         )

@@ -307,11 +307,11 @@ def test_devices(monkeypatch):
         assert portable.resolve_device("auto").slug == "portable"
         if gpus:
             assert standard.resolve_device("cuda").slug == "nvidia-h100-sm90"
-            assert standard.unrunnable(standard.resolve_device("auto")) is None
+            assert standard.unrunnable(standard.resolve_device("auto").name) is None
         else:
-            with pytest.raises(MissingSoftware, match="BACKEND=tensorrt_rtx"):
+            with pytest.raises(MissingSoftware, match="the back end tensorrt_rtx"):
                 standard.resolve_device("auto")
-            assert "no NVIDIA GPU" in portable.unrunnable(portable.resolve_device("auto"))
+            assert "no NVIDIA GPU" in portable.unrunnable(portable.resolve_device("auto").name)
         with pytest.raises(BadRequest, match="NVIDIA GPUs; device='cpu'"):
             portable.resolve_device("cpu")
 

@@ -102,7 +102,7 @@ def test_int8_is_calibrated_on_the_users_pictures(report, ztp, capsys, tmp_path)
 
 
 def test_int8_without_modelopt_is_refused_before_a_model_is_loaded(ztp, capsys, monkeypatch):
-    monkeypatch.setattr("ztp_deploy.workflow.make.load", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("ztp_deploy.workflow.steps.load", lambda *arguments: pytest.fail("a model was loaded"))
     monkeypatch.setattr(quantise, "PACKAGE", "not-installed")
     code, out, err = ztp(capsys, *ENGINE, "--backend", "tensorrt_rtx", "--precision", "int8")
     assert (code, out) == (3, "")

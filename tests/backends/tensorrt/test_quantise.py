@@ -15,6 +15,7 @@ import ztp_deploy as ztp
 from tests import tiny
 from tests.backends.tensorrt import needs_modelopt, needs_rtx
 from ztp_deploy import backends, environment
+from ztp_deploy.backends.base import Device
 from ztp_deploy.backends.onnxruntime import backend as onnxruntime_backend
 from ztp_deploy.backends.tensorrt.build import build_plan
 from ztp_deploy.backends.tensorrt.graph import low_products
@@ -289,6 +290,7 @@ def test_a_missing_modelopt_is_named_before_anything_is_built(backend, artifact,
     monkeypatch.setattr(environment, "installed", lambda package: None)
     module = backends.get(backend)
     monkeypatch.setattr(module, "missing", lambda: None)
+    monkeypatch.setattr(module, "resolve_device", lambda device: Device("cuda", "cuda-x", "cuda:0"))
     assert module.graph_precision("fp16") == "fp16"
     with pytest.raises(MissingSoftware, match=r'pip install "ztp_deploy\[modelopt\]"'):
         ztp.build(artifact, backend, precision="int8", directory=tmp_path / "e")
@@ -412,10 +414,10 @@ def test_fp8_needs_a_gpu_that_has_it(shared_engine, artifact, calibration, tmp_p
     monkeypatch.setattr(environment, "gpus", lambda: (GPU,))
     refusal = r"capability 8\.9 or newer; this is NVIDIA RTX 3090 \(8\.6\)"
     with pytest.raises(MissingSoftware, match=refusal):
-        backend.graph_precision("fp8")  # what is asked before a model is loaded
+        backends.resolve("tensorrt", precision="fp8")  # what is asked before a model is loaded
     with pytest.raises(MissingSoftware, match=refusal):
         ztp.build(artifact, "tensorrt", precision="fp8", calibration=calibration, directory=tmp_path / "e")
-    settings = backend.parse_settings({})
+    settings = backend.Settings().model_dump()
     changes = {"backend_version": "11.4", "settings": settings, "built": {}, "precision": "fp8"}
     manifest = shared_engine.manifest.model_copy(update=changes)
     with pytest.raises(MissingSoftware, match=r"Use int8 or fp16"):

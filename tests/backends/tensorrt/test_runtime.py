@@ -456,7 +456,7 @@ def test_a_plan_stays_at_home(here, version, settings, message, shared_engine, m
     monkeypatch.setattr(backend, "version", lambda: version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     built = {"gpu": {"name": H100.name, "compute_capability": H100.compute_capability}}
-    changes = {"backend_version": "11.4", "settings": backend.parse_settings(settings), "built": built}
+    changes = {"backend_version": "11.4", "settings": backend.Settings(**settings).model_dump(), "built": built}
     manifest = shared_engine.manifest.model_copy(update=changes)
     # What passes the gate meets the next one: this machine's torch sees no GPU.
     with pytest.raises(MissingSoftware, match=message or "torch sees no GPU"):
@@ -483,7 +483,7 @@ def test_an_audit_plan_that_was_never_hashed_stays_closed(shared_engine, monkeyp
     (tmp_path / "audit.plan").write_bytes(b"planted")
     [record] = [record for name, record in shared_engine.manifest.files.items() if name == "model.onnx"]
     built = {"gpu": {"name": H100.name, "compute_capability": H100.compute_capability}}
-    settings = backend.parse_settings({"audit": False})
+    settings = backend.Settings(audit=False).model_dump()
     changes = {"backend_version": "11.4", "settings": settings, "built": built, "files": {"model.plan": record}}
     runner = backend.open_runner(tmp_path, shared_engine.manifest.model_copy(update=changes))
     with pytest.raises(BadRequest, match=r"has no audit\.plan"):
@@ -502,7 +502,7 @@ def test_only_a_portable_librarys_plans_are_opened_with_its_configuration(name, 
     monkeypatch.setattr(runtime, "portable_config", lambda trt, engine, recording: (trt, engine, recording))
     monkeypatch.setattr(runtime, "Executor", lambda engine, **settings: made.append((engine, settings)))
     [record] = [record for name, record in shared_engine.manifest.files.items() if name == "model.onnx"]
-    settings = backend.parse_settings({"cuda_graph": True})
+    settings = backend.Settings(cuda_graph=True).model_dump()
     changes = {"backend_version": "1.7", "settings": settings, "built": {}, "files": {"model.plan": record}}
     backend.open_runner(shared_engine.directory, shared_engine.manifest.model_copy(update=changes))
     [(engine, found)] = made

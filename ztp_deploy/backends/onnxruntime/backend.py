@@ -14,11 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu, as_exported, needs_its_gpu
+from ztp_deploy.backends.base import (
+    BuildJob,
+    Device,
+    OnGpu,
+    as_exported,
+    loading,
+    needs_its_gpu,
+    no_instructions,
+    no_tools,
+)
 from ztp_deploy.backends.cuda_graph import Turns
 from ztp_deploy.backends.onnxruntime import cuda, rtx
 from ztp_deploy.backends.onnxruntime.graph import fuse_attention
-from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, DamagedFiles, MissingSoftware, first_line
 from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.manifest import ArtifactManifest, EngineManifest, listed
@@ -39,6 +47,8 @@ _PRECISIONS_OF = {"cpu": ("fp32",), "cuda": ("fp32", "fp16", "bf16")}
 # Left to itself, CUDA computes float32 matrix products in TF32, which is not what was checked.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {CPU: {}, CUDA: {"use_tf32": "0"}}
 
+instructions = no_instructions
+tools = no_tools
 graph_precision = as_exported
 unrunnable = needs_its_gpu
 
@@ -70,33 +80,28 @@ def missing() -> str | None:
 
 def version() -> str:
     """ONNX Runtime's version."""
-    import onnxruntime
-
-    return str(onnxruntime.__version__)
+    return str(_library().__version__)
 
 
-def instructions(settings: dict[str, Any]) -> list[str]:
-    """None: ONNX Runtime chooses its kernels when it opens."""
-    return []
+def _library() -> Any:
+    """The imported module. Raises MissingSoftware with the reason."""
+    package = "onnxruntime-gpu" if environment.installed("onnxruntime-gpu") else "onnxruntime"
+    with loading("ONNX Runtime", package):
+        import onnxruntime
 
-
-def tools(precision: str, settings: dict[str, Any]) -> dict[str, str]:
-    """None: the graph is the artifact's, whose versions are recorded."""
-    return {}
+    return onnxruntime
 
 
 def resolve_device(device: str) -> Device:
     """`auto` takes CUDA where both a GPU and the CUDA provider are here, else the CPU."""
-    import onnxruntime
-
+    providers = _library().get_available_providers()
     cpu = Device("cpu", "cpu", CPU)
     if device == "cpu":
         return cpu
     if device not in ("auto", "cuda"):
         raise BadRequest(f"ONNX Runtime knows no device {device!r}.", "Use auto, cpu or cuda.")
     found = environment.gpus()
-    has_provider = CUDA in onnxruntime.get_available_providers()
-    if found and has_provider:
+    if found and CUDA in providers:
         return Device("cuda", f"cuda-{found[0].slug}", CUDA)
     if device == "cuda":
         lacks = "no NVIDIA GPU was found" if not found else "this onnxruntime has no CUDA provider"
@@ -105,28 +110,37 @@ def resolve_device(device: str) -> Device:
     return cpu
 
 
-def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """See `Settings`."""
-    return parse(Settings, settings, "onnxruntime")
-
-
-def build(job: BuildJob) -> dict[str, Any]:
-    """The engine is a graph. Raises BadRequest for precisions and settings that the device does not have."""
-    settings = Settings(**job.settings)
-    if settings.cuda_graph and (job.device.name != "cuda" or settings.provider != "auto"):
-        where = "the CPU" if job.device.name != "cuda" else f"provider={settings.provider}"
+def check_target(device: str, precision: str, settings: dict[str, Any]) -> None:
+    """Refuses precisions and settings that the device does not have."""
+    asked = Settings(**settings)
+    if asked.cuda_graph and (device != "cuda" or asked.provider != "auto"):
+        where = "the CPU" if device != "cuda" else f"provider={asked.provider}"
         raise BadRequest(
             f"cuda_graph=true was asked for on {where}.", "Leave it out, or build with device=cuda and provider=auto."
         )
-    if settings.provider == "tensorrt_rtx":
-        return _build_for_rtx(job)
-    known = _PRECISIONS_OF[job.device.name]
-    if job.precision not in known:
+    if asked.provider == "tensorrt_rtx":
+        rtx.device()
+        if device != "cuda" or precision not in rtx.PRECISIONS:
+            raise BadRequest(
+                f"provider=tensorrt_rtx computes in {' or '.join(rtx.PRECISIONS)} on cuda (its fp32 may be TF32); "
+                f"{precision} on {device} was asked for.",
+                f"Use device=cuda and precision={rtx.PRECISIONS[0]}.",
+            )
+        return
+    known = _PRECISIONS_OF[device]
+    if precision not in known:
         raise BadRequest(
-            f"ONNX Runtime has no {job.precision} kernels for the {job.device.name}: it would compute in fp32 all the same.",
-            f"Use precision={known[0]}, or on a CPU BACKEND=openvino, which has bf16 and int8.",
+            f"ONNX Runtime has no {precision} kernels for the {device}: it would compute in fp32 all the same.",
+            f"Use precision {known[0]}, or on a CPU the back end openvino, which has bf16 and int8.",
         )
+
+
+def build(job: BuildJob) -> dict[str, Any]:
+    """The engine is a graph."""
+    settings = Settings(**job.settings)
     job.copy_graph()
+    if settings.provider == "tensorrt_rtx":
+        return {"provider": rtx.PROVIDER}
     # On CUDA its float32 may be TF32 whatever is asked, and its bf16 is younger than the releases that are supported.
     if settings.operators == "exported" or job.precision != {"cpu": "fp32", "cuda": "fp16"}[job.device.name]:
         return {}
@@ -134,18 +148,6 @@ def build(job: BuildJob) -> dict[str, Any]:
         return cuda.fit(job.directory / GRAPH_FILE)
     fused, unread = fuse_attention(job.directory / GRAPH_FILE)
     return {"attention_fused": fused, "attention_expected": unread}
-
-
-def _build_for_rtx(job: BuildJob) -> dict[str, Any]:
-    rtx.device()
-    if job.device.name != "cuda" or job.precision not in rtx.PRECISIONS:
-        raise BadRequest(
-            f"provider=tensorrt_rtx computes in {' or '.join(rtx.PRECISIONS)} on cuda (its fp32 may be TF32); "
-            f"{job.precision} on {job.device.name} was asked for.",
-            f"Use device=cuda and precision={rtx.PRECISIONS[0]}.",
-        )
-    job.copy_graph()
-    return {"provider": rtx.PROVIDER}
 
 
 def open_runner(directory: Path, manifest: EngineManifest) -> OnnxRuntimeRunner:
@@ -315,8 +317,7 @@ class OnnxRuntimeRunner:
         return bytes(model.SerializeToString())
 
     def _open(self, graph: str | bytes, *, recording: bool) -> Any:
-        import onnxruntime as ort
-
+        ort = _library()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._settings.threads
         options.log_severity_level = _LOG_ERRORS_ONLY

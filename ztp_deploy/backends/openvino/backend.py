@@ -18,7 +18,6 @@ from ztp_deploy.backends import torch_device
 from ztp_deploy.backends.base import BuildJob, Device, OnGpu
 from ztp_deploy.backends.openvino import attention, ir
 from ztp_deploy.backends.openvino import stage as stages
-from ztp_deploy.backends.settings import parse
 from ztp_deploy.errors import BadRequest, BuildFailed, DamagedFiles, GateFailed, MissingSoftware
 from ztp_deploy.exporters.files import GRAPH_FILE
 from ztp_deploy.manifest import EngineManifest, listed
@@ -101,32 +100,31 @@ def resolve_device(device: str) -> Device:
     return Device("cpu", "cpu", DEVICE)
 
 
-def parse_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """See `Settings`."""
-    return parse(Settings, settings, "openvino")
-
-
 def graph_precision(precision: str) -> str:
     """All are made from the float32 graph: OpenVINO lowers it when it compiles, int8 is calibrated here."""
     return "fp32"
 
 
-def unrunnable(device: Device) -> str | None:
+def unrunnable(device: str) -> str | None:
     """Any CPU opens an OpenVINO engine; what precision it has is asked when it does."""
     return None
+
+
+def check_target(device: str, precision: str, settings: dict[str, Any]) -> None:
+    """Refuses what a compiled stage does not go with, and a precision that the processor has no instructions for."""
+    asked = Settings(**settings)
+    _check_stage(precision, asked)
+    _check_processor(precision, asked)
 
 
 def build(job: BuildJob) -> dict[str, Any]:
     """Writes the model as OpenVINO's own files, its scores marked to stay in float32.
 
-    Raises MissingSoftware where the processor has no instructions for the precision, BuildFailed, and GateFailed where
-    the compiled model computes in another one.
+    Raises BuildFailed, and GateFailed where the compiled model computes in another precision.
     """
     import openvino as ov
 
     settings = Settings(**job.settings)
-    _check_stage(job.precision, settings)
-    _check_processor(job.precision, settings)
     core = ov.Core()
     try:
         model = core.read_model(str(job.artifact.directory / GRAPH_FILE))

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ztp_deploy import environment
 from ztp_deploy.backends import torch_device
-from ztp_deploy.backends.base import BuildJob, Device, OnGpu
-from ztp_deploy.backends.settings import parse
+from ztp_deploy.backends.base import BuildJob, Device, OnGpu, no_instructions
 from ztp_deploy.backends.tensorrt import timing_cache
 from ztp_deploy.backends.tensorrt.home import check_gpu, check_home
 from ztp_deploy.backends.tensorrt.library import Library
@@ -35,6 +34,9 @@ class TensorRT:
     DEVICES: tuple[str, ...] = ("cuda",)
     CALIBRATED: tuple[str, ...] = ("int8", "fp8")
     PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", *CALIBRATED)
+    Settings = Settings
+
+    instructions = staticmethod(no_instructions)
 
     def __init__(self, library: Library, summary: str) -> None:
         self.library = library
@@ -51,10 +53,6 @@ class TensorRT:
     def version(self) -> str:
         """The library's version."""
         return str(self.library.load().__version__)
-
-    def instructions(self, settings: dict[str, Any]) -> list[str]:
-        """None: plans are for GPUs."""
-        return []
 
     def tools(self, precision: str, settings: dict[str, Any]) -> dict[str, str]:
         """ModelOpt, which calibrates."""
@@ -74,26 +72,32 @@ class TensorRT:
         if not found:
             raise MissingSoftware(
                 f"{title} builds on the very GPU that is to run the engine (device=cuda), and none was found.",
-                "Use BACKEND=tensorrt_rtx, which builds without one, or BACKEND=onnxruntime.",
+                "Use the back end tensorrt_rtx, which builds without one, or onnxruntime.",
             )
         return Device("cuda", found[0].slug, title)
 
-    def parse_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """See `Settings`."""
-        return parse(Settings, settings, self.library.module)
-
     def graph_precision(self, precision: str) -> str:
-        """Networks are strongly typed: the graph carries the precision; int8 and fp8 are calibrated here.
+        """Networks are strongly typed: the graph carries the precision; int8 and fp8 are calibrated here."""
+        return "fp32" if precision in self.CALIBRATED else precision
 
-        Raises MissingSoftware where they are asked for without ModelOpt, or fp8 beside a GPU that has none.
-        """
+    def check_target(self, device: str, precision: str, settings: dict[str, Any]) -> None:
+        """Refuses int8 and fp8 without ModelOpt, fp8 beside a GPU that has none, and what a portable engine cannot be."""
         check_gpu(precision)
+        asked = Settings(**settings)
+        limits = {
+            "version_compatible": asked.version_compatible,
+            "hardware_compatible": asked.hardware_compatible != "none",
+        }
+        for name, given in limits.items():
+            if given and self.library.portable:
+                raise BadRequest(
+                    f"{self.library.title} takes no {name}: its engines are portable between GPUs and bound to its version.",
+                    "Leave the setting out, or use the back end tensorrt.",
+                )
         if precision in self.CALIBRATED:
             from ztp_deploy.backends.tensorrt import quantise
 
             quantise.require()
-            return "fp32"
-        return precision
 
     def build(self, job: BuildJob) -> dict[str, Any]:
         """Writes `model.plan` and, with `audit`, `audit.plan`; says what fused and what runs in the precision.
@@ -161,7 +165,7 @@ class TensorRT:
             built["gpu"] = {"name": here[0].name, "compute_capability": here[0].compute_capability}
         return built | {"notes": notes}
 
-    def unrunnable(self, device: Device) -> str | None:
+    def unrunnable(self, device: str) -> str | None:
         """Plans run on NVIDIA GPUs only."""
         return None if environment.gpus() else "no NVIDIA GPU was found"
 

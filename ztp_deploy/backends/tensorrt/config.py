@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 def configure(trt: Any, library: Library, config: tensorrt.IBuilderConfig, settings: Settings) -> None:
     """Sets what `settings` say. Raises BadRequest for what this library lacks."""
-    if library.portable:
-        _refuse_in_portable(library, settings)
     # float32 means float32 here; left to itself TensorRT computes its products in TF32.
     config.clear_flag(trt.BuilderFlag.TF32)
     # Without it the engine does not say which nodes its layers carry.
@@ -48,19 +46,6 @@ def configure(trt: Any, library: Library, config: tensorrt.IBuilderConfig, setti
             "hardware_compatible=same_compute_capability",
         )
         config.hardware_compatibility_level = level
-
-
-def _refuse_in_portable(library: Library, settings: Settings) -> None:
-    asked = {
-        "version_compatible": settings.version_compatible,
-        "hardware_compatible": settings.hardware_compatible != "none",
-    }
-    for name, given in asked.items():
-        if given:
-            raise BadRequest(
-                f"{library.title} takes no {name}: its engines are portable between GPUs and bound to its version.",
-                "Leave the setting out, or use BACKEND=tensorrt.",
-            )
 
 
 def add_profile(

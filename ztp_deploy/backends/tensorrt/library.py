@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from ztp_deploy.backends.base import loading
 from ztp_deploy.errors import BadRequest, MissingSoftware
 
 
@@ -37,15 +38,10 @@ class Library:
         name = self.found()
         if name is None:
             raise MissingSoftware(f"{self.title} is not installed.", f"pip install {self.package}")
-        try:
+        with loading(self.title, self.package):
             if find_spec(f"{self.module}_libs"):
                 import_module(f"{self.module}_libs")
             return import_module(name)
-        except (ImportError, OSError) as error:
-            raise MissingSoftware(
-                f"{self.title} is installed but cannot be loaded: {error}.",
-                f"Install it whole: pip install --force-reinstall {self.package}",
-            ) from error
 
 
 STANDARD = Library("tensorrt", "tensorrt", "TensorRT", portable=False)

@@ -35,7 +35,7 @@ _ALIGNMENT = 256
 
 _UNFIT = {
     "VERSION_MISMATCH": ("it was built with another release", "Build it again with this release."),
-    "UNSUPPORTED_CC": ("it does not support the compute capability of this GPU", "Use BACKEND=onnxruntime."),
+    "UNSUPPORTED_CC": ("it does not support the compute capability of this GPU", "Use the back end onnxruntime."),
     "OLD_CUDA_DRIVER": ("the GPU's driver is too old", "Install a newer driver."),
     "INSUFFICIENT_GPU_MEMORY": ("the GPU's memory is too small", "Free some, or use another GPU."),
 }

@@ -98,8 +98,8 @@ class OpenVinoRunner final : public Runner {
     const std::string& elsewhere = precision == "int8" ? folder.float_precision : precision;
     for (const std::string& name : std::set<std::string>{precision, elsewhere}) {
       if (std::find(known.begin(), known.end(), capability(name)) != known.end()) continue;
-      throw MissingSoftware(name + " was asked for, and this processor (" + processor_name() +
-                                ") has no instructions for it (OpenVINO lists " + listed + ").",
+      throw MissingSoftware(name + " was asked for, and this processor has no instructions for it (OpenVINO lists " +
+                                listed + ").",
                             "Use precision fp32, or a processor that has it (bf16: AVX512-BF16 or AMX).");
     }
   }

@@ -5,7 +5,6 @@
 #include <sstream>
 #include <system_error>
 
-#include "canonical_json.h"
 #include "json.h"
 #include "sha256.h"
 
@@ -16,7 +15,7 @@ using nlohmann::json;
 namespace fs = std::filesystem;
 
 constexpr const char* kManifest = "manifest.json";
-constexpr const char* kSchema = "ztp.engine/1";
+constexpr const char* kSchema = "ztp.engine/2";
 constexpr std::size_t kChunk = std::size_t{1} << 20U;
 // Far above any engine's, and so low that the bytes of a batch, three channels of float32, are countable.
 constexpr std::size_t kLargestBatch = std::size_t{1} << 16U;
@@ -110,11 +109,23 @@ json parse(const std::string& text, const fs::path& path) {
   }
 }
 
-/// The seal shows an edit made after the manifest was written; it is not a signature.
-void check_seal(json root, const Fields& fields, const fs::path& path) {
+void check_schema(const Fields& fields, const fs::path& path) {
+  const std::string schema = fields.text("schema");
+  if (schema == kSchema) return;
+  if (schema.rfind("ztp.engine/", 0) != 0) fields.invalid("schema", std::string("Input should be '") + kSchema + "'");
+  throw DamagedFiles(path.string() + " was made by another version of ztp_deploy: its schema is " + schema + ", not " +
+                         kSchema + ".",
+                     "Make it again: `ztp engine …`.");
+}
+
+/// The seal, the sha256 of the file with an empty seal, shows an edit made after it was written; it is not a signature.
+void check_seal(std::string text, const Fields& fields, const fs::path& path) {
   const std::string seal = fields.text("seal");
-  root.erase("seal");
-  if (seal != sha256_of_text(canonical_json(json{{"manifest", std::move(root)}}))) {
+  const std::string stated = "\"seal\": \"" + seal + "\"";
+  const std::size_t at = text.find(stated);
+  const bool once = at != std::string::npos && text.find(stated, at + 1) == std::string::npos;
+  if (once) text.replace(at, stated.size(), R"("seal": "")");
+  if (!once || sha256_of_text(text) != seal) {
     throw DamagedFiles(path.string() + " was edited after it was written: its seal does not match.",
                        "Run `ztp engine …` again with what you want to change.");
   }
@@ -252,9 +263,7 @@ EngineFolder open_folder(const std::string& directory) {
   const std::string text = read_file(path);
   const json root = parse(text, path);
   const Fields fields(root, path);
-  if (fields.text("schema") != kSchema) {
-    fields.invalid("schema", std::string("Input should be '") + kSchema + "'");
-  }
+  check_schema(fields, path);
   folder.manifest = read_public(fields);
   folder.manifest.sha256 = sha256_of_text(text);
   folder.input = fields.text("input.name");
@@ -271,7 +280,7 @@ EngineFolder open_folder(const std::string& directory) {
   }
   folder.files = read_files(fields);
   read_settings(root, fields, folder);
-  check_seal(root, fields, path);
+  check_seal(text, fields, path);
   for (const auto& [name, record] : folder.files) verify_file(folder.directory, name, record);
   return folder;
 }

@@ -101,7 +101,7 @@ void check_batch(const Manifest& manifest, std::size_t batch) {
   const std::string most = std::to_string(std::max(span.max, batch));
   throw BadRequest("A batch of " + std::to_string(batch) + " is outside this engine's range " +
                        std::to_string(span.min) + " to " + std::to_string(span.max) + ".",
-                   "Split it, or build with BATCH=" + least + ":" + std::to_string(span.opt) + ":" + most + ".");
+                   "Split it, or build with --batch " + least + ":" + std::to_string(span.opt) + ":" + most + ".");
 }
 
 void check_dtype(const Manifest& manifest, const std::string& given) {

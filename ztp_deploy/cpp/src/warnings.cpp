@@ -32,16 +32,6 @@ std::string quoted(const std::string& path) {
   return text + "'";
 }
 
-/// Python's idea of truth.
-bool holds(const json& value) {
-  if (value.is_boolean()) return value.get<bool>();
-  if (value.is_number()) return value.get<double>() != 0;
-  if (value.is_string()) return !value.get_ref<const std::string&>().empty();
-  return !value.empty();
-}
-
-std::string shown(const json& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
-
 /// Where the parity check of this very manifest failed, as " between … and …"; nothing unless it did.
 std::optional<std::string> failed_check(const EngineFolder& folder) {
   const fs::path path = folder.directory / "evidence" / "parity.json";
@@ -49,17 +39,16 @@ std::optional<std::string> failed_check(const EngineFolder& folder) {
   if (!fs::is_regular_file(path, ignored)) return std::nullopt;
   try {
     const json report = parse_json(read_file(path));
-    if (holds(report.at("passed")) || report.at("manifest_sha256") != folder.manifest.sha256) return std::nullopt;
+    if (report.at("passed").get<bool>() || report.at("manifest_sha256") != folder.manifest.sha256) return std::nullopt;
     std::optional<std::string> where;
-    const json& edges = report.at("edges");
-    if (!edges.is_array()) return std::nullopt;
-    for (const json& edge : edges) {
-      if (!holds(edge.at("faults"))) continue;
-      const std::string between = " between " + shown(edge.at("reference")) + " and " + shown(edge.at("candidate"));
-      if (!where) where = between;
+    for (const json& edge : report.at("edges").get_ref<const json::array_t&>()) {
+      if (edge.at("faults").empty()) continue;
+      const auto reference = edge.at("reference").get<std::string>();
+      const auto candidate = edge.at("candidate").get<std::string>();
+      if (!where) where = " between " + reference + " and " + candidate;
     }
     return where.value_or("");
-  } catch (const std::exception&) {  // not evidence: as in Python, a report that cannot be read says nothing
+  } catch (const std::exception&) {  // not evidence: a report that cannot be read says nothing
     return std::nullopt;
   }
 }

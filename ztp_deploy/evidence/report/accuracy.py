@@ -1,9 +1,6 @@
-"""An evaluation on labelled pictures: its rows and sentences, and how they stand in the terminal."""
+"""An evaluation on labelled pictures as rows and sentences."""
 
 from __future__ import annotations
-
-from rich.console import Console
-from rich.table import Table
 
 from ztp_deploy.evidence.accuracy import Accuracy, AccuracyReport, Change, Proportion
 from ztp_deploy.evidence.report.markdown import percent
@@ -59,24 +56,6 @@ def accuracy_lines(report: AccuracyReport) -> list[str]:
     if any(one.images < report.images for one in report.speed):
         lines.append("The run was interrupted and gone on with; images a second are those of its last part.")
     return [*lines, *report.notes]
-
-
-def show_accuracy(report: AccuracyReport, console: Console) -> None:
-    """Prints the report."""
-    table = Table(
-        title=f"{report.model} · {report.plan} · {report.runs} · {report.precision}",
-        title_justify="left",
-        title_style="bold",
-    )
-    for name in HEAD:
-        table.add_column(name, justify="right" if name == "images/s" else "left", no_wrap=True)
-    for row in accuracy_rows(report):
-        if row[0] == "difference":
-            table.add_section()
-        table.add_row(*row)
-    console.print(table)
-    for line in accuracy_lines(report):
-        console.print(line, highlight=False)
 
 
 def share_text(part: Proportion) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from ztp_deploy.backends import name_tags
 from ztp_deploy.evidence.latency import LatencyReport
-from ztp_deploy.evidence.report.markdown import machine_line, speedup_text
+from ztp_deploy.evidence.report.markdown import machine_line, markdown_table, speedup_text
 
 
 def render_comparison(report: LatencyReport) -> str:
     """A line an engine and batch, with its speed over the first engine's; then the machine."""
-    lines = [f"| {' | '.join(comparison_head(report))} |", "|---:|---|---:|---:|---:|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in comparison_rows(report)]
+    lines = markdown_table(comparison_head(report), comparison_rows(report), right=(0, 2, 3, 4))
     first = report.samples[0].role
     if any(ratio.verdict == "inconclusive" for ratio in report.ratios if ratio.reference == first):
         lines += [
@@ -47,7 +47,10 @@ def comparison_rows(report: LatencyReport) -> list[list[str]]:
 
 
 def engine_names(roles: Iterable[str]) -> dict[str, str]:
-    """What engines are called by role; a fixed batch and a calibration are named where others lack or differ."""
+    """What engines are called by role: back end, plan and precision, and whatever else tells them apart.
+
+    A fixed batch and a calibration are named where others lack or differ.
+    """
     roles = list(dict.fromkeys(roles))
     found = {role: name_tags(role) for role in roles}
     ranges = any(one.batch is None for one in found.values())
@@ -61,12 +64,39 @@ def engine_names(roles: Iterable[str]) -> dict[str, str]:
             f"calibration {one.calibration}" if one.calibration and len(calibrations) > 1 else "",
         ]
         names[role] = ", ".join(filter(None, words))
-    return names
+    for name in set(names.values()):
+        alike = [role for role in roles if names[role] == name]
+        particulars = zip(*map(_particulars, alike), strict=True) if len(alike) > 1 else ()
+        telling = [words for words in particulars if len(set(words)) > 1]
+        names |= {role: ", ".join([name, *words]) for role, *words in zip(alike, *telling, strict=True)}
+    shown = list(names.values())
+    return {role: role if shown.count(name) > 1 else name for role, name in names.items()}
 
 
 def _short(role: str) -> str:
     """`openvino-2026.4.1-cpu/deit_s--dense--fp32--b1-8-64` → `openvino 2026.4.1 dense fp32`."""
-    machine, _, engine = role.partition("/")
-    backend, version, *_ = [*machine.split("-"), ""]
-    _, plan, precision, *_ = [*engine.split("--"), "", "", ""]
-    return f"{backend} {version} {plan} {precision}" if plan and precision else role
+    machine, engine = _folders(role)
+    backend, version, device, *_ = [*machine.split("-", 2), "", ""]
+    _, plan, precision, *_ = [*engine.split("--"), "", ""]
+    return f"{backend} {version} {plan} {precision}" if device and precision else role
+
+
+def _particulars(role: str) -> tuple[str, ...]:
+    """What else the path says in which engines may differ: model, device, batch range, input and weights."""
+    machine, engine = _folders(role)
+    model, *tags = engine.split("--")
+    batch = next((tag[1:].replace("-", ":") for tag in tags if re.fullmatch(r"b\d+-\d+-\d+", tag)), "")
+    weights = next((f"weights {tag}" for tag in tags if re.fullmatch(r"w[0-9a-f]{6}", tag)), "pretrained weights")
+    return (
+        model,
+        machine.split("-", 2)[-1],
+        f"batch {batch}",
+        "uint8 input" if "uint8" in tags else "float32 input",
+        "random weights" if "random" in tags else weights,
+    )
+
+
+def _folders(role: str) -> tuple[str, str]:
+    """The path's last two parts: back end, version and device; and the engine."""
+    machine, engine = ["", *role.split("/")][-2:]
+    return machine, engine

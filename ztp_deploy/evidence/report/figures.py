@@ -23,8 +23,11 @@ BINS = 60
 _ROW = 26
 _STRIP = 72
 _AXIS = 26
-_LABELS = 24.0
-"""Percent of the width that names at the left take."""
+_LABELS, _NUMBERS = 24.0, 9.0
+"""Percent of the width that names, and that numbers, at the left take."""
+
+Scale = Callable[[float], float]
+"""A value's place."""
 
 
 def tokens_figure(tokens: Sequence[int], blocks: Sequence[int]) -> Markup:
@@ -50,10 +53,7 @@ def gains_figure(ratios: Sequence[Ratio], limit: float) -> Markup:
     low, high = min(values), max(values)
     pad = max(high - low, 0.1) * 0.12
     low, high = max(0.0, low - pad), high + pad
-
-    def x(value: float) -> float:
-        return _LABELS + (100 - _LABELS) * (value - low) / (high - low)
-
+    x = _scale(low, high, _LABELS, 100)
     bottom = 22 + len(ratios) * 32
     parts = [
         _line(x(1.0), 20, x(1.0), bottom, "grid"),
@@ -62,13 +62,9 @@ def gains_figure(ratios: Sequence[Ratio], limit: float) -> Markup:
         _text(x(limit), 13, f"FLOP limit {limit_text(limit)}", "tick strong", anchor=_anchor(x(limit), 70)),
     ]
     for row, ratio in enumerate(ratios):
-        y = 22 + row * 32 + 16
-        unsure = " unsure" if ratio.verdict == "inconclusive" else ""
-        parts += [
-            _text(0, y + 4, f"batch {ratio.batch}", "name"),
-            _line(x(ratio.low), y, x(ratio.high), y, f"whisker{unsure}"),
-            _dot(x(ratio.speedup), y, f"dot{unsure}"),
-        ]
+        kind = " unsure" if ratio.verdict == "inconclusive" else ""
+        places = (x(ratio.speedup), x(ratio.low), x(ratio.high))
+        parts += _interval_row(22 + row * 32 + 16, f"batch {ratio.batch}", *places, kind)
     parts += _axis(_ticks(low, high, 5), x, bottom)
     said = "; ".join(f"batch {one.batch}: {speedup_text(one).replace('**', '')}" for one in ratios)
     return _svg(bottom + _AXIS, f"Speed-up over dense, {said}; FLOP limit {limit_text(limit)}", parts)
@@ -84,14 +80,9 @@ def distribution_figure(latency: LatencyReport, batch: int) -> tuple[Markup, lis
     high = min(max(float(values.max()) for values in times.values()), low + (furthest - low) * 1.15)
     pad = max((high - low) * 0.02, 1e-6)
     low, high = low - pad, high + pad
-
-    def x(value: float) -> float:
-        return 100 * (value - low) / (high - low)
-
-    parts, beyond = [], []
+    x = _scale(low, high, 0, 100)
     bottom = len(rows) * _STRIP
-    ticks = _ticks(low, high, 5)
-    parts += [_line(x(tick), 0, x(tick), bottom, "grid") for tick in ticks]
+    parts, beyond = _grid(_ticks(low, high, 5), x, 0, bottom), []
     for row, sample in enumerate(rows):
         top, base = row * _STRIP + 26, row * _STRIP + _STRIP - 4
         values = times[sample.role]
@@ -103,13 +94,13 @@ def distribution_figure(latency: LatencyReport, batch: int) -> tuple[Markup, lis
         parts.append(_line(0, base, 100, base, "base"))
         for name, value in _marks(sample).items():
             parts.append(_line(x(value), top - (4 if name == "median" else 0), x(value), base, f"mark {name}"))
-        parts.append(_text(0, row * _STRIP + 14, _heading(sample), "name"))
+        heading = f"{role_name(sample.role)}, median {milliseconds(sample.median / batch)} ms"
+        parts.append(_text(0, row * _STRIP + 14, heading, "name"))
         if off := int((values > high).sum()):
             slowest = milliseconds(float(values.max()))
             beyond.append(
                 f"{role_name(sample.role)}: {off} of {sample.runs} runs beyond the axis, slowest {slowest} ms"
             )
-    parts += _axis(ticks, x, bottom)
     said = ", ".join(f"{role_name(one.role)} median {milliseconds(one.median / batch)} ms" for one in rows)
     return _svg(bottom + _AXIS, f"Milliseconds an image at batch {batch}: {said}", parts), beyond
 
@@ -118,23 +109,13 @@ def interval_figure(rows: Sequence[tuple[str, float, float, float]]) -> Markup:
     """Shares with their intervals on one axis: (name, share, low, high)."""
     low, high = min(row[2] for row in rows), max(row[3] for row in rows)
     pad = max(high - low, 0.005) * 0.15
-    low, high = max(0.0, low - pad), min(1.0, high + pad)
-
-    def x(value: float) -> float:
-        return _LABELS + (100 - _LABELS) * (value - low) / (high - low)
-
-    ticks = _ticks(low * 100, high * 100, 4)
+    low, high = max(0.0, low - pad) * 100, min(1.0, high + pad) * 100
+    x = _scale(low, high, _LABELS, 100)
     bottom = len(rows) * 30
-    parts = [_line(x(tick / 100), 0, x(tick / 100), bottom, "grid") for tick in ticks]
-    for index, (name, share, least, most) in enumerate(rows):
-        y = index * 30 + 15
-        hue = _hue(name)
-        parts += [
-            _text(0, y + 4, name, "name"),
-            _line(x(least), y, x(most), y, f"whisker {hue}"),
-            _dot(x(share), y, f"dot {hue}"),
-        ]
-    parts += _axis(ticks, lambda value: x(value / 100), bottom)
+    parts = _grid(_ticks(low, high, 4), x, 0, bottom)
+    for index, (name, *shares) in enumerate(rows):
+        middle, least, most = (x(share * 100) for share in shares)
+        parts += _interval_row(index * 30 + 15, name, middle, least, most, f" {_hue(name)}")
     said = ", ".join(f"{name} {percent(share, 2)}" for name, share, _, _ in rows)
     return _svg(bottom + _AXIS, f"Shares with 95 % intervals: {said}", parts)
 
@@ -167,36 +148,13 @@ def undominated(points: Sequence[Point]) -> list[Point]:
     return sorted(found, key=lambda point: point.speedup[0])
 
 
-def _grid(
-    across: Sequence[float], rows: Sequence[tuple[float, str]], left: float, top: float, bottom: float
-) -> list[Markup]:
-    """Lines at these places across, from `top` to `bottom`, and at these heights, each with its number at the left."""
-    parts = [_line(place, top, place, bottom, "grid") for place in across]
-    for height, number in rows:
-        parts += [
-            _line(left, height, 100, height, "grid"),
-            _text(left, height + 4, number, "tick", anchor="end", shift=-8),
-        ]
-    return parts
-
-
 def pareto_figure(points: Sequence[Point]) -> Markup:
     """Points of top-1 over the speed-up, dense among them, a line through those that none beats in both."""
     points = [DENSE, *points]
-    left, height, top = 9.0, 260.0, 12.0
-    slow, fast = _padded([value for point in points for value in point.speedup], 0.05)
-    least, most = _padded([value for point in points for value in point.change], 0.5)
-
-    def x(value: float) -> float:
-        return left + (100 - left) * (value - slow) / (fast - slow)
-
-    def y(value: float) -> float:
-        return top + height * (most - value) / (most - least)
-
-    bottom = top + height
-    ticks = _ticks(slow, fast, 5)
-    rows = [(y(tick), f"{tick:+g}" if tick else "0") for tick in _ticks(least, most, 5)]
-    parts = _grid([x(tick) for tick in ticks], rows, left, top, bottom)
+    bottom = 272.0
+    across = _padded([value for point in points for value in point.speedup], 0.05)
+    upward = _padded([value for point in points for value in point.change], 0.5)
+    x, y, parts = _plane(across, upward, 12, bottom, lambda tick: f"{tick:+g}" if tick else "0")
     front = undominated(points)
     for one, other in itertools.pairwise(front):
         parts.append(_line(x(one.speedup[0]), y(one.change[0]), x(other.speedup[0]), y(other.change[0]), "front"))
@@ -220,7 +178,6 @@ def pareto_figure(points: Sequence[Point]) -> Markup:
                 shift=-8 if late else 8,
             ),
         ]
-    parts += _axis(ticks, x, bottom)
     said = "; ".join(f"{point.name} × {point.speedup[0]:.2f}, {point.change[0]:+.2f} points" for point in points)
     return _svg(bottom + _AXIS, f"Top-1 against speed: {said}", parts)
 
@@ -234,27 +191,20 @@ def load_figure(report: LoadReport, batch: int) -> Markup | None:
     if report.at_a_rate or len({level.clients for level in levels}) < 2 or any(level.p95 is None for level in levels):
         return None
     names = load_names(report)
-    left, height, top = 9.0, 240.0, 24.0 * len(names) + 14
+    top = 24.0 * len(names) + 14
+    bottom = top + 240
     least, most = _padded([level.images_per_second for level in levels], 1e-3)
     low, high = _padded([level.p95 or 0.0 for level in levels], 1e-3)
-    least, low = max(0.0, least), max(0.0, low)
-
-    def x(value: float) -> float:
-        return left + (100 - left) * (value - least) / (most - least)
-
-    def y(value: float) -> float:
-        return top + height * (high - value) / (high - low)
-
-    bottom = top + height
-    ticks = _ticks(least, most, 5)
-    rows = [(y(tick), f"{tick:g}") for tick in _ticks(low, high, 5)]
-    parts = _grid([x(tick) for tick in ticks], rows, left, top, bottom)
+    x, y, parts = _plane((max(0.0, least), most), (max(0.0, low), high), top, bottom, _number)
     said = []
     for row, (role, name) in enumerate(names.items()):
         hue = (" dense", "", " other")[min(row, 2)]
         line = sorted((level for level in levels if level.role == role), key=lambda level: level.clients)
         places = [(x(level.images_per_second), y(level.p95 or 0.0)) for level in line]
-        parts += [_dot(left + 1, 24 * row + 10, f"dot{hue}"), _text(left + 1, 24 * row + 14, name, "name", shift=12)]
+        parts += [
+            _dot(_NUMBERS + 1, 24 * row + 10, f"dot{hue}"),
+            _text(_NUMBERS + 1, 24 * row + 14, name, "name", shift=12),
+        ]
         parts += [_line(*one, *other, f"whisker{hue}") for one, other in itertools.pairwise(places)]
         for level, (across, down) in zip(line, places, strict=True):
             parts += [
@@ -263,8 +213,12 @@ def load_figure(report: LoadReport, batch: int) -> Markup | None:
             ]
         shown = (f"{one.clients}: {one.images_per_second:.1f} and {milliseconds(one.p95 or 0.0)} ms" for one in line)
         said.append(f"{name} {', '.join(shown)}")
-    parts += _axis(ticks, x, bottom)
     return _svg(bottom + _AXIS, f"Images a second and p95 by number of clients: {'; '.join(said)}", parts)
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Scale:
+    """What puts `low` at `start`, `high` at `end`, and other values evenly."""
+    return lambda value: start + (end - start) * (value - low) / (high - low)
 
 
 def _padded(values: Sequence[float], least: float) -> tuple[float, float]:
@@ -280,10 +234,6 @@ def _marks(sample: Samples) -> dict[str, float]:
     return {name: value / sample.batch for name, value in known.items() if value is not None}
 
 
-def _heading(sample: Samples) -> str:
-    return f"{role_name(sample.role)}, median {milliseconds(_marks(sample)['median'])} ms"
-
-
 def _hue(role: str) -> str:
     return role if role in ("dense", "slice") else "pruned"
 
@@ -297,8 +247,41 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [round(step * number, 10) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _axis(ticks: Sequence[float], x: Callable[[float], float], bottom: float) -> list[Markup]:
-    return [_text(x(tick), bottom + 17, f"{tick:g}", "tick", anchor=_anchor(x(tick), 98)) for tick in ticks]
+def _number(value: float) -> str:
+    return f"{value:g}"
+
+
+def _axis(ticks: Sequence[float], x: Scale, bottom: float) -> list[Markup]:
+    return [_text(x(tick), bottom + 17, _number(tick), "tick", anchor=_anchor(x(tick), 98)) for tick in ticks]
+
+
+def _grid(ticks: Sequence[float], x: Scale, top: float, bottom: float) -> list[Markup]:
+    """Lines from `top` to `bottom`, with their numbers below."""
+    return [*(_line(x(tick), top, x(tick), bottom, "grid") for tick in ticks), *_axis(ticks, x, bottom)]
+
+
+def _plane(
+    across: tuple[float, float],
+    upward: tuple[float, float],
+    top: float,
+    bottom: float,
+    number: Callable[[float], str],
+) -> tuple[Scale, Scale, list[Markup]]:
+    """For points: the scales of these two ranges, and a grid with numbers below and, as `number` writes them, at the left."""
+    x = _scale(*across, _NUMBERS, 100)
+    y = _scale(*upward, bottom, top)
+    parts = _grid(_ticks(*across, 5), x, top, bottom)
+    for tick in _ticks(*upward, 5):
+        parts += [
+            _line(_NUMBERS, y(tick), 100, y(tick), "grid"),
+            _text(_NUMBERS, y(tick) + 4, number(tick), "tick", anchor="end", shift=-8),
+        ]
+    return x, y, parts
+
+
+def _interval_row(y: float, name: str, middle: float, low: float, high: float, kind: str) -> list[Markup]:
+    """A name at the left, and an interval with its middle; all but `y` and the words are places across."""
+    return [_text(0, y + 4, name, "name"), _line(low, y, high, y, f"whisker{kind}"), _dot(middle, y, f"dot{kind}")]
 
 
 def _anchor(x: float, wide: float = 94) -> str:

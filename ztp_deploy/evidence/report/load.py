@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ztp_deploy.evidence.latency import P99_SAMPLES
 from ztp_deploy.evidence.load import P95_REQUESTS, Level, Load, LoadReport
 from ztp_deploy.evidence.report.comparison import engine_names
-from ztp_deploy.evidence.report.markdown import machine_line, milliseconds, role_name, speedup_text
+from ztp_deploy.evidence.report.markdown import machine_line, markdown_table, milliseconds, role_name, speedup_text
 
 NUMBERS = (0, 1, 4, 5, 6, 7, 8)
 """Columns that hold numbers alone."""
@@ -17,17 +17,10 @@ NOT_SUSTAINED = "not sustained"
 
 def render_load(report: LoadReport) -> str:
     """A line an engine, batch and load; what there is to say of them, and the machine."""
-    lines = [*load_table(report), "", *(f"- {line}" for line in load_lines(report))]
+    lines = markdown_table(load_head(report), load_rows(report), NUMBERS)
+    lines += ["", *(f"- {line}" for line in load_lines(report))]
     lines += [f"- {machine_line(report.environment, report.gpu)}", *(f"- {note}" for note in report.notes)]
     return "\n".join(lines) + "\n"
-
-
-def load_table(report: LoadReport) -> list[str]:
-    """The table's lines."""
-    head = load_head(report)
-    rule = ["---:" if column in NUMBERS else "---" for column in range(len(head))]
-    rows = [f"| {' | '.join(row)} |" for row in load_rows(report)]
-    return [f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|", *rows]
 
 
 def load_head(report: LoadReport) -> list[str]:

@@ -2,55 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
-
-from jinja2 import Environment
 
 from ztp_deploy.evidence.latency import Ratio
 from ztp_deploy.evidence.report.summary import Summary
 from ztp_deploy.plan import Flops
 
-_TEMPLATE = """\
-# {{ s.model }} · {{ s.label }} · {{ s.backend }} · {{ s.precision }}
-
-{% for note in s.notes %}> {{ note }}
-
-{% endfor -%}
-{{ tables }}
-| | |
-|---|---|
-| parity | {{ s.parity }} |
-{% if s.parity_images is not none %}| images | {{ s.parity_images }} |
-{% endif %}{% if s.top1_dense_to_pruned is not none %}| dense → pruned | top-1 agrees on {{ percent(s.top1_dense_to_pruned) }} |
-{% endif %}| weights | {{ s.weights }} |
-| engine | `{{ s.engine }}` |
-| made in | {{ s.seconds }} s ({{ s.seconds_measuring }} s of them measuring latency), peak memory {{ s.peak_gib }} GiB |
-| command | `{{ s.command }}` |
-{% if load %}
-## Under load
-
-{{ load }}{% endif %}"""
-
-_TABLES = """\
-| batch | engine | ms per image: median | p90 | images/s | speed-up over dense (95 % interval) | of the FLOP limit |
-|---:|---|---:|---:|---:|---|---:|
-{% for row in rows %}| {{ row | join(' | ') }} |
-{% endfor %}
-{% for line in lines -%}
-- {{ line }}
-{% endfor -%}
-"""
+TABLE_HEAD = (
+    *("batch", "engine", "ms per image: median", "p90", "images/s", "speed-up over dense (95 % interval)"),
+    "of the FLOP limit",
+)
 
 
 def render_markdown(summary: Summary, load: str = "") -> str:
     """The whole report; `load` is what `render_load` makes of the engine under load, as often as it was measured."""
-    return _render(_TEMPLATE, summary, tables=render_tables(summary), load=load)
+    lines = [f"# {summary.model} · {summary.label} · {summary.backend} · {summary.precision}", ""]
+    for note in summary.notes:
+        lines += [f"> {note}", ""]
+    lines += [render_tables(summary), *markdown_table(("", ""), _facts(summary))]
+    if load:
+        lines += ["", "## Under load", "", load.removesuffix("\n")]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(summary: Summary) -> list[list[str]]:
+    agreement = summary.top1_dense_to_pruned
+    made = f"{summary.seconds} s ({summary.seconds_measuring} s of them measuring latency)"
+    return [
+        ["parity", summary.parity],
+        *([] if summary.parity_images is None else [["images", summary.parity_images]]),
+        *([] if agreement is None else [["dense → pruned", f"top-1 agrees on {percent(agreement)}"]]),
+        ["weights", summary.weights],
+        ["engine", f"`{summary.engine}`"],
+        ["made in", f"{made}, peak memory {summary.peak_gib} GiB"],
+        ["command", f"`{summary.command}`"],
+    ]
 
 
 def render_tables(summary: Summary) -> str:
     """The latency table and its footnotes: what the README shows."""
-    lines = [*selection_lines(summary), macs_line(summary.flops), machine_line(summary.machine, summary.gpu)]
-    return _render(_TABLES, summary, rows=table_rows(summary), lines=lines)
+    footnotes = [*selection_lines(summary), macs_line(summary.flops), machine_line(summary.machine, summary.gpu)]
+    table = markdown_table(TABLE_HEAD, table_rows(summary), right=(0, 2, 3, 4, 6))
+    return "\n".join([*table, "", *(f"- {line}" for line in footnotes)]) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """A table's lines; the columns `right` are aligned there."""
+    rule = ["---:" if column in right else "---" for column in range(len(head))]
+    cells = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return [cells[0], f"|{'|'.join(rule)}|", *cells[1:]]
 
 
 def table_rows(summary: Summary, *, reasons: bool = True) -> list[list[str]]:
@@ -141,8 +142,3 @@ def percent(share: float, digits: int = 1) -> str:
 def giga(macs: int) -> str:
     """4598882304 → "4.60"."""
     return f"{macs / 1e9:.2f}"
-
-
-def _render(template: str, summary: Summary, **more: object) -> str:
-    environment = Environment(autoescape=False, trim_blocks=False, keep_trailing_newline=True)
-    return environment.from_string(template).render(s=summary, percent=percent, giga=giga, **more)

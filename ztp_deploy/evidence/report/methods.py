@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ztp_deploy.evidence.methods import DENSE, MethodsReport, twin_role
-from ztp_deploy.evidence.report.markdown import machine_line, percent, speedup_text
+from ztp_deploy.evidence.report.markdown import machine_line, markdown_table, percent, speedup_text
 
 HEAD = (
     "batch",
@@ -19,9 +19,8 @@ HEAD = (
 
 def render_methods(report: MethodsReport) -> str:
     """A line a method and batch: shares of multiply-accumulates, speed over dense, and what selection costs."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---:|---|---:|---:|---:|---|---|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in methods_rows(report)]
-    lines += [
+    lines = [
+        *markdown_table(HEAD, methods_rows(report), right=(0, 2, 3, 4)),
         "",
         f'- {report.model} in {report.backend}, {report.precision}. Brackets hold 95 % intervals. "Selection costs" is '
         "the share of a method's time by which its slice twin is faster, which has the same counts and merely cuts tokens off.",
@@ -47,7 +46,6 @@ def methods_rows(report: MethodsReport) -> list[list[str]]:
         rows.append([str(batch), DENSE, "100.0 %", "100.0 %", f"{dense.median / batch:.2f}", "", "", ""])
         best = report.fastest(batch)
         for row in report.methods:
-            ratio = report.over_dense(row.method, batch)
             rows.append(
                 [
                     str(batch),
@@ -55,7 +53,7 @@ def methods_rows(report: MethodsReport) -> list[list[str]]:
                     percent(row.planned_share),
                     percent(row.executed_share),
                     f"{report.latency.sample(row.method, batch).median / batch:.2f}",
-                    speedup_text(ratio),
+                    speedup_text(report.latency.ratio(row.method, DENSE, batch)),
                     "fastest" if row.method == best else _interval(report.behind(row.method, best, batch)),
                     _interval(report.behind(row.method, twin_role(row.method), batch)),
                 ]

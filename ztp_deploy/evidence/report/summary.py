@@ -212,18 +212,19 @@ def _gains(latency: LatencyReport, limit: float) -> list[Gain]:
             speedup = latency.ratio("pruned", "dense", batch)
         except KeyError:
             continue
+        cost: tuple[float, float, float] | tuple[None, None, None]
         try:
-            twin = latency.ratio("slice", "pruned", batch)
+            cost = latency.ratio("slice", "pruned", batch).behind
         except KeyError:
-            twin = None
+            cost = None, None, None
         gains.append(
             Gain(
                 batch=batch,
                 speedup=speedup,
                 flop_limit_reached=speedup.speedup / limit,
-                selection_cost=None if twin is None else 1 - 1 / twin.speedup,
-                selection_cost_low=None if twin is None else 1 - 1 / twin.low,
-                selection_cost_high=None if twin is None else 1 - 1 / twin.high,
+                selection_cost=cost[0],
+                selection_cost_low=cost[1],
+                selection_cost_high=cost[2],
             )
         )
     return gains

@@ -16,17 +16,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ztp_deploy import environment, methods, models
-from ztp_deploy.atomic import write_text
+from ztp_deploy.atomic import check_writable, write_text
 from ztp_deploy.backends import Engine, find_engine, load_engine, require_runnable, torch_device
 from ztp_deploy.backends.base import Device, Session
 from ztp_deploy.backends.batches import filled
 from ztp_deploy.defaults import EAGER_BATCH, MAX_DECODERS
 from ztp_deploy.errors import BadRequest
 from ztp_deploy.evidence.accuracy import ACCURACY_FILE, AccuracyReport, Speed, accuracy, class_rows, compare
-from ztp_deploy.evidence.labelled import Labelled, read_labelled
+from ztp_deploy.evidence.labelled import Labelled, check_readable, read_labelled
 from ztp_deploy.evidence.parity import proof_of
 from ztp_deploy.evidence.predictions import Predictor, partial_file, predict
 from ztp_deploy.evidence.report.html import write_report
+from ztp_deploy.evidence.schema import stored
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.plan import Plan
 from ztp_deploy.preprocessing import transform_for
@@ -53,7 +54,7 @@ class EvalRequest:
     workers: int | None = None
     device: str = "auto"
     weights: str | None = None
-    command: str = "ztp_deploy.evaluate"
+    command: str = "ztp_deploy.workflow.evaluate"
 
     def check(self) -> None:
         """Raises BadRequest for numbers that are none, and for data that is not there."""
@@ -103,6 +104,7 @@ def evaluate_engine(
     manifest = engine.manifest
     refuse_meaningless(manifest.source, manifest.plan)
     require_runnable(engine)
+    check_writable(engine.evidence)
     other = None if dense_engine is None else _dense_engine(dense_engine, engine)
     if other is None and request.dense and manifest.source.weights.kind == "given" and not request.weights:
         raise BadRequest(
@@ -130,8 +132,21 @@ def evaluate_engine(
                 reference = _Reference(dense.runs, sha256, runs.logits(dense))
         logits = runs.logits(_engine_predictor(session, engine, "pruned", request.batch))
     report = _report(subject, runs, logits, reference, _notes(engine, other, request.dense))
-    write_text(engine.evidence / ACCURACY_FILE, report.to_json())
-    write_report(engine.directory)
+    path = engine.evidence / ACCURACY_FILE
+    earlier = stored(path, AccuracyReport)
+    if (
+        report.comparison is None
+        and earlier
+        and earlier.comparison
+        and earlier.manifest_sha256 == report.manifest_sha256
+    ):
+        clock.warn(
+            f"{path} stays as it is: it compares with the dense model, on {earlier.images} images of {earlier.data}. "
+            "A run without --no-dense replaces it."
+        )
+    else:
+        write_text(path, report.to_json())
+        write_report(engine.directory)
     runs.forget()
     return report
 
@@ -220,6 +235,9 @@ def _read(request: EvalRequest, classes: int, source: Source, clock: Clock) -> L
         data = read_labelled(request.data, classes, source.labels)
     if "sorted order" in data.mapping:
         clock.warn(data.mapping)
+    count = len(data.files)
+    with clock.step(f"check that {count} images can be read", float(count)) as advance:
+        check_readable(data, request.threads, advance)
     return data
 
 
@@ -259,8 +277,8 @@ def _notes(engine: Engine, dense_engine: Engine | None, compared: bool) -> list[
     """What a reader of an engine's accuracy must know besides."""
     precision, notes = engine.manifest.precision, []
     if proof_of(engine) is None:
-        name = shlex.quote(engine.directory.name)
-        notes.append(f"The parity gate has not passed this engine: ztp check --engine {name}.")
+        folder = shlex.quote(str(engine.directory))
+        notes.append(f"The parity gate has not passed this engine: ztp check --engine {folder}.")
     if precision != "fp32" and compared and (dense_engine is None or dense_engine.manifest.precision == "fp32"):
         notes.append(f"The dense model ran in fp32: the difference holds what {precision} costs besides.")
     return notes

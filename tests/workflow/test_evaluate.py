@@ -18,10 +18,9 @@ from tests import tiny
 from tests.commands import typed
 from tests.pictures import write_pictures
 from tests.runs import Listening
-from ztp_deploy import entrypoint, evaluate
+from ztp_deploy import entrypoint
 from ztp_deploy.backends import Engine
-from ztp_deploy.errors import BadRequest, MissingSoftware
-from ztp_deploy.evaluate import EvalRequest, evaluate_engine, evaluate_model
+from ztp_deploy.errors import BadRequest, MissingSoftware, WriteFailed
 from ztp_deploy.evidence import accuracy, predictions
 from ztp_deploy.evidence.accuracy import AccuracyReport, compare
 from ztp_deploy.evidence.labelled import read_labelled
@@ -29,6 +28,8 @@ from ztp_deploy.evidence.report.accuracy import accuracy_lines, accuracy_rows
 from ztp_deploy.manifest import manifest_sha256
 from ztp_deploy.models import weights as weights_module
 from ztp_deploy.preprocessing import open_image, transform_for
+from ztp_deploy.workflow import evaluate
+from ztp_deploy.workflow.evaluate import EvalRequest, evaluate_engine, evaluate_model
 from ztp_deploy.workflow.progress import Silent
 from ztp_deploy.workflow.requests import PlanRequest
 
@@ -103,10 +104,35 @@ def test_the_manifest_is_named_and_the_last_batch_may_be_smaller_than_the_engine
     engine = engines["pruned"]
     report = evaluate_engine(engine.directory, EvalRequest(pictures, dense=False, batch=7), Silent())
     assert report.manifest_sha256 == manifest_sha256(engine.directory)
-    assert report.command == "ztp_deploy.evaluate"
+    assert report.command == "ztp_deploy.workflow.evaluate"
     assert report.comparison is None
     assert report.per_class[0].dense is None
     assert [row[0] for row in accuracy_rows(report)] == ["pruned"]
+
+
+def test_a_comparison_is_replaced_by_a_comparison_alone(trained, pictures, tmp_path):
+    """A run without the dense model is printed and leaves the evidence that compares with it."""
+    engine = built(trained, ztp.make_plan(trained, "slice", ratio=0.7), tmp_path / "engine", (1, 4, 8))
+    written = engine.evidence / "accuracy.json"
+    alone = EvalRequest(pictures, dense=False)
+    evaluate_engine(engine.directory, alone, Silent())
+    assert AccuracyReport.model_validate_json(written.read_bytes()).comparison is None
+    compared = evaluate_engine(engine.directory, EvalRequest(pictures), Silent())
+    assert AccuracyReport.model_validate_json(written.read_bytes()) == compared
+    monitor = Listening()
+    assert evaluate_engine(engine.directory, alone, monitor).comparison is None
+    assert AccuracyReport.model_validate_json(written.read_bytes()) == compared
+    [note] = [line for line in monitor.warned if "stays as it is" in line]
+    assert "on 22 images" in note
+
+
+def test_the_verdict_is_not_computed_where_it_cannot_be_kept(engines, pictures, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("evidence"))
+    engine = engines["dense"]
+    engine.evidence.mkdir(exist_ok=True)
+    monkeypatch.setattr(evaluate, "load_engine", lambda directory: pytest.fail("opened"))
+    with pytest.raises(WriteFailed, match="could not be written"):
+        evaluate_engine(engine.directory, EvalRequest(pictures), Silent())
 
 
 def test_a_dense_engine_as_the_reference(engines, pictures):
@@ -152,6 +178,19 @@ def test_an_interrupted_evaluation_goes_on(engines, pictures, monkeypatch):
     assert [one.images for one in again.speed] == [0, 14]
     assert not list(engine.evidence.glob("*.npz"))
     assert "interrupted" in " ".join(accuracy_lines(again))
+
+
+def test_a_truncated_picture_ends_an_evaluation_before_it_begins(engines, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "predict", lambda *given, **more: pytest.fail("ran"))
+    data = tmp_path / "pictures"
+    shutil.copytree(pictures, data)
+    for number in (10, 16):
+        file = data / "3" / f"{number}.png"
+        file.write_bytes(file.read_bytes()[:-1000])
+        which = "3/10.png cannot be read" if number == 10 else "2 of 22 pictures cannot be read: .*3/10.png, .*3/16.png"
+        with pytest.raises(BadRequest, match=which):
+            evaluate_engine(engines["pruned"].directory, EvalRequest(data), Silent())
+    assert not list(engines["pruned"].evidence.glob("*.npz"))
 
 
 def test_a_model_in_eager_pytorch(trained, pictures, tmp_path, monkeypatch):
