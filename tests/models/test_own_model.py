@@ -49,6 +49,7 @@ def test_what_is_as_it_would_be_anyway_is_nobodys_own():
     usual = tiny.model().source
     assert load(preprocessing={"crop_pct": usual.preprocessing.crop_pct}).source == usual
     assert load(preprocessing=usual.preprocessing).source == usual
+    assert usual.own == ()
     assert json.loads(load(labels=NAMES).source.model_dump_json())["own"] == ["labels"]
     digits = ztp.load_model("vit_digits", "random").source
     assert digits.labels is not None
