@@ -62,6 +62,7 @@ _SERVING = _flat(
         "ztp_deploy.evidence.latency": "LatencyReport measure_latency",
         "ztp_deploy.evidence.load": "LoadReport measure_load",
         "ztp_deploy.evidence.selftest": "SelfTest repeat_selftest",
+        "ztp_deploy.evidence.verdict": "ParityReport",
         "ztp_deploy.exporters": "Artifact",
         "ztp_deploy.plan": "Plan",
         "ztp_deploy.source": "ModelSize Preprocessing",
@@ -73,7 +74,7 @@ _HOMES = _SERVING | _flat(
     {
         "ztp_deploy.backends": "build",
         "ztp_deploy.evidence.images": "ImageSet load_images",
-        "ztp_deploy.evidence.parity": "ParityReport check_parity",
+        "ztp_deploy.evidence.parity": "check_parity",
         "ztp_deploy.exporters": "export",
         "ztp_deploy.models": "RandomWeightsWarning load_model",
         "ztp_deploy.planning": "make_plan",
