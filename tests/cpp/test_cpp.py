@@ -546,7 +546,7 @@ def test_a_library_of_another_version_is_told_in_pythons_words(runtime, engine, 
     reseal(copy, backend_version="1.2.3")
     [said] = notes(runtime, copy)
     assert said == python_notes(copy)[0]
-    assert f"built and checked with {manifest_of(copy).backend} 1.2.3; this is {here}. Run `ztp check" in said
+    assert f"built and checked with {manifest_of(copy).backend} 1.2.3; this is {here}. Run `ztp selftest" in said
     # Of a wheel's suffix a C library knows nothing: here Python says more.
     for suffix in (".post1", "+cu132", ".dev20261128"):
         reseal(copy, backend_version=here + suffix)
