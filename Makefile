@@ -64,7 +64,7 @@ help:  ## Show the targets and variables
 	@echo "  DATA=folder or CSV file, BUDGET=flops=0.65 or latency=12ms@batch8, TRIALS=60"
 	@echo "  CLIENTS=1,2,4 or RATE=requests a second (THREADS=count serve them): bench measures under load"
 	@echo "  CMAKE_ARGS=-DORT_ROOT=… for cpp"
-	@echo "  IMAGES=folder; for classify, show and report files"
+	@echo "  IMAGES=folder; for classify files or folders, for show and report files"
 
 setup: $(READY)  ## Make .venv from requirements.lock (every other target does it by itself)
 

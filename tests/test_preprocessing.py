@@ -139,17 +139,22 @@ def test_what_differs_takes_the_place_of_the_usual():
         ({"crop_mode": "corner"}, "cannot be cropped by crop_mode='corner'"),
         (
             {"mean": [123.675, 116.28, 103.53]},
-            r"mean=\[123.675, 116.28, 103.53\] is no mean .* from 0 to 1. Divide by 255",
+            r"mean=\[123.675, 116.28, 103.53\] and std=.* are not those of pixels from 0 to 1. Divide by 255",
         ),
         (
-            {"input_size": [3, 32, 32]},
-            r"input_size=\[3, 32, 32\], which is not its to say: the model takes \(3, 32, 32\).",
+            {"input_size": [3, 48, 48]},
+            r"input_size=\[3, 48, 48\], which is not its to say: the model takes \(3, 32, 32\).",
         ),
         (
             preprocessing(input_size=(3, 48, 48)),
             r"input_size=\(3, 48, 48\), .* the model takes \(3, 32, 32\).*--img-size",
         ),
-        (["mean"], r"preprocessing=\['mean'\] is no preprocessing"),
+        (["mean"], "preprocessing is a list, not a preprocessing"),
+        ({"crop_pct": 9}, "crop_pct=9 is not the share .* not a percentage"),
+        ({"crop_pct": 90}, "crop_pct=90.0: nothing would be left of them.*share"),
+        ({"crop_pct": 0.01}, "crop_pct=0.01 is not the share"),
+        ({"crop_pct": 200}, "crop_pct=200.0: nothing would be left of them"),
+        ({"std": [58, 57, 57]}, r"std=\[58.0, 57.0, 57.0\] are not those of pixels from 0 to 1"),
     ],
 )
 def test_what_no_picture_can_be_prepared_by_is_refused(wanted, sentence):

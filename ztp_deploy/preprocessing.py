@@ -66,18 +66,23 @@ def _known(preprocessing: Preprocessing) -> tuple[Image.Resampling, Fitted]:
         raise BadRequest(
             f"Pictures cannot be prepared with mean={list(preprocessing.mean)}.", "All of these are numbers."
         )
+    if min(_scaled(preprocessing)) < 1:
+        raise BadRequest(
+            f"Pictures cannot be prepared with crop_pct={preprocessing.crop_pct}: nothing would be left of them.",
+            "It is the share of a picture's side that is looked at, such as 0.875.",
+        )
     return resample, fitted
 
 
 def adapted(usual: Preprocessing, wanted: Preprocessing | Mapping[str, Any]) -> Preprocessing:
     """A model's preprocessing with what its user knows better: the fields that differ, or all of them.
 
-    Raises BadRequest for a field that there is not, for what `transform_for` refuses, for a mean of pixels from 0 to 255
-    and for another size of the input, which is the model's.
+    Raises BadRequest for a field that there is not, for what `transform_for` refuses, for a crop in percent, for means and
+    deviations of pixels from 0 to 255, and for another size of the input, which is the model's.
     """
     if not isinstance(wanted, (Preprocessing, Mapping)):
         raise BadRequest(
-            f"preprocessing={wanted!r} is no preprocessing.",
+            f"preprocessing is a {type(wanted).__name__}, not a preprocessing.",
             "Give a Preprocessing, or its fields that differ in a dict, such as {'crop_pct': 1.0}.",
         )
     known = [name for name in Preprocessing.model_fields if name != "input_size"]
@@ -93,16 +98,21 @@ def adapted(usual: Preprocessing, wanted: Preprocessing | Mapping[str, Any]) -> 
             f"Preprocessing has no {where}={fields.get(where)!r}: {why}.",
             "Means and standard deviations are three numbers, crop_pct is one, interpolation and crop_mode are names.",
         ) from error
-    if found.input_size != usual.input_size or ("input_size" in fields and isinstance(wanted, Mapping)):
+    if found.input_size != usual.input_size:
         raise BadRequest(
             f"The preprocessing says input_size={fields['input_size']}, which is not its to say: the model takes "
             f"{usual.input_size}.",
             "Leave it out; --img-size, in Python overrides={'img_size': …}, changes the model's.",
         )
     _known(found)
-    if max(found.mean) > 1 or min(found.mean) < 0:
+    if not 0.1 <= found.crop_pct <= 2:
         raise BadRequest(
-            f"mean={list(found.mean)} is no mean of pixels from 0 to 1.",
+            f"crop_pct={found.crop_pct:g} is not the share of a picture's side that is looked at.",
+            "Give a share such as 0.875, or 1 for all of it; it is not a percentage.",
+        )
+    if max(*found.mean, *found.std) > 1 or min(found.mean) < 0:
+        raise BadRequest(
+            f"mean={list(found.mean)} and std={list(found.std)} are not those of pixels from 0 to 1.",
             "Divide by 255, means and standard deviations alike, where yours are of pixels from 0 to 255.",
         )
     return found

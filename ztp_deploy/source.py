@@ -79,10 +79,13 @@ class Source(BaseModel):
 def check_labels(labels: Sequence[str], classes: int) -> tuple[str, ...]:
     """The class names. Raises BadRequest unless there is one for each of the classes, each its own, in one line of text."""
     if isinstance(labels, str) or not isinstance(labels, Sequence):
-        raise BadRequest(f"labels={labels!r} are not class names.", "Give a list of names, in the order of classes.")
+        raise BadRequest(
+            f"labels is a {type(labels).__name__}, not a list of class names.",
+            "Give a list of names, in the order of classes.",
+        )
     first: dict[str, int] = {}
     for number, name in enumerate(labels, 1):
-        if not isinstance(name, str) or name != name.strip() or len(name.splitlines()) != 1:
+        if not isinstance(name, str) or not name or name != name.strip() or not name.isprintable():
             raise BadRequest(
                 f"Class name {number} is {name!r}, which is not one line of text without spaces around it.",
                 "Give every class a name; in a file one a line, without empty lines between them.",
@@ -94,7 +97,7 @@ def check_labels(labels: Sequence[str], classes: int) -> tuple[str, ...]:
         first[name] = number
     if len(labels) != classes:
         raise BadRequest(
-            f"{len(labels)} class names were given, and the model tells {classes} classes apart.",
+            f"{len(labels)} class {'name was' if len(labels) == 1 else 'names were'} given, and the model tells {classes} classes apart.",
             f"Give {classes} names, in the order of classes, or say how many classes your checkpoint has: --num-classes, "
             "in Python overrides={'num_classes': …}.",
         )

@@ -344,7 +344,7 @@ def test_the_default_path_names_everything(artifact, tmp_path, monkeypatch):
     [
         ({"backend": "onnx_runtime"}, BadRequest, "onnxruntime"),
         ({"backend": "torchscript"}, BadRequest, "built from torchscript; the artifact is onnx"),
-        ({"backend": "onnxruntime", "precision": "fp16"}, BadRequest, "the artifact holds fp32"),
+        ({"backend": "tensorrt_rtx", "precision": "fp16"}, BadRequest, "the artifact holds fp32"),
         ({"backend": "onnxruntime", "precision": "fp8"}, BadRequest, "builds fp32, fp16, bf16; precision='fp8'"),
         ({"backend": "torchscript", "precision": "bf16"}, BadRequest, "builds fp32; precision='bf16'"),
         ({"backend": "openvino", "precision": "int8"}, BadRequest, "calibrated on images and none were given"),
@@ -429,7 +429,7 @@ def test_another_version_of_the_library_is_announced(any_engine, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(any_engine.directory, copy)
     tiny.reseal(copy, backend_version="0.1")
-    with pytest.warns(UserWarning, match="ztp check"):
+    with pytest.warns(UserWarning, match="ztp selftest"):
         ztp.load_engine(copy).close()
 
 

@@ -81,8 +81,9 @@ def test_a_module_of_ones_own_takes_both():
         ((*NAMES[:4], "c\nat", *NAMES[5:]), r"Class name 5 is 'c\\nat'"),
         ((*NAMES[:4], 5, *NAMES[5:]), "Class name 5 is 5"),
         ((*NAMES[:9], NAMES[3]), "Class names 4 and 10 are both 'Klasse dß'"),
-        ("abcdefghij", "labels='abcdefghij' are not class names"),
-        (dict.fromkeys(NAMES), "are not class names"),
+        ((*NAMES[:4], "a\x1b[31m", *NAMES[5:]), "Class name 5 is"),
+        ("abcdefghij", "labels is a str, not a list of class names"),
+        (dict.fromkeys(NAMES), "labels is a dict, not a list"),
     ],
 )
 def test_names_that_name_no_classes_are_refused(labels, words, monkeypatch):

@@ -83,8 +83,10 @@ def test_a_search_writes_plan_recipe_record_and_picture(request_, capsys):
     assert [stage.block for stage in report.rounds] == [stage.block for stage in plan.stages]
     assert report.weights.startswith("file (")
     assert "/" not in report.weights
-    show_tune(report, Path("my plans"))
-    assert capsys.readouterr().out.endswith("--recipe 'my plans/recipe.toml'\n")
+    show_tune(report, Path("my plans"), ["--weights", "my weights.pth"])
+    assert capsys.readouterr().out.endswith(
+        "Next: ztp engine --model deit_t --weights 'my weights.pth' --recipe 'my plans/recipe.toml'\n"
+    )
 
 
 def test_a_search_that_is_prolonged_equals_one_in_one_go(request_, tmp_path):

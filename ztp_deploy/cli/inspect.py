@@ -39,11 +39,18 @@ def inspect(engine: options.EngineDir, as_json: options.AsJson = False) -> None:
         for one in found.speedups
     )
     table = Table(show_header=False, box=None)
+    prepared = source.preprocessing
+    pictures = f"{prepared.crop_mode} crop {prepared.crop_pct:g}, {prepared.interpolation}"
+    scaled = f"mean {', '.join(f'{x:g}' for x in prepared.mean)}, std {', '.join(f'{x:g}' for x in prepared.std)}"
+    labels = source.labels or ()
+    theirs = {name: " (your own)" if name in source.own else "" for name in ("labels", "preprocessing")}
     for name, text in {
         "model": f"{source.name} ({source.architecture or 'your own module'}), weights {source.weights.shown}",
         "plan": f"{plan.label}: tokens {tokens}, {stages}, {plan.flops.planned / plan.flops.dense:.1%} of the MACs",
         "precision": manifest.precision,
         "takes": f"{manifest.input.dtype} {sides}, batches of {span.min} to {span.max}, tuned for {span.opt}",
+        "pictures": f"{pictures}, {scaled}{theirs['preprocessing']}",
+        "classes": f"{len(labels)}, from {labels[0]} to {labels[-1]}{theirs['labels']}" if labels else "without names",
         "gives": ", ".join(manifest.outputs),
         "built with": built,
         "here": found.unusable or f"{manifest.backend} {found.library}",

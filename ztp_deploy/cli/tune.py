@@ -77,5 +77,12 @@ def tune(
         print_json(report.model_dump(mode="json"))
         missed = report.verdict == "misses the budget"
         raise typer.Exit(GateFailed.exit_code if missed else 0)  # a refusal would be a second object
-    show_tune(report, request.folder)
+    given = {
+        "weights": None if weights == "auto" else weights,
+        "num-classes": num_classes,
+        "img-size": img_size,
+        "labels": labels,
+    }
+    words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    show_tune(report, request.folder, [*words, *(word for one in preprocess or () for word in ("--preprocess", one))])
     report.require()

@@ -147,10 +147,10 @@ def _from_csv(path: Path) -> tuple[list[Path], list[str]]:
 def class_indices(names: Sequence[str], classes: int, labels: Sequence[str] | None) -> tuple[dict[str, int], str]:
     """Labels as they were given → class indices, and a sentence on how that was decided.
 
-    The first of these that fits decides, and it must fit every name: whole numbers are the indices themselves,
-    unless they all are names of the model's classes and those of others; the model's own labels, whole or by their first synonym, in any case and with `_` for a space; WordNet ids
-    (n01440764) where the model has ImageNet's classes; sorted order, where there are exactly as many names as
-    classes. Raises BadRequest where a name fits by halves, by two classes, or not at all.
+    The first of these that fits decides, and it must fit every name: whole numbers are the indices themselves, unless one
+    of them is the name of another class of the model; the model's own labels, whole or by their first synonym, in any case
+    and with `_` for a space; WordNet ids (n01440764) where the model has ImageNet's classes; sorted order, where there are
+    exactly as many names as classes. Raises BadRequest where a name fits by halves, by two classes, or not at all.
     """
     choices, mapping, hint = _reading(names, classes, labels)
     strange = [repr(name) for name in names if name not in choices]
@@ -172,7 +172,7 @@ def _reading(names: Sequence[str], classes: int, labels: Sequence[str] | None) -
     numbers = [name for name in names if re.fullmatch(r"[0-9]+", name)]
     ours = _by_label(labels or ())
     # Classes that are called 0, 1, 10, 2 … are in no order of numbers.
-    renamed = all(_plain(name) in ours for name in names) and any(ours[_plain(name)] != [int(name)] for name in numbers)
+    renamed = any(ours.get(_plain(name), [int(name)]) != [int(name)] for name in numbers)
     if numbers and not renamed:
         hint = "Class indices are whole numbers, counted from 0"
         return {name: [int(name)] for name in numbers}, "Labels are class indices.", hint

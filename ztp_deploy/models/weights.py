@@ -125,12 +125,16 @@ def load_given(
     model.load_state_dict(found)
 
 
+_PUBLISHERS_OWN = {"vit", "deit"}
+"""With these begin the keys of Hugging Face's checkpoints: no wrapper has added them."""
+
+
 def _unwrapped(found: dict[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
     """The weights without the first components that all their keys share and none of the model's begins with.
 
     Raises BadRequest where the model's weights lie under a prefix that other keys do not have.
     """
-    own = {name.partition(".")[0] for name in expected}
+    own = {name.partition(".")[0] for name in expected} | _PUBLISHERS_OWN
     while True:
         parts = [name.partition(".") for name in found]
         firsts = {first for first, _, _ in parts}

@@ -170,8 +170,8 @@ def picture(report: TuneReport) -> bytes:
     return data.getvalue()
 
 
-def show_tune(report: TuneReport, directory: Path) -> None:
-    """What was found, for a reader who has read nothing else."""
+def show_tune(report: TuneReport, directory: Path, given: Sequence[str] = ()) -> None:
+    """What was found, for a reader who has read nothing else; `given`: the options that the model was loaded with."""
     tried = len(report.trials) - report.infeasible
     if report.trials:
         out.print(
@@ -211,7 +211,5 @@ def show_tune(report: TuneReport, directory: Path) -> None:
     out.print(f"Verdict: {report.verdict}. {report.because}", style="bold", soft_wrap=True)
     if report.winner:
         out.print(f"Plan, recipe, record and picture: {directory}", soft_wrap=True)
-        out.print(
-            f"Next: ztp engine --model {report.model} --weights … --recipe {shlex.quote(str(directory / RECIPE_FILE))}",
-            soft_wrap=True,
-        )
+        words = ["ztp", "engine", "--model", report.model, *given, "--recipe", str(directory / RECIPE_FILE)]
+        out.print(f"Next: {shlex.join(words)}", soft_wrap=True)

@@ -293,6 +293,8 @@ def _fingerprint(request: TuneRequest, budget: Budget, weights: str, images: str
     found: dict[str, Any] = {
         "model": request.model,
         "weights": weights,
+        # Before the images, whose hash it changes: what is told to differ is what was typed.
+        **({"preprocessing": dict(request.preprocessing)} if request.preprocessing else {}),
         "images": images,
         "budget": str(budget),
         "method": request.method,

@@ -82,17 +82,22 @@ def _short(role: str) -> str:
 
 
 def _particulars(role: str) -> tuple[str, ...]:
-    """What else the path says in which engines may differ: model, device, batch range, input and weights."""
+    """What else the path says in which engines may differ: model, device, batch range, input, weights, what is its user's."""
     machine, engine = _folders(role)
     model, *tags = engine.split("--")
     batch = next((tag[1:].replace("-", ":") for tag in tags if re.fullmatch(r"b\d+-\d+-\d+", tag)), "")
-    weights = next((f"weights {tag}" for tag in tags if re.fullmatch(r"w[0-9a-f]{6}", tag)), "pretrained weights")
+    weights, labels, preprocessing = (
+        next((f"{what} {tag}" for tag in tags if re.fullmatch(rf"{what[0]}[0-9a-f]{{6}}", tag)), f"{usual} {what}")
+        for what, usual in (("weights", "pretrained"), ("labels", "usual"), ("preprocessing", "usual"))
+    )
     return (
         model,
         machine.split("-", 2)[-1],
         f"batch {batch}",
         "uint8 input" if "uint8" in tags else "float32 input",
         "random weights" if "random" in tags else weights,
+        labels,
+        preprocessing,
     )
 
 
