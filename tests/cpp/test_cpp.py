@@ -240,6 +240,7 @@ DAMAGES = {
     "no folder": lambda folder: shutil.rmtree(folder),
     "no manifest": lambda folder: (folder / "manifest.json").unlink(),
     "an earlier schema": lambda folder: edit(folder, lambda manifest: manifest.update(schema="ztp.engine/1")),
+    "an artifact": lambda folder: edit(folder, lambda manifest: manifest.update(schema="ztp.artifact/2")),
     "another schema": lambda folder: edit(folder, lambda manifest: manifest.update(schema="another")),
     "a key gone": lambda folder: edit(folder, lambda manifest: manifest.pop("precision")),
     "another batch range": lambda folder: edit(folder, lambda manifest: manifest["batch"].update(max=9)),

@@ -263,6 +263,11 @@ def test_a_comparison_tells_calibrations_apart_where_they_differ(shared_engine):
         ("ort-1-cpu", ("m--dense--fp32--b1-2-4", "m--dense--fp32--b1-2-4--uint8"), ("float32 input", "uint8 input")),
         (
             "ort-1-cpu",
+            ("m--dense--fp32--b1-2-4", "m--dense--fp32--b1-2-4--l0000aa--p0000bb"),
+            ("usual labels, usual preprocessing", "labels l0000aa, preprocessing p0000bb"),
+        ),
+        (
+            "ort-1-cpu",
             ("m--dense--fp32--b1-8-64", "m--dense--fp32--b1-8-64--random", "m--dense--fp32--b1-8-64--w0123ab"),
             ("pretrained weights", "random weights", "weights w0123ab"),
         ),

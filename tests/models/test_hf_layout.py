@@ -97,6 +97,15 @@ def test_wrong_keys_are_listed_in_the_layouts_own_terms():
     assert "misshapen: classifier.bias (3,) instead of (10,)" in text
 
 
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_the_backbone_alone_is_refused_in_its_own_terms(wrapper):
+    """Its keys all begin with `vit.`, which no wrapper has added."""
+    state = in_their_keys(tiny.model(), "vit", "classifier")
+    alone = {f"{wrapper}{name}": value for name, value in state.items() if name.startswith("vit.")}
+    with pytest.raises(BadRequest, match=r"layout of Hugging Face does not fit.*missing: classifier\.bias"):
+        load("deit_t", alone)
+
+
 def test_a_distilled_checkpoint_without_its_second_head_is_refused():
     """DeiTForImageClassification has the token of the distilled DeiT and a single classifier."""
     state = in_their_keys(tiny.model("deit_t_distilled"), "deit", "classifier")

@@ -30,7 +30,13 @@ def bench(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Or a model: dense, pruned and slice twin are built and compared."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            rich_help_panel=options.MODEL_PANEL,
+            help="Or a model: dense, pruned and slice twin are built and compared.",
+        ),
     ] = None,
     method: options.Method = None,
     ratio: options.Ratio = None,

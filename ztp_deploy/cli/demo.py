@@ -15,7 +15,12 @@ from ztp_deploy.defaults import DEMO_CANVASES, PICTURES_ROOT
 def demo(
     context: typer.Context,
     weights: Annotated[
-        str, typer.Option(help="pretrained, or the path of weights that the training wrote.")
+        str,
+        typer.Option(
+            metavar="WHICH",
+            rich_help_panel=options.MODEL_PANEL,
+            help="pretrained, or the path of weights that the training wrote.",
+        ),
     ] = "pretrained",
     profile: options.Profile = None,
     backend: options.BackendName = None,

@@ -23,7 +23,14 @@ def eval_(
     ],
     engine: Annotated[Path | None, typer.Option("--engine", "-e", help="An engine folder.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Or a model: pruned against dense, both in eager PyTorch.")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            rich_help_panel=options.MODEL_PANEL,
+            help="Or a model: pruned against dense, both in eager PyTorch.",
+        ),
     ] = None,
     method: options.Method = None,
     ratio: options.Ratio = None,
@@ -34,8 +41,10 @@ def eval_(
     weights: Annotated[
         str,
         typer.Option(
+            metavar="WHICH",
+            rich_help_panel=options.MODEL_PANEL,
             help="auto or pretrained (from the hub or its cache), or a checkpoint's path; "
-            "with --engine where that of its weights lies now, if it was moved."
+            "with --engine where that of its weights lies now, if it was moved.",
         ),
     ] = "auto",
     num_classes: options.NumClasses = None,

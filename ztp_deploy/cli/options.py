@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T", int, float)
 
 # Help stands in panels: what is pruned, how, what is built, and what shows that it is right and fast.
-_PANELS = "Model", "Plan", "Engine", "Proof and latency"
+MODEL_PANEL = "Model"
+_PANELS = MODEL_PANEL, "Plan", "Engine", "Proof and latency"
 _model, _plan, _build, _proof = (partial(typer.Option, rich_help_panel=panel) for panel in _PANELS)
 
 _MODEL = "Model name: deit_s, augreg_vit_b … or a timm ViT (`ztp list`)"

@@ -19,7 +19,14 @@ def show(
         Path | None, typer.Option("--engine", "-e", help="An engine folder, whose tokens are drawn.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Or a model, pruned as the options say, in eager PyTorch.")
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME",
+            rich_help_panel=options.MODEL_PANEL,
+            help="Or a model, pruned as the options say, in eager PyTorch.",
+        ),
     ] = None,
     method: options.Method = None,
     ratio: options.Ratio = None,

@@ -97,8 +97,10 @@ Images load_images(const Manifest& manifest, const std::vector<std::string>& pat
 std::vector<std::uint8_t> prepare(const Picture& picture, const Manifest& manifest) {
   const Preprocessing& wanted = manifest.preprocessing;
   const bool squash = wanted.crop_mode == "squash";
-  if ((wanted.crop_mode != "center" && !squash) || !(wanted.crop_pct > 0) || wanted.crop_pct > 1) {
-    throw BadRequest("The engine's pictures are cropped by '" + wanted.crop_mode + "', which ztp-run does not know.",
+  const bool known = wanted.crop_mode == "center" || squash;
+  if (!known || !(wanted.crop_pct > 0) || wanted.crop_pct > 1) {
+    const std::string how = known ? "to another share of their sides than 0 to 1" : "by '" + wanted.crop_mode + "'";
+    throw BadRequest("The engine's pictures are cropped " + how + ", which ztp-run does not know.",
                      "Prepare them in Python and give raw tensors (.f32).");
   }
   const double exact = std::floor(static_cast<double>(manifest.size) / wanted.crop_pct);

@@ -7,6 +7,7 @@
 
 #include "json.h"
 #include "sha256.h"
+#include "shell.h"
 
 namespace ztp {
 namespace {
@@ -112,6 +113,11 @@ json parse(const std::string& text, const fs::path& path) {
 void check_schema(const Fields& fields, const fs::path& path) {
   const std::string schema = fields.text("schema");
   if (schema == kSchema) return;
+  if (schema.rfind("ztp.artifact/", 0) == 0) {
+    const std::string folder = path.parent_path().string();
+    throw BadRequest(folder + " is an exported artifact, no engine.",
+                     "Build one from it: `ztp build --artifact " + quoted(folder) + "`.");
+  }
   if (schema.rfind("ztp.engine/", 0) != 0) fields.invalid("schema", std::string("Input should be '") + kSchema + "'");
   throw DamagedFiles(path.string() + " was made by another version of ztp_deploy: its schema is " + schema + ", not " +
                          kSchema + ".",

@@ -4,6 +4,7 @@
 #include <system_error>
 
 #include "json.h"
+#include "shell.h"
 
 namespace ztp {
 namespace {
@@ -15,21 +16,6 @@ namespace fs = std::filesystem;
 std::string release(const std::string& version) {
   const std::string digits = version.substr(0, version.find_first_not_of("0123456789."));
   return digits.substr(0, digits.find_last_not_of('.') + 1);
-}
-
-/// A path as a shell takes it, in the form of Python's shlex.quote.
-std::string quoted(const std::string& path) {
-  constexpr const char* kPlain = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+=:,./-";
-  if (!path.empty() && path.find_first_not_of(kPlain) == std::string::npos) return path;
-  std::string text = "'";
-  for (const char letter : path) {
-    if (letter == '\'') {
-      text += "'\"'\"'";
-    } else {
-      text += letter;
-    }
-  }
-  return text + "'";
 }
 
 /// Where the parity check of this very manifest failed, as " between … and …"; nothing unless it did.
