@@ -14,7 +14,7 @@ from onnx import numpy_helper
 import ztp_deploy as ztp
 from tests import tiny
 from ztp_deploy.errors import BadRequest, GateFailed
-from ztp_deploy.evidence import parity
+from ztp_deploy.evidence import parity, verdict
 from ztp_deploy.evidence.images import load_images
 from ztp_deploy.evidence.selection import Observation
 from ztp_deploy.exporters.graph import InferenceGraph
@@ -75,7 +75,7 @@ def test_wrong_weights_before_a_stage_are_a_weight_fault(engine, model, photogra
         ztp.load_engine(engine).close()
     assert not ztp.check_parity(engine, model, photographs).passed  # without a warning: it is the judge
     for text in ("[]", '{"passed": false, "manifest_sha256": "of another"}', ""):
-        (engine.evidence / parity.PARITY_FILE).write_text(text)
+        (engine.evidence / verdict.PARITY_FILE).write_text(text)
         ztp.load_engine(engine).close()
 
 
@@ -103,7 +103,7 @@ def test_logits_that_overflow_are_a_fault_whose_evidence_can_be_read(engine, mod
     tiny.damage_graph(engine.directory, damage)
     report = ztp.check_parity(engine, model, photographs)
     assert not report.passed
-    read = parity.ParityReport.model_validate_json((engine.evidence / "parity.json").read_bytes())
+    read = verdict.ParityReport.model_validate_json((engine.evidence / "parity.json").read_bytes())
     assert [np.isnan(one.worst_logit) for one in read.edges] == [False, True, True]
     assert read.passed is False
 
@@ -188,21 +188,21 @@ def test_a_missing_export_is_said_not_hidden(engine, model, photographs):
 
 
 def test_a_proof_is_of_this_very_engine_by_the_bounds_of_today(engine, model, photographs, monkeypatch):
-    path = engine.evidence / parity.PARITY_FILE
-    assert parity.proof_of(engine) is None
+    path = engine.evidence / verdict.PARITY_FILE
+    assert verdict.proof_of(engine) is None
     report = ztp.check_parity(engine, model, photographs)
-    assert parity.proof_of(engine) == report
+    assert verdict.proof_of(engine) == report
     with monkeypatch.context() as patch:
         tighter = parity.TOLERANCES["fp32"].model_copy(update={"logits": 1e-9})
         patch.setitem(parity.TOLERANCES, "fp32", tighter)
-        assert parity.proof_of(engine) is None
+        assert verdict.proof_of(engine) is None
     whole = path.read_text()
     for text in ("[]", whole[:-20], report.model_copy(update={"passed": False}).to_json(),
                  report.model_copy(update={"manifest_sha256": "0" * 64}).to_json()):  # fmt: skip
         path.write_text(text)
-        assert parity.proof_of(engine) is None
+        assert verdict.proof_of(engine) is None
     path.write_text(whole)
-    assert parity.proof_of(engine) == report
+    assert verdict.proof_of(engine) == report
 
 
 def test_plain_arrays_are_images_too(shared_engine, pruned):
