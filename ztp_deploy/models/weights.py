@@ -125,8 +125,8 @@ def load_given(
     model.load_state_dict(found)
 
 
-_PUBLISHERS_OWN = {"vit", "deit"}
-"""With these begin the keys of Hugging Face's checkpoints: no wrapper has added them."""
+_HUGGING_FACE = re.compile(r"(vit|deit)\.embeddings\.")
+"""The first key, in order, of a checkpoint of Hugging Face's without a classifier: no wrapper has added its beginning."""
 
 
 def _unwrapped(found: dict[str, Tensor], expected: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
@@ -134,11 +134,11 @@ def _unwrapped(found: dict[str, Tensor], expected: Mapping[str, Tensor], origin:
 
     Raises BadRequest where the model's weights lie under a prefix that other keys do not have.
     """
-    own = {name.partition(".")[0] for name in expected} | _PUBLISHERS_OWN
+    own = {name.partition(".")[0] for name in expected}
     while True:
         parts = [name.partition(".") for name in found]
         firsts = {first for first, _, _ in parts}
-        if len(firsts) != 1 or firsts & own or not all(rest for _, _, rest in parts):
+        if len(firsts) != 1 or firsts & own or not all(rest for _, _, rest in parts) or _HUGGING_FACE.match(min(found)):
             break
         found = {rest: found[first + dot + rest] for first, dot, rest in parts}
     prefixes = Counter(name.removesuffix(rest) for name in found for rest in _inner(name) if rest in expected)
