@@ -277,7 +277,7 @@ def test_a_model_with_names_and_preprocessing_of_its_own(ztp, tmp_path):
         (("--preprocess", "crop=1"), ("Preprocessing has no 'crop'. Did you mean: crop_pct",)),
         (("--preprocess", "std=0.5"), ("Preprocessing has no std='0.5'",)),
         (("--preprocess", "interpolation=sharp"), ("interpolation='sharp'. Known are: nearest",)),
-        (("--preprocess", "input_size=3,112,112"), ("which is not its to say",)),
+        (("--preprocess", "input_size=3,224,224"), ("which is not its to say",)),
     ],
 )
 @pytest.mark.parametrize(
