@@ -85,7 +85,7 @@ def test_a_search_writes_plan_recipe_record_and_picture(request_, capsys):
     assert "/" not in report.weights
     show_tune(report, Path("my plans"), ["--weights", "my weights.pth"])
     assert capsys.readouterr().out.endswith(
-        "Next: ztp engine --model deit_t --weights 'my weights.pth' --recipe 'my plans/recipe.toml'\n"
+        f"Next: ztp engine --model {NAME} --weights 'my weights.pth' --recipe 'my plans/recipe.toml'\n"
     )
 
 
